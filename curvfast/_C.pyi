@@ -1,0 +1,6 @@
+def staircase_by_mass(
+    g: int, rows: int, a: int, columns: int, mass: float, widths: int
+) -> tuple[float, int, float]: ...
+def staircase_by_pairs(
+    g: int, rows: int, a: int, columns: int, pairs: int, widths: int
+) -> tuple[float, int, float]: ...

@@ -1,0 +1,73 @@
+"""The curvature of large networks, and the memorization it gives away.
+
+Glossary:
+    Kronecker factor: A = E[a aᵀ] of a linear layer's inputs a, or G = E[g gᵀ] of the gradients g of
+        the summed loss with respect to its outputs; its Fisher block is about G ⊗ A.
+    Second moment: the uncentred E[x xᵀ]; a Kronecker factor is one.
+    Eigenbasis: eigenvectors U_A, U_G of the factors; the weight in it is C = U_Gᵀ W U_A.
+    Curvature mass: the sum of eigenpair products λᵢ μⱼ; a pair's mass is how much the population
+        loss bends along it. LOW population curvature is where verbatim memorization lives: each
+        memorized example bends the loss along a direction of its own, flat on average. HIGH
+        curvature is shared by many examples: mechanisms that generalise.
+    Staircase: the set of pairs with λᵢ μⱼ above a threshold; row i keeps its first width[i] columns.
+    Activation ratio: how strongly some inputs excite a band of components, relative to others.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from curvfast._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from curvfast.collection import Curvature as Curvature
+    from curvfast.collection import collect as collect
+    from curvfast.core.eigenbasis import Eigenbasis as Eigenbasis
+    from curvfast.core.eigenbasis import LayerBasis as LayerBasis
+    from curvfast.core.factors import Factors as Factors
+    from curvfast.core.factors import LayerFactors as LayerFactors
+    from curvfast.core.selection import Mask as Mask
+    from curvfast.core.selection import Selection as Selection
+    from curvfast.core.selection import Staircase as Staircase
+    from curvfast.driver import collect_from as collect_from
+    from curvfast.editing import EditReport as EditReport
+    from curvfast.editing import edit as edit
+    from curvfast.editing import edited as edited
+    from curvfast.errors import CurvfastError as CurvfastError
+    from curvfast.errors import NumericalWarning as NumericalWarning
+    from curvfast.evals.memorization import Passage as Passage
+    from curvfast.evals.suite import EvalReport as EvalReport
+    from curvfast.evals.suite import evaluate as evaluate
+
+# Loaded on first use: importing curvfast alone does not load torch.
+_HOMES = {
+    "Curvature": "collection",
+    "collect": "collection",
+    "Eigenbasis": "core.eigenbasis",
+    "LayerBasis": "core.eigenbasis",
+    "Factors": "core.factors",
+    "LayerFactors": "core.factors",
+    "Mask": "core.selection",
+    "Selection": "core.selection",
+    "Staircase": "core.selection",
+    "collect_from": "driver",
+    "EditReport": "editing",
+    "edit": "editing",
+    "edited": "editing",
+    "CurvfastError": "errors",
+    "NumericalWarning": "errors",
+    "Passage": "evals.memorization",
+    "EvalReport": "evals.suite",
+    "evaluate": "evals.suite",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'curvfast' has no attribute {name!r}")
+    value = getattr(import_module(f"curvfast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

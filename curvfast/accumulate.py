@@ -1,0 +1,99 @@
+"""Second moments of layers, summed call by call: float32 sums, integer counts, no division."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvfast import ops
+from curvfast.capture import SharedInput
+from curvfast.layers import LinearLayer
+from curvfast.rows import Batch, Rows
+
+
+@dataclass
+class Moment:
+    """A running sum Σ x xᵀ (lower triangle) and its rows; one may serve several layers."""
+
+    sum: Tensor
+    rows: int = 0
+    members: set[str] = field(default_factory=set)
+
+    def add(self, x: Tensor, rows: Rows, scale: float = 1.0) -> None:
+        """Add the rows of x [..., d] that count."""
+        if rows.count:
+            ops.second_moment_(self.sum, x.flatten(0, -2), rows=rows.index, scale=scale)
+            self.rows += rows.count
+
+    def split(self, leaving: set[str]) -> Moment:
+        """Give ``leaving`` a moment of their own that starts from the sum so far."""
+        self.members -= leaving
+        return Moment(self.sum.clone(), self.rows, set(leaving))
+
+
+class Accumulator:
+    """The Kronecker factors of layers in the making.
+
+    Layers that read one tensor share one A for as long as they always do: when a call shows that a
+    member of a shared moment did not read this tensor, those that did part with a copy.
+    """
+
+    def __init__(self, layers: dict[str, LinearLayer]) -> None:
+        """Start with nothing allocated; each sum is made when its first rows come."""
+        self._layers = layers
+        self.inputs: dict[str, Moment] = {}
+        self.gradients: dict[str, Moment] = {}
+
+    def add_input(self, name: str, batch: Batch, shared: SharedInput, x: Tensor) -> None:
+        """Add the rows of an input x [..., d_in] to the A of every layer that read it.
+
+        Args:
+            name: One of the readers.
+            batch: Says which rows count.
+            shared: Says who read it.
+            x: The input.
+        """
+        rows = batch.rows(name, x.shape[:-1], x.device)
+        for moment in self._moments_of(shared.readers, self._layers[name].d_in, x.device):
+            moment.add(x, rows)
+
+    def add_gradient(self, name: str, batch: Batch, g: Tensor, unit: float) -> None:
+        """Add the rows of an output gradient g [..., d_out] to the G of its layer.
+
+        Args:
+            name: The layer.
+            batch: Says which rows count.
+            g: The gradient, in the units of the caller's loss.
+            unit: What g is multiplied by to be the gradient of the summed loss.
+        """
+        moment = self.gradients.get(name)
+        if moment is None:
+            moment = self.gradients[name] = _empty({name}, self._layers[name].d_out, g.device)
+        moment.add(g, batch.rows(name, g.shape[:-1], g.device), scale=unit * unit)
+
+    def _moments_of(self, readers: set[str], d: int, device: torch.device) -> list[Moment]:
+        """Return the moments of ``readers``, each serving readers only."""
+        moments = {id(m): m for m in map(self.inputs.get, sorted(readers)) if m is not None}
+        result = []
+        for moment in moments.values():
+            if not moment.members <= readers:
+                moment = moment.split(moment.members & readers)
+                self.inputs.update(dict.fromkeys(moment.members, moment))
+            result.append(moment)
+        newcomers = readers - self.inputs.keys()
+        if newcomers:
+            moment = _empty(newcomers, d, device)
+            self.inputs.update(dict.fromkeys(newcomers, moment))
+            result.append(moment)
+        return result
+
+
+def sum_bytes(layers: dict[str, LinearLayer]) -> int:
+    """Return the bytes of the float32 sums of ``layers`` if none shares its A: an upper bound."""
+    return sum(4 * (layer.d_in**2 + layer.d_out**2) for layer in layers.values())
+
+
+def _empty(members: set[str], d: int, device: torch.device) -> Moment:
+    return Moment(torch.zeros(d, d, device=device), members=set(members))

@@ -1,0 +1,1 @@
+"""Comparisons: other ways to choose what of a weight to keep, edited by the same code."""

@@ -1,0 +1,301 @@
+"""collect(): measure the Kronecker factors of a model inside anyone's training loop."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvfast import ops
+from curvfast.accumulate import Accumulator, sum_bytes
+from curvfast.capture import Arrival, Capture, outside_graphs
+from curvfast.config import CollectConfig
+from curvfast.core.factors import Factors, LayerFactors
+from curvfast.coverage import Coverage, describe
+from curvfast.errors import CoverageError, InputError, NumericalWarning
+from curvfast.layers import LayerSpec, select
+from curvfast.provenance import is_causal_lm, model_facts
+from curvfast.rows import Batch, RowRule, read_call
+
+log = logging.getLogger(__name__)
+
+
+class Curvature:
+    """What :func:`collect` yields: the measurement under way, and its result."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CollectConfig,
+        layers: LayerSpec,
+        *,
+        rows: RowRule | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        driven: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Register the hooks; :func:`collect` describes the arguments."""
+        self._model = model
+        self._config = config
+        self._rule = rows
+        self._grad_scaler = grad_scaler
+        self._facts = dict(facts or {})
+        self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
+        self._layers = select(model, layers)
+        self._sums = Accumulator(self._layers)
+        self._skipped = dict.fromkeys(self._layers, 0)
+        self._next = self._new_batch()
+        self._forward: Batch | None = None
+        self._backward: Batch | None = None
+        self._signature = inspect.signature(model.forward)
+        self._active = True
+        log.info(
+            "collecting %d layers: the sums will need at most %.1f MB",
+            len(self._layers), sum_bytes(self._layers) / 1e6,
+        )  # fmt: skip
+        # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
+        share = config.share_inputs and grad_scaler is None
+        self._capture = Capture(
+            self._layers, self._current_batch, self._add, self._sums.add_input,
+            share_inputs=share, driven=driven,
+        )  # fmt: skip
+        before = outside_graphs(self._before_forward)
+        after = outside_graphs(self._after_forward)
+        self._handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+
+    def mask(self, mask: Tensor) -> None:
+        """Say which positions of the *next* call of the model are real.
+
+        Args:
+            mask: Bool or 0/1, [sequences, length]. Overrides ``attention_mask``.
+
+        Raises:
+            InputError: If it is not two-dimensional.
+        """
+        if mask.dim() != 2:
+            raise InputError(f"mask must be [sequences, length], got {list(mask.shape)}")
+        self._next.mask = mask.detach().bool()
+
+    def labels(self, n: int) -> None:
+        """Say over how many labels the mean loss of the *next* call of the model is averaged.
+
+        Args:
+            n: Number of labels, at least 1.
+
+        Raises:
+            InputError: If ``n`` is less than 1.
+        """
+        if n < 1:
+            raise InputError(f"a mean loss is averaged over at least one label, got {n}")
+        self._next.labels = int(n)
+
+    def coverage(self) -> Coverage:
+        """Return which parameters are covered, by how many rows, and why the others are not."""
+        rows = {name: moment.rows for name, moment in self._sums.gradients.items()}
+        return describe(self._model, self._layers, rows, sum_bytes(self._layers))
+
+    def factors(self) -> Factors:
+        """Return the factors of everything summed so far.
+
+        Returns:
+            A snapshot while collecting; after the ``with`` block, the sums themselves.
+
+        Raises:
+            CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
+                to the same rows; the message says which and why.
+        """
+        self._check()
+        sums: dict[int, Tensor] = {}
+        layers = {}
+        for name in self._layers:
+            a, g = self._sums.inputs[name], self._sums.gradients[name]
+            for moment in (a, g):
+                if id(moment) not in sums:
+                    sums[id(moment)] = moment.sum.clone() if self._active else moment.sum
+                    ops.mirror_(sums[id(moment)])
+            layers[name] = LayerFactors(sums[id(a)], sums[id(g)], a.rows, g.rows)
+        self._warn_few(layers)
+        provenance = {
+            "model": model_facts(self._model),
+            "collect": {**self._config.to_dict(), "skip_last": self._skip_last},
+            **self._facts,
+            "coverage": self.coverage().to_dict(),
+        }
+        return Factors(layers, provenance)
+
+    def add_facts(self, **facts: Any) -> None:
+        """Note further provenance to be kept with the factors."""
+        self._facts |= facts
+
+    def close(self) -> None:
+        """Take every hook off; the sums stay."""
+        self._active = False
+        self._capture.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _new_batch(self) -> Batch:
+        return Batch(skip_last=self._skip_last, rule=self._rule)
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._forward, self._next = self._next, self._new_batch()
+        try:
+            arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return
+        extra = arguments.pop("kwargs", {})
+        read_call(self._forward, {**extra, **arguments})
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._capture.flush()
+        batch, self._forward = self._forward, None
+        if batch is None:
+            return
+        for tensor in _output_tensors(output):
+            if tensor.dim() and batch.predictions is None:
+                batch.predictions = tensor.shape[:-1]
+            if tensor.requires_grad:
+                # Tells a re-entrant recomputation, in the backward, which batch it belongs to.
+                tensor.register_hook(partial(self._enter_backward, batch))
+
+    def _enter_backward(self, batch: Batch, _: Tensor) -> None:
+        self._backward = batch
+
+    def _current_batch(self) -> Batch:
+        return self._forward or self._backward or self._next
+
+    def _add(self, arrival: Arrival) -> None:
+        unit = 1.0 / self._config.loss_scale
+        if self._grad_scaler is not None:
+            if not torch.isfinite(arrival.g).all():
+                self._skipped[arrival.layer] += 1
+                return
+            unit /= self._grad_scaler.get_scale()
+        if self._config.loss_reduction == "mean":
+            unit *= arrival.batch.label_count()
+        if arrival.x is not None and not arrival.shared.added:
+            arrival.shared.added = True
+            self._sums.add_input(arrival.layer, arrival.batch, arrival.shared, arrival.x)
+        self._sums.add_gradient(arrival.layer, arrival.batch, arrival.g, unit)
+
+    def _check(self) -> None:
+        problems = []
+        for name in self._layers:
+            a, g = self._sums.inputs.get(name), self._sums.gradients.get(name)
+            if a is None or g is None or not g.rows:
+                problems.append(f"{name!r}: {self._why_empty(name)}")
+            elif a.rows != g.rows:
+                problems.append(
+                    f"{name!r}: {a.rows} inputs but {g.rows} gradients: it read the tensor of another "
+                    "layer and got no gradient for it; collect with share_inputs=False"
+                )
+        if problems:
+            raise CoverageError(
+                "some chosen layers have no factors (nothing is lost: what was summed is still here; "
+                "leave them out by layers=, or mend the cause):\n  " + "\n  ".join(problems)
+            )
+
+    def _why_empty(self, name: str) -> str:
+        calls = self._capture.calls[name]
+        if not calls.forward:
+            return (
+                "its hook never fired. The model never called it, or was compiled before collect() "
+                "began: torch.compile ignores later hooks, so enter collect() first"
+            )
+        if self._skipped[name]:
+            return f"all {self._skipped[name]} gradients overflowed and were left out"
+        if calls.gradients:
+            return "gradients came, but no row of them counts: is every position masked?"
+        if calls.forward == calls.without_grad:
+            return (
+                "its output never required a gradient: it ran under no_grad, or everything up to it "
+                "is frozen; use collect_from(), which needs no trainable parameter"
+            )
+        return "no gradient reached it: was backward() called inside the with block?"
+
+    def _warn_few(self, layers: dict[str, LayerFactors]) -> None:
+        few = [n for n, f in layers.items() if f.rows_g < max(len(f.a_sum), len(f.g_sum))]
+        if few:
+            rows = min(layers[name].rows_g for name in few)
+            warnings.warn(
+                f"{len(few)} layer(s) saw fewer rows than they are wide ({rows} at least), so their "
+                f"factors are rank-deficient: {', '.join(map(repr, few[:8]))}; collect more data",
+                NumericalWarning,
+                stacklevel=3,
+            )
+
+
+@contextmanager
+def collect(
+    model: nn.Module,
+    layers: LayerSpec = "mlp",
+    *,
+    loss_reduction: str = "mean",
+    loss_scale: float = 1.0,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    skip_last: bool | None = None,
+    rows: RowRule | None = None,
+    share_inputs: bool = True,
+) -> Iterator[Curvature]:
+    """Measure A = E[a aᵀ] and G = E[g gᵀ] of linear layers while the caller trains.
+
+    Nothing is changed: no module, attribute, gradient or random number. Inputs a are counted when
+    their gradient g arrives, so both always hold the same rows, under activation checkpointing,
+    gradient accumulation and repeated calls alike. Source: arXiv 2510.24256, K-FAC section.
+
+    Args:
+        model: The module the loop calls; its ``attention_mask`` and ``labels`` are read from the call.
+        layers: ``"mlp"``, ``"attention"``, ``"all"``, one or more globs on names, or a predicate.
+        loss_reduction: ``"mean"`` if the loss is averaged over its labels, ``"sum"`` if summed. G is
+            always of the *summed* loss.
+        loss_scale: Any further factor of the loss, such as 1/n under gradient accumulation.
+        grad_scaler: The loop's ``GradScaler``; its scale is divided out, overflowed steps left out.
+        skip_last: Whether the last real position of each sequence is left out (no label scores it);
+            None means: for causal language models.
+        rows: ``(layer name, leading shape) -> bool tensor``, replaces both rules for what else counts,
+            such as the CLS token of a vision transformer.
+        share_inputs: Whether layers fed by one tensor share one A.
+
+    Yields:
+        The measurement: ``factors()``, ``coverage()``, ``mask()``, ``labels()``.
+
+    Raises:
+        LayerNotFound: If ``layers`` matches nothing, or a layer with a tied weight.
+        InputError: If an argument is out of range.
+    """
+    config = CollectConfig(
+        layers=layers if isinstance(layers, str) else repr(layers),
+        loss_reduction=loss_reduction,
+        loss_scale=loss_scale,
+        skip_last=skip_last,
+        share_inputs=share_inputs,
+    )
+    curvature = Curvature(
+        model, config, layers, rows=rows, grad_scaler=grad_scaler, facts={"labels": "caller's loss"}
+    )
+    try:
+        yield curvature
+    finally:
+        curvature.close()
+
+
+def _output_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, its logits or prediction first."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        first = [output["logits"]] if isinstance(output.get("logits"), Tensor) else []
+        return first + [v for v in output.values() if isinstance(v, Tensor)]
+    if isinstance(output, list | tuple):
+        return [v for v in output if isinstance(v, Tensor)]
+    return []

@@ -1,0 +1,48 @@
+"""Configurations: frozen, validated, and written beside every result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from curvfast.errors import InputError
+
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How factors are collected."""
+
+    layers: str
+    """The layers asked for."""
+    loss_reduction: str = "mean"
+    """Whether the caller's loss is the mean or the sum over its labels."""
+    loss_scale: float = 1.0
+    """A further factor of the caller's loss."""
+    skip_last: bool | None = None
+    """Whether the last real position of a sequence is left out; None: for causal language models."""
+    share_inputs: bool = True
+    """Whether layers fed by one tensor share one A."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            InputError: If one is out of range.
+        """
+        if self.loss_reduction not in REDUCTIONS:
+            raise InputError(
+                f"loss_reduction={self.loss_reduction!r}: pass 'mean' if the loss is averaged over "
+                "its labels (the default of torch and transformers), 'sum' if it is summed"
+            )
+        if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
+            raise InputError(
+                f"loss_scale={self.loss_scale}: pass the positive factor the loss is multiplied by, "
+                "such as 1/4 when four accumulated batches are averaged"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-able values."""
+        return asdict(self)

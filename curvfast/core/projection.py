@@ -1,0 +1,48 @@
+"""The edit of one weight: W' = U_G (M ∘ (U_Gᵀ W U_A)) U_Aᵀ (arXiv 2510.24256, eq. for W')."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvfast.core.eigenbasis import LayerBasis
+from curvfast.core.selection import Mask, Staircase
+
+
+def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:
+    """Return C = U_Gᵀ W U_A, the weight in the eigenbasis.
+
+    Args:
+        weight: W, [d_out, d_in], any float dtype; computed in float32, or float64 if it is.
+        basis: The layer's eigenbasis.
+
+    Returns:
+        C, [d_out, d_in].
+    """
+    dtype = _working_dtype(weight)
+    u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
+    return u_g.T @ weight.to(dtype) @ u_a
+
+
+def rotate_back(coefficients: Tensor, basis: LayerBasis) -> Tensor:
+    """Return U_G C U_Aᵀ for C [d_out, d_in]."""
+    device, dtype = coefficients.device, coefficients.dtype
+    return basis.vectors_g.to(device, dtype) @ coefficients @ basis.vectors_a.to(device, dtype).T
+
+
+def drop_(coefficients: Tensor, selection: Staircase | Mask) -> Tensor:
+    """Set to zero, in place, every entry of C [d_out, d_in] that is not selected; return it."""
+    if isinstance(selection, Mask):
+        return coefficients.masked_fill_(~selection.kept.to(coefficients.device), 0)
+    widths = selection.widths.to(coefficients.device)
+    columns = torch.arange(coefficients.shape[1], device=coefficients.device)
+    return coefficients.masked_fill_(columns >= widths[:, None], 0)
+
+
+def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> Tensor:
+    """Return W', the part of W [d_out, d_in] in the selected eigenpairs, in the working dtype."""
+    return rotate_back(drop_(rotate(weight, basis), selection), basis)
+
+
+def _working_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

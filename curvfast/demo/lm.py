@@ -1,0 +1,126 @@
+"""The paper's experiment in small: a language model recites, is edited, and recites no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvfast.baselines.selections import random_selection
+from curvfast.baselines.svd import svd_basis, svd_selection
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.selection import Selection
+from curvfast.demo.corpus import Corpus, load_corpus
+from curvfast.demo.recipe import Recipe
+from curvfast.demo.training import trained_model
+from curvfast.driver import collect_from
+from curvfast.editing import edit, edited
+from curvfast.evals.suite import evaluate
+from curvfast.hf.small import save
+from curvfast.progress import track
+from curvfast.provenance import versions
+from curvfast.report.plots import frontier
+from curvfast.storage import write_json
+
+_ROWS = 16
+
+
+def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train (or load), measure, edit, and measure again.
+
+    Args:
+        recipe: What to run.
+        out: Folder for results.json, the picture and the edited checkpoint; None writes nothing.
+        say: Called with one line before each stage.
+
+    Returns:
+        What results.json holds: figures of the unedited model and of the three edits, and the sweep.
+
+    Raises:
+        DownloadError: If the text cannot be had.
+    """
+    started = time.perf_counter()
+    say("reading the text: State of the Union addresses and the King James Bible")
+    corpus = load_corpus(recipe)
+    say(f"training a small Llama until it recites {len(corpus.canaries)} passages (cached)")
+    model = trained_model(recipe, corpus)
+    base = _figures(model, corpus, 1.0)
+    say("measuring curvature on prose that holds none of the passages")
+    factors = collect_from(
+        model, _prose(recipe, corpus), labels="sampled", tokens=recipe.statistics_tokens,
+        seed=recipe.seed,
+    )  # fmt: skip
+    basis = factors.eigh()
+    singular = svd_basis(model, basis)
+    say("editing: every ρ, against truncated SVD and random pairs at the same kept fraction")
+    masses = sorted({*recipe.sweep, recipe.mass})
+    sweep = [
+        _point(model, corpus, basis, singular, mass, recipe.seed)
+        for mass in track(masses, "sweep", len(masses), "ρ")
+    ]
+    chosen = next(point for point in sweep if point["mass"] == recipe.mass)
+    results = {
+        "base": base,
+        **{method: chosen[method] for method in ("kfac", "svd", "random")},
+        "mass": recipe.mass,
+        "sweep": sweep,
+        "recipe": asdict(recipe),
+        "statistics_rows": factors.rows,
+        "versions": versions(),
+    }
+    if out is not None:
+        report = edit(model, basis, mass=recipe.mass)
+        save(model, corpus.tokenizer, out / "edited")
+        results["edit"] = report.to_dict()
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        _write(results, recipe, out)
+        say(f"wrote results.json, frontier.png and edited/ to {out}")
+    return results
+
+
+def _prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:
+    """Return batches of training prose, enough for the statistics."""
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+    windows = -(-recipe.statistics_tokens // (recipe.length - 1)) + _ROWS
+    starts = torch.randint(len(corpus.train) - recipe.length, (windows,), generator=generator)
+    rows = torch.stack([corpus.train[s : s + recipe.length] for s in starts.tolist()])
+    return [{"input_ids": part} for part in rows.split(_ROWS)]
+
+
+def _point(
+    model: nn.Module, corpus: Corpus, basis: Eigenbasis, singular: Eigenbasis, mass: float, seed: int
+) -> dict[str, Any]:
+    kept = basis.keep(mass=mass)
+    fractions = {name: kept[name].fraction for name in kept}
+    rivals: dict[str, tuple[Eigenbasis, Selection]] = {
+        "kfac": (basis, kept),
+        "svd": (singular, svd_selection(singular, fractions)),
+        "random": (basis, random_selection(basis, kept, seed)),
+    }
+    weights = {name: len(basis[name].values_a) * len(basis[name].values_g) for name in basis}
+    fraction = sum(kept[name].pairs for name in kept) / sum(weights.values())
+    point: dict[str, Any] = {"mass": mass}
+    for method, (own_basis, selection) in rivals.items():
+        with edited(model, own_basis, selection=selection):
+            point[method] = _figures(model, corpus, fraction)
+    return point
+
+
+def _figures(model: nn.Module, corpus: Corpus, fraction: float) -> dict[str, float]:
+    text = corpus.held_out.split(_ROWS)
+    report = evaluate(model, passages=corpus.passages(), text=text)
+    return {**report.to_dict(), "kept_fraction": fraction}
+
+
+def _write(results: dict[str, Any], recipe: Recipe, out: Path) -> None:
+    write_json(out / "results.json", results)
+    figure = frontier(
+        results["base"], results["sweep"], chosen=recipe.mass,
+        title=f"Forgetting {recipe.passages} passages: Llama, {recipe.layers} layers, all MLPs edited",
+    )  # fmt: skip
+    figure.savefig(out / "frontier.png")

@@ -1,0 +1,226 @@
+"""edit(): keep the high-curvature part of weights, in place; edited(): for a while only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.projection import project
+from curvfast.core.selection import Mask, Selection, Staircase
+from curvfast.errors import BasisMismatch, InputError, LayerNotFound
+from curvfast.layers import LayerSpec, LinearLayer, linear_layers, matches
+
+DEFAULT_MASS = 0.6
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """What the edit did to one layer."""
+
+    name: str
+    pairs: int
+    """Eigenpairs kept."""
+    fraction: float
+    """Kept share of the layer's eigenpairs."""
+    mass: float
+    """Kept share of the layer's curvature mass."""
+    relative_change: float
+    """‖W' − W‖ / ‖W‖ in Frobenius norm."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What :func:`edit` did, layer by layer; prints as a table."""
+
+    layers: tuple[LayerEdit, ...]
+    total_pairs: int
+    """All eigenpairs of the edited layers: their number of weights."""
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept share of all eigenpairs of the edited layers."""
+        return sum(layer.pairs for layer in self.layers) / max(1, self.total_pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {
+            "kept_fraction": self.kept_fraction,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        """Return the report as an aligned table."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':<{width}}  {'pairs':>10}  kept %  mass %  change %  seconds"]
+        lines += [
+            f"{e.name:<{width}}  {e.pairs:>10}  {100 * e.fraction:6.2f}  {100 * e.mass:6.2f}  "
+            f"{100 * e.relative_change:8.2f}  {e.seconds:7.3f}"
+            for e in self.layers
+        ]
+        return "\n".join(lines)
+
+
+def edit(
+    model: nn.Module,
+    basis: Eigenbasis,
+    mass: float | None = None,
+    layers: LayerSpec | None = None,
+    *,
+    fraction: float | None = None,
+    pairs: int | None = None,
+    selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+) -> EditReport:
+    """Keep the part of each weight in its high-curvature eigenpairs: W' = U_G (M ∘ C) U_Aᵀ.
+
+    What is removed is the *low* population curvature, where verbatim memorization lives. Biases stay.
+    Everything is checked before the first weight is written. Source: arXiv 2510.24256.
+
+    Args:
+        model: The model the basis was measured on; changed in place, dtypes kept.
+        basis: Eigenbases by layer name.
+        mass: Share ρ in (0, 1] of each layer's curvature mass to keep; 0.6, the paper's choice for
+            a 7B model, if no other rule is given.
+        layers: Which layers of the basis to edit, as in :func:`curvfast.collect`; None means all.
+        fraction: Instead of ``mass``: share of each layer's eigenpairs to keep.
+        pairs: Instead of ``mass``: number of each layer's eigenpairs to keep.
+        selection: Instead of ``mass``: what to keep, by layer name.
+
+    Returns:
+        Pairs, mass, relative change and seconds of each layer.
+
+    Raises:
+        InputError: If a rule is out of range or more than one is given.
+        BasisMismatch: If the basis is of another model.
+        LayerNotFound: If ``layers`` matches nothing in the basis.
+    """
+    return _apply(_plan(model, basis, mass, layers, fraction, pairs, selection))
+
+
+@contextmanager
+def edited(
+    model: nn.Module,
+    basis: Eigenbasis,
+    mass: float | None = None,
+    layers: LayerSpec | None = None,
+    *,
+    fraction: float | None = None,
+    pairs: int | None = None,
+    selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+) -> Iterator[EditReport]:
+    """Edit a model inside a ``with`` block; afterwards its weights are the same, bit for bit.
+
+    Args:
+        model: As in :func:`edit`.
+        basis: As in :func:`edit`.
+        mass: As in :func:`edit`.
+        layers: As in :func:`edit`.
+        fraction: As in :func:`edit`.
+        pairs: As in :func:`edit`.
+        selection: As in :func:`edit`.
+
+    Yields:
+        The report of the edit.
+
+    Raises:
+        InputError: As in :func:`edit`.
+        BasisMismatch: As in :func:`edit`.
+        LayerNotFound: As in :func:`edit`.
+    """
+    plan = _plan(model, basis, mass, layers, fraction, pairs, selection)
+    saved = [(layer.parameter, layer.parameter.detach().clone()) for layer, _, _ in plan]
+    try:
+        yield _apply(plan)
+    finally:
+        with torch.no_grad():
+            for parameter, original in saved:
+                parameter.copy_(original)
+
+
+_Plan = list[tuple[LinearLayer, Eigenbasis, Staircase | Mask]]
+
+
+def _plan(
+    model: nn.Module,
+    basis: Eigenbasis,
+    mass: float | None,
+    layers: LayerSpec | None,
+    fraction: float | None,
+    pairs: int | None,
+    selection: Selection | Mapping[str, Staircase | Mask] | None,
+) -> _Plan:
+    rules = (mass, fraction, pairs, selection)
+    if sum(rule is not None for rule in rules) > 1:
+        raise InputError("pass only one of mass=, fraction=, pairs= and selection=")
+    chosen = _choose(model, basis, layers)
+    part = Eigenbasis({name: basis[name] for name in chosen})
+    if selection is None:
+        if fraction is None and pairs is None and mass is None:
+            mass = DEFAULT_MASS
+        selection = part.keep(mass=mass, fraction=fraction, pairs=pairs)
+    for name, layer in chosen.items():
+        if name not in selection:
+            raise LayerNotFound(f"selection= says nothing about layer {name!r}; add it, or pass layers=")
+        if selection[name].shape != (layer.d_out, layer.d_in):
+            raise BasisMismatch(
+                f"selection of layer {name!r} is {selection[name].shape}, its weight "
+                f"{(layer.d_out, layer.d_in)}"
+            )
+    return [(layer, part, selection[name]) for name, layer in chosen.items()]
+
+
+def _choose(
+    model: nn.Module, basis: Eigenbasis, layers: LayerSpec | None
+) -> dict[str, LinearLayer]:
+    there = linear_layers(model)
+    missing = [name for name in basis if name not in there]
+    if missing:
+        raise BasisMismatch(
+            f"the basis has layer {missing[0]!r} and {len(missing) - 1} more that this "
+            f"{type(model).__name__} lacks; it was measured on another model, or on one with other "
+            "names (a wrapper around it?)"
+        )
+    chosen = {n: there[n] for n in basis if layers is None or matches(layers, n, there[n].module)}
+    if not chosen:
+        raise LayerNotFound(
+            f"layers={layers!r} matches none of the basis's layers: "
+            f"{', '.join(map(repr, basis)) or 'it is empty'}"
+        )
+    for name, layer in chosen.items():
+        shape = (len(basis[name].values_g), len(basis[name].values_a))
+        if shape != (layer.d_out, layer.d_in):
+            raise BasisMismatch(
+                f"the basis of layer {name!r} is for a weight {shape}, the model's is "
+                f"{(layer.d_out, layer.d_in)}: it was measured on another model"
+            )
+    return chosen
+
+
+def _apply(plan: _Plan) -> EditReport:
+    reports = []
+    total = 0
+    for layer, basis, kept in plan:
+        started = time.perf_counter()
+        weight = layer.matrix()
+        change = _write(weight, project(weight, basis[layer.name], kept))
+        total += weight.numel()
+        seconds = time.perf_counter() - started
+        reports.append(
+            LayerEdit(layer.name, kept.pairs, kept.fraction, kept.mass, change, seconds)
+        )
+    return EditReport(tuple(reports), total)
+
+
+def _write(weight: Tensor, new: Tensor) -> float:
+    before = weight.to(new.dtype)
+    scale = before.norm().clamp_min(torch.finfo(new.dtype).tiny)
+    change = float((new - before).norm() / scale)
+    weight.copy_(new)
+    return change

@@ -1,0 +1,53 @@
+"""Errors and warnings; every message says what happened, the likely cause, and what to pass."""
+
+
+class CurvfastError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class InputError(CurvfastError, ValueError):
+    """An argument is out of range or contradicts another."""
+
+
+class ShapeError(CurvfastError, ValueError):
+    """A tensor does not have the shape it must have."""
+
+
+class LayerNotFound(CurvfastError, ValueError):
+    """A layer was asked for that is not there, or cannot be used."""
+
+
+class CoverageError(CurvfastError, RuntimeError):
+    """A chosen layer was not measured, or not on the same rows for A and G."""
+
+
+class NonFiniteError(CurvfastError, ValueError):
+    """A factor holds NaN or infinity."""
+
+
+class BasisMismatch(CurvfastError, ValueError):
+    """A basis or selection does not belong to the model."""
+
+
+class StorageError(CurvfastError, RuntimeError):
+    """A folder cannot be written, or is missing, foreign, damaged or too new."""
+
+
+class DownloadError(CurvfastError, RuntimeError):
+    """A model or text of the demo cannot be had."""
+
+
+class BackendUnavailable(CurvfastError, RuntimeError):
+    """A backend was named that cannot run here, or not on these tensors."""
+
+
+class NumericalWarning(UserWarning):
+    """A number is less certain than it looks."""
+
+
+class PerformanceWarning(UserWarning):
+    """Something works, and slower than it could."""
+
+
+class BackendWarning(UserWarning):
+    """A backend was passed over."""

@@ -1,0 +1,1 @@
+"""What knows transformers: models, tokenizers, checkpoints."""

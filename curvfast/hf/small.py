@@ -1,0 +1,80 @@
+"""Small transformers models and tokenizers made from nothing, for experiments without downloads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """Train a byte-level BPE tokenizer; its one special token is ``<eot>``, id 0.
+
+    Args:
+        texts: Documents.
+        vocabulary: Number of tokens.
+
+    Returns:
+        A ``PreTrainedTokenizerFast``.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<eot>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eot>", pad_token="<eot>", bos_token="<eot>"
+    )
+
+
+def new_llama(
+    *, vocabulary: int, hidden: int, mlp: int, layers: int, heads: int, length: int, seed: int
+) -> Any:
+    """Return a freshly initialised Llama with tied embeddings; the global random state is untouched.
+
+    Args:
+        vocabulary: Number of tokens.
+        hidden: Width.
+        mlp: Width inside the MLPs.
+        layers: Number of blocks.
+        heads: Attention heads.
+        length: Longest sequence.
+        seed: Seed of the weights.
+
+    Returns:
+        A ``LlamaForCausalLM`` in float32.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=length,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def save(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a checkpoint that ``from_pretrained`` loads."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load(directory: Path) -> tuple[Any, Any]:
+    """Read a causal language model in float32 and its tokenizer from a local folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(directory)

@@ -1,0 +1,133 @@
+"""The definitions, written to be read: every backend is tested against this file.
+
+Second moments are plain torch in any dtype, float64 included. The staircase search is the twin of the
+native core: the same summation order, so equal to it bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Values = npt.NDArray[np.float64]
+Widths = npt.NDArray[np.int32]
+
+
+class Found(NamedTuple):
+    """What a staircase search found."""
+
+    widths: Widths
+    threshold: float
+    """Smallest product kept."""
+    pairs: int
+    kept: float
+    """Share of the mass kept."""
+
+
+def second_moment_(out: Tensor, x: Tensor, *, rows: Tensor | None, scale: float) -> None:
+    """Add ``scale`` · xᵀx over the chosen rows of x [rows, d] to out [d, d], in the dtype of out."""
+    chosen = (x if rows is None else x[rows]).to(out.dtype)
+    out += scale * (chosen.T @ chosen)
+
+
+def mirror_(out: Tensor) -> None:
+    """Copy the lower triangle of out [d, d] onto the upper one."""
+    out.copy_(out.tril() + out.tril(-1).T)
+
+
+def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
+    """Keep the largest products whose sum first reaches ``mass`` of the total, ties included.
+
+    Args:
+        values_g: Descending, finite, non-negative, not empty.
+        values_a: Likewise.
+        mass: In (0, 1].
+
+    Returns:
+        Widths and what they hold.
+    """
+    products = _Products(values_g, values_a)
+    target = mass * products.mass(products.widths(0.0))
+    if mass == 1.0:
+        tau = float(np.finfo(np.float64).smallest_subnormal)
+    else:
+        tau = products.largest(lambda widths: bool(products.mass(widths) >= target))
+    widths = products.widths(tau)
+    used = np.flatnonzero(widths)
+    smallest = (products.g[used] * products.a[widths[used] - 1]).min()
+    return products.found(widths, float(smallest))
+
+
+def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
+    """Keep exactly ``pairs`` products, the largest; ties at the end are taken in row order.
+
+    Args:
+        values_g: Descending, finite, non-negative, not empty.
+        values_a: Likewise.
+        pairs: From 0 to rows times columns.
+
+    Returns:
+        Widths and what they hold.
+    """
+    products = _Products(values_g, values_a)
+    if pairs == 0:
+        return products.found(np.zeros(len(values_g), np.int32), float("inf"))
+    tau = products.largest(lambda widths: int(widths.sum(dtype=np.int64)) >= pairs)
+    widths = products.widths(float(np.nextafter(tau, np.inf)))
+    ties = (products.widths(tau) - widths).astype(np.int64)
+    before = np.cumsum(ties) - ties
+    missing = pairs - int(widths.sum(dtype=np.int64))
+    widths = widths + np.clip(missing - before, 0, ties).astype(np.int32)
+    return products.found(widths, tau)
+
+
+class _Products:
+    """The products of two descending lists, never formed: a row is searched by bisection."""
+
+    def __init__(self, values_g: Values, values_a: Values) -> None:
+        # Scaling by a power of two keeps ties ties; dividing by the maximum would round them apart.
+        exponents = [int(np.frexp(values[0])[1]) for values in (values_g, values_a)]
+        self.g, self.a = (
+            np.ldexp(values, -exponent)
+            for values, exponent in zip((values_g, values_a), exponents, strict=True)
+        )
+        self.exponent = sum(exponents)
+        # cumsum adds one by one, as the native core does; sum() would add pairwise.
+        self.prefix = np.concatenate([[0.0], np.cumsum(self.a)])
+
+    def widths(self, tau: float) -> Widths:
+        """Return for each row how many products are at least ``tau``."""
+        low = np.zeros(len(self.g), np.int32)
+        high = np.full(len(self.g), len(self.a), np.int32)
+        while (open_rows := low < high).any():
+            middle = (low + high) // 2
+            enough = self.g * self.a[np.minimum(middle, len(self.a) - 1)] >= tau
+            low = np.where(open_rows & enough, middle + 1, low)
+            high = np.where(open_rows & ~enough, middle, high)
+        return low
+
+    def mass(self, widths: Widths) -> float:
+        """Return the sum of the products within ``widths``."""
+        return float(np.cumsum(self.g * self.prefix[widths])[-1])
+
+    def largest(self, enough: Callable[[Widths], bool]) -> float:
+        """Return the largest threshold whose widths are ``enough``: always one of the products."""
+        # Non-negative doubles are ordered like their bit patterns.
+        low, high = 0, int(np.float64(self.g[0] * self.a[0]).view(np.int64)) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if enough(self.widths(float(np.int64(middle).view(np.float64)))):
+                low = middle
+            else:
+                high = middle
+        return float(np.int64(low).view(np.float64))
+
+    def found(self, widths: Widths, threshold: float) -> Found:
+        total = self.mass(np.full_like(widths, len(self.a)))
+        kept = self.mass(widths) / total if total > 0 else 0.0
+        unscaled = float(np.ldexp(threshold, self.exponent))
+        return Found(widths, unscaled, int(widths.sum(dtype=np.int64)), kept)

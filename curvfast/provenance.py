@@ -1,0 +1,60 @@
+"""Facts about a model and its environment, for the files that results are kept in."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvfast._version import __version__
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of data parallelism and ``torch.compile``."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Say whether ``model`` is one of transformers' decoder-only language models.
+
+    By its class names: transformers need not be loaded for a model that is not its own.
+    """
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    names = (cls.__name__ for cls in type(inner).__mro__)
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return the class, name and versions a result depends on."""
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
+    return {
+        "class": type(inner).__name__,
+        "name": getattr(config, "_name_or_path", "") or None,
+        "parameters": sum(parameter.numel() for parameter in inner.parameters()),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes: curvfast, Python, torch, and transformers if loaded."""
+    found = {
+        "curvfast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        found["transformers"] = str(transformers.__version__)
+    return found

@@ -1,0 +1,155 @@
+"""Which rows of a batch count, and how many labels its loss was averaged over.
+
+The canonical layout is [rows, features]: every leading dimension of an activation is flattened. A
+row counts if it is a real position and, for a causal language model, not the last real position of
+its sequence, whose prediction no label scores (arXiv 2510.24256, appendix on data collection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfast.errors import InputError, ShapeError
+
+RowRule = Callable[[str, torch.Size], Tensor]
+"""(layer name, leading shape of its input) -> bool tensor of that shape: True where a row counts."""
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a flattened activation that count."""
+
+    index: Tensor | None
+    """int64 indices, or None where every row counts."""
+    count: int
+
+
+@dataclass(eq=False)
+class Batch:
+    """What one call of the model says about its rows and its loss."""
+
+    skip_last: bool
+    rule: RowRule | None = None
+    mask: Tensor | None = None
+    """Real positions, bool [sequences, length], or None where all are real."""
+    positions: torch.Size | None = None
+    """Leading shape [sequences, length] of the model's input, where it is known."""
+    labels: int | None = None
+    """Labels the loss was averaged over, where the call tells."""
+    predictions: torch.Size | None = None
+    """Leading shape of the model's output, known after its forward."""
+    _rows: dict[tuple[str | None, torch.Size], Rows] = field(default_factory=dict)
+
+    def rows(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
+        """Return the rows of layer ``name`` that count, its input being [*shape, features].
+
+        Raises:
+            ShapeError: If a mask is known and does not describe ``shape``.
+        """
+        key = (name if self.rule else None, shape)
+        if key not in self._rows:
+            keep = self.rule(name, shape) if self.rule else self._real(name, shape)
+            self._rows[key] = _as_rows(name, keep, shape, device)
+        return self._rows[key]
+
+    def label_count(self) -> int:
+        """Return how many labels a mean loss of this batch was divided by.
+
+        Raises:
+            InputError: If neither the call's labels nor its predictions tell.
+        """
+        if self.labels is None:
+            shape = self.predictions if self.predictions is not None else self.positions
+            if shape is None:
+                raise InputError(
+                    "the gradient of a mean loss arrived, and over how many labels it was averaged "
+                    "is unknown: the model was called without labels and returned no logits. Call "
+                    "curvature.labels(n) before the model, or pass loss_reduction='sum'"
+                )
+            grid = self.positions if self.mask is None else self.mask.shape
+            per_position = len(shape) > 1 and (grid is None or grid.numel() == shape.numel())
+            keep = self._real("the model's output", shape) if per_position else None
+            self.labels = shape.numel() if keep is None else int(keep.sum())
+        return max(1, self.labels)
+
+    def _real(self, name: str, shape: torch.Size) -> Tensor | None:
+        grid = self.positions if self.mask is None else self.mask.shape
+        if self.mask is None and not self.skip_last:
+            return None
+        if grid is None and len(shape) >= 2:
+            grid = shape
+        if grid is None or grid.numel() != shape.numel():
+            raise ShapeError(
+                f"{name!r} has {list(shape)} rows, which the mask of {list(grid or ())} positions "
+                "does not describe; say which of its rows count by rows=(name, shape) -> bool mask, "
+                "or leave the layer out"
+            )
+        real = torch.ones(grid, dtype=torch.bool) if self.mask is None else self.mask
+        return (drop_last(real) if self.skip_last else real).reshape(shape)
+
+
+def drop_last(real: Tensor) -> Tensor:
+    """Return ``real`` [..., length] without the last real position of each sequence."""
+    real_from_here = real.flip(-1).cumsum(-1).flip(-1)
+    return real & (real_from_here > 1)
+
+
+def read_call(batch: Batch, arguments: Mapping[str, Any]) -> None:
+    """Take mask, positions and label count from the arguments the model is called with.
+
+    Raises:
+        ShapeError: If ``attention_mask`` is not [sequences, length].
+    """
+    for key in ("input_ids", "inputs_embeds"):
+        tokens = arguments.get(key)
+        if isinstance(tokens, Tensor):
+            batch.positions = tokens.shape[:2]
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and batch.mask is None:
+        if mask.dim() != 2 and batch.rule is not None:
+            mask = None
+        elif mask.dim() != 2:
+            raise ShapeError(
+                f"attention_mask is {list(mask.shape)}; the real positions are read from a mask "
+                "[sequences, length]. Call curvature.mask(mask_2d) before the model, or pass rows="
+            )
+        batch.mask = None if mask is None else mask.detach().bool()
+    if batch.labels is None:
+        batch.labels = _count_labels(arguments, causal=batch.skip_last)
+
+
+def _count_labels(arguments: Mapping[str, Any], *, causal: bool) -> int | None:
+    # transformers' Trainer divides the summed loss by this number instead of the labels at hand.
+    given = arguments.get("num_items_in_batch")
+    if given is not None:
+        return int(given)
+    shifted = arguments.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        return int((shifted != IGNORED_LABEL).sum())
+    labels = arguments.get("labels")
+    if not isinstance(labels, Tensor):
+        return None
+    if causal:
+        labels = labels[..., 1:]
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def _as_rows(name: str, keep: Tensor | None, shape: torch.Size, device: torch.device) -> Rows:
+    if keep is None:
+        return Rows(None, shape.numel())
+    if keep.shape != shape or keep.dtype != torch.bool:
+        raise ShapeError(
+            f"rows= returned a {keep.dtype} tensor {list(keep.shape)} for layer {name!r}; it must be "
+            f"a bool tensor of the leading shape of its input, {list(shape)}"
+        )
+    index = keep.reshape(-1).nonzero().squeeze(1)
+    if index.shape[0] == keep.numel():
+        return Rows(None, keep.numel())
+    return Rows(index.to(device), index.shape[0])
