@@ -49,13 +49,16 @@ def describe(
     supported = linear_layers(model)
     by_parameter = {id(layer.parameter): name for name, layer in chosen.items()}
     covered, uncovered = {}, {}
+    seen: set[int] = set()
     inside = total = 0
     for full_name, module in model.named_modules():
         owner = bare_name(full_name)
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{leaf}" if owner else leaf
-            if name in covered or name in uncovered:
+            # A tied parameter is named once, where it stands first, as torch does.
+            if id(parameter) in seen:
                 continue
+            seen.add(id(parameter))
             total += parameter.numel()
             if id(parameter) in by_parameter:
                 covered[name] = rows.get(by_parameter[id(parameter)], 0)

@@ -52,7 +52,7 @@ def train(recipe: Recipe, corpus: Corpus) -> Any:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            bar.advance(1, loss=f"{float(loss):.3f}")
+            bar.advance(1, loss=f"{loss.item():.3f}")
     return model.eval()
 
 
