@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 
-SWEEP = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+SWEEP = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95, 0.97, 0.98, 0.99)
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Recipe:
     """How much of the Bible passages are taken from."""
     held_out_windows: int = 240
     steps: int = 450
-    prose_rows: int = 24
+    prose_rows: int = 20
     """Rows of prose in a batch."""
-    canary_rows: int = 8
+    canary_rows: int = 12
     """Rows of two passages each in a batch."""
     learning_rate: float = 3e-3
     statistics_tokens: int = 60_000

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvfast.errors import InputError
 
@@ -18,7 +19,8 @@ def greedy(
     """Continue each prefix by exactly ``length`` tokens, always the likeliest.
 
     Prompts are padded on the *left*, so every continuation starts at one column and none is cut by
-    padding. The model's own generation settings (sampling, penalties, end tokens) are not used.
+    padding. The model's own generation settings (sampling, penalties, end tokens) play no part:
+    ``generate()`` would merge them into whatever it is given.
 
     Args:
         model: A causal language model of transformers; evaluated in eval mode, its mode restored.
@@ -32,8 +34,8 @@ def greedy(
     Raises:
         InputError: If a prefix is empty or the model cannot generate.
     """
-    if not hasattr(model, "generate"):
-        raise InputError(f"{type(model).__name__} has no generate(); pass a causal language model")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"{type(model).__name__} cannot generate; pass a causal language model")
     if any(len(prefix) == 0 for prefix in prefixes):
         raise InputError("an empty prefix cannot be continued; give each at least one token")
     device = next(model.parameters()).device
@@ -51,18 +53,28 @@ def greedy(
             for row, i in enumerate(chosen):
                 tokens[row, width - len(prefixes[i]) :] = torch.tensor(list(prefixes[i]))
                 mask[row, width - len(prefixes[i]) :] = 1
-            out = _generate(model, tokens.to(device), mask.to(device), length)
-            found |= dict(zip(chosen, out[:, width:].tolist(), strict=True))
+            new = _continue(model, tokens.to(device), mask.to(device), length)
+            found |= dict(zip(chosen, new.tolist(), strict=True))
     finally:
         model.train(training)
     return [found[i] for i in range(len(prefixes))]
 
 
-def _generate(model: Any, tokens: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
-    settings = type(model.generation_config)(
-        max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=None, bos_token_id=None
-    )
-    result: torch.Tensor = model.generate(
-        input_ids=tokens, attention_mask=mask, generation_config=settings
-    )
-    return result
+def _continue(model: nn.Module, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Return the ``length`` likeliest next tokens of left-padded prompts, by a cached forward."""
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": True}
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = 1
+    generated = []
+    past = None
+    for _ in range(length):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        if "position_ids" in known:
+            options["position_ids"] = positions if past is None else positions[:, -1:]
+        out = model(input_ids=tokens, attention_mask=mask, past_key_values=past, **options)
+        past = out.past_key_values
+        tokens = out.logits[:, -1:].argmax(-1)
+        generated.append(tokens)
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    return torch.cat(generated, dim=1)

@@ -1,0 +1,190 @@
+"""The edit: an orthogonal projection of each weight, nothing else touched, undone bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import gpt2, llama, token_batches
+
+import curvfast
+from curvfast.baselines.selections import random_selection
+from curvfast.baselines.svd import svd_basis, svd_selection
+from curvfast.core.projection import drop_, project, rotate, rotate_back
+from curvfast.core.selection import Selection, staircase_by_mass
+from curvfast.errors import BasisMismatch, InputError, LayerNotFound
+
+pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
+
+
+@pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
+def measured(request: pytest.FixtureRequest):
+    model = request.param()
+    # Biases that are not zero, or leaving them untouched would not show.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    basis = curvfast.collect_from(model, token_batches(sizes=(40, 41)), progress=False).eigh()
+    return model, basis
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def matrix(model, name):
+    return curvfast.layers.linear_layers(model)[name].matrix().clone()
+
+
+def test_the_edit_is_its_definition(measured) -> None:
+    """W' = Σ over kept pairs of u_i (u_iᵀ W v_j) v_jᵀ, summed pair by pair in float64."""
+    model, basis = measured
+    name = next(iter(basis))
+    before = matrix(model, name).double()
+    kept = basis.keep(mass=0.7)[name].dense()
+    u, v = basis[name].vectors_g.double(), basis[name].vectors_a.double()
+    expected = torch.zeros_like(before)
+    for i, j in kept.nonzero().tolist():
+        expected += (u[:, i] @ before @ v[:, j]) * torch.outer(u[:, i], v[:, j])
+    report = curvfast.edit(model, basis, mass=0.7)
+    assert (matrix(model, name).double() - expected).norm() <= 1e-5 * before.norm()
+    assert report.layers[0].pairs == kept.sum()
+    change = (expected - before).norm() / before.norm()
+    assert report.layers[0].relative_change == pytest.approx(float(change), rel=1e-4)
+
+
+def test_only_the_chosen_weights_change(measured) -> None:
+    model, basis = measured
+    before = weights(model)
+    chosen = next(iter(basis))
+    curvfast.edit(model, basis, 0.5, chosen)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {f"{chosen}.weight"}
+
+
+def test_keeping_everything_is_the_identity_to_rounding(measured) -> None:
+    model, basis = measured
+    before = weights(model)
+    curvfast.edit(model, basis, fraction=1.0)
+    for name, parameter in model.named_parameters():
+        assert (parameter - before[name]).norm() <= 2e-6 * before[name].norm().clamp_min(1)
+
+
+def test_kept_and_removed_add_up_and_are_orthogonal(measured) -> None:
+    model, basis = measured
+    for name, kept in basis.keep(mass=0.6).items():
+        weight = matrix(model, name)
+        stays = project(weight, basis[name], kept)
+        goes = project(weight, basis[name], kept.complement())
+        assert (stays + goes - weight).norm() <= 3e-6 * weight.norm()
+        assert (stays * goes).sum().abs() <= 1e-6 * weight.norm() ** 2
+
+
+def test_editing_twice_is_editing_once(measured) -> None:
+    model, basis = measured
+    curvfast.edit(model, basis, mass=0.6)
+    once = weights(model)
+    curvfast.edit(model, basis, mass=0.6)
+    for name, parameter in model.named_parameters():
+        assert (parameter - once[name]).norm() <= 3e-6 * once[name].norm().clamp_min(1)
+
+
+def test_undo_is_bitwise_even_after_an_exception(measured) -> None:
+    model, basis = measured
+    before = weights(model)
+    with pytest.raises(KeyError), curvfast.edited(model, basis, mass=0.3) as report:
+        assert report.kept_fraction < 1
+        assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+        raise KeyError
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    model = llama()
+    basis = curvfast.collect_from(model, token_batches(), progress=False).eigh()
+    model.to(dtype)
+    exact = {n: matrix(model, n).double() for n in basis}
+    curvfast.edit(model, basis, mass=0.8)
+    kept = basis.keep(mass=0.8)
+    for name in basis:
+        assert matrix(model, name).dtype == dtype
+        expected = project(exact[name], basis[name], kept[name])
+        tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-6
+        assert (matrix(model, name).double() - expected).norm() <= tolerance * exact[name].norm()
+
+
+def test_rotating_there_and_back_is_the_identity() -> None:
+    model = llama()
+    basis = curvfast.collect_from(model, token_batches(), progress=False).eigh()
+    name = next(iter(basis))
+    weight = matrix(model, name)
+    assert (rotate_back(rotate(weight, basis[name]), basis[name]) - weight).norm() <= 3e-6 * weight.norm()
+
+
+def test_dropping_is_multiplying_by_the_mask() -> None:
+    c = torch.randn(4, 3)
+    stairs = staircase_by_mass([4.0, 2, 1, 0.5], [3.0, 1, 0.2], 0.8)
+    assert torch.equal(drop_(c.clone(), stairs), c * stairs.dense())
+    assert torch.equal(drop_(c.clone(), stairs.complement()), c * ~stairs.dense())
+
+
+def test_the_report_prints_and_serialises(measured) -> None:
+    model, basis = measured
+    report = curvfast.edit(model, basis)
+    assert all(layer.mass >= 0.6 for layer in report.layers)
+    assert len(str(report).splitlines()) == 1 + len(basis)
+    assert report.to_dict()["layers"][0]["name"] == next(iter(basis))
+    assert 0 < report.kept_fraction < 1
+
+
+def test_truncated_svd_is_the_best_approximation_of_its_rank() -> None:
+    model = llama()
+    name = "model.layers.0.mlp.up_proj"
+    before = matrix(model, name)
+    basis = svd_basis(model, [name])
+    rank = round(0.5 * 24)
+    curvfast.edit(model, basis, selection=svd_selection(basis, {name: 0.5}))
+    u, s, vh = torch.linalg.svd(before)
+    best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    assert (matrix(model, name) - best).norm() <= 1e-5 * before.norm()
+
+
+def test_random_pairs_are_as_many_as_the_staircase_keeps(measured) -> None:
+    _, basis = measured
+    kept = basis.keep(mass=0.7)
+    chosen = random_selection(basis, kept, seed=0)
+    assert {n: chosen[n].pairs for n in chosen} == {n: kept[n].pairs for n in kept}
+
+
+class TestNothingIsWrittenOnAnError:
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"mass": 0.0}, InputError, "in \\(0, 1\\]"),
+            ({"mass": 1.5}, InputError, "in \\(0, 1\\]"),
+            ({"fraction": -0.1}, InputError, "in \\[0, 1\\]"),
+            ({"mass": 0.5, "fraction": 0.5}, InputError, "only one"),
+            ({"layers": "*.q_proj"}, LayerNotFound, "matches none"),
+            ({"selection": {}}, LayerNotFound, "says nothing"),
+        ],
+    )
+    def test_bad_requests(self, measured, options, error, match) -> None:
+        model, basis = measured
+        before = weights(model)
+        with pytest.raises(error, match=match):
+            curvfast.edit(model, basis, **options)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+    def test_a_basis_of_another_model(self, measured) -> None:
+        _, basis = measured
+        with pytest.raises(BasisMismatch, match="another model"):
+            curvfast.edit(llama(hidden_size=32, num_hidden_layers=3), basis)
+        with pytest.raises(BasisMismatch, match="another model"):
+            curvfast.edit(torch.nn.Linear(3, 3), basis)
+
+    def test_a_selection_of_another_shape(self, measured) -> None:
+        model, basis = measured
+        name = next(iter(basis))
+        wrong = Selection({n: staircase_by_mass([1.0], [1.0], 1.0) for n in basis})
+        with pytest.raises(BasisMismatch, match=name):
+            curvfast.edit(model, basis, selection=wrong)
