@@ -9,7 +9,8 @@ Glossary:
         loss bends along it. LOW population curvature is where verbatim memorization lives: each
         memorized example bends the loss along a direction of its own, flat on average. HIGH
         curvature is shared by many examples: mechanisms that generalise.
-    Staircase: the set of pairs with λᵢ μⱼ above a threshold; row i keeps its first width[i] columns.
+    Staircase: the set of pairs with λᵢ μⱼ above a threshold; row i keeps its first width[i]
+        columns.
     Activation ratio: how strongly some inputs excite a band of components, relative to others.
 """
 

@@ -1,10 +1,10 @@
 """Capture: the inputs and output gradients of linear layers, seen by hooks that change nothing.
 
-The input a of a layer is handed to autograd's own keeping, and read back when the gradient g of that
-very call arrives. So a and g always belong together: under activation checkpointing, re-entrant or
-not, a is recomputed rather than held, and a forward that is recomputed, or never followed by a
-backward, counts nothing. Only where we drive the passes ourselves, and each forward is known to run
-once and to be followed by its backward, is a counted at once and let go.
+The input a of a layer is handed to autograd's own keeping, and read back when the gradient g of
+that very call arrives. So a and g always belong together: under activation checkpointing,
+re-entrant or not, a is recomputed rather than held, and a forward that is recomputed, or never
+followed by a backward, counts nothing. Only where we drive the passes ourselves, and each forward
+is known to run once and to be followed by its backward, is a counted at once and let go.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Capture:
             self._on_arrival(Arrival(call.layer, call.batch, call.shared, x, g))
 
     def _shared(self, name: str, x: Tensor, batch: Batch) -> SharedInput:
-        """Return the record of the tensor this call reads, the same for every layer that reads it."""
+        """Return the record of the tensor this call reads: one for all layers that read it."""
         if not self._share_inputs:
             return SharedInput({name})
         identity = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version, batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,8 @@ from curvfast.capture import Arrival, Capture, outside_graphs
 from curvfast.config import CollectConfig
 from curvfast.core.factors import Factors, LayerFactors
 from curvfast.coverage import Coverage, describe
-from curvfast.errors import CoverageError, InputError, NumericalWarning
+from curvfast.diagnosis import require_rows, warn_few_rows
+from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, select
 from curvfast.provenance import is_causal_lm, model_facts
 from curvfast.rows import Batch, RowRule, read_call
@@ -114,7 +114,7 @@ class Curvature:
             CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
                 to the same rows; the message says which and why.
         """
-        self._check()
+        require_rows(self._layers, self._sums, self._capture.calls, self._skipped)
         sums: dict[int, Tensor] = {}
         layers = {}
         for name in self._layers:
@@ -124,7 +124,7 @@ class Curvature:
                     sums[id(moment)] = moment.sum.clone() if self._active else moment.sum
                     ops.mirror_(sums[id(moment)])
             layers[name] = LayerFactors(sums[id(a)], sums[id(g)], a.rows, g.rows)
-        self._warn_few(layers)
+        warn_few_rows(layers)
         provenance = {
             "model": model_facts(self._model),
             "collect": {**self._config.to_dict(), "skip_last": self._skip_last},
@@ -188,52 +188,6 @@ class Curvature:
             self._sums.add_input(arrival.layer, arrival.batch, arrival.shared, arrival.x)
         self._sums.add_gradient(arrival.layer, arrival.batch, arrival.g, unit)
 
-    def _check(self) -> None:
-        problems = []
-        for name in self._layers:
-            a, g = self._sums.inputs.get(name), self._sums.gradients.get(name)
-            if a is None or g is None or not g.rows:
-                problems.append(f"{name!r}: {self._why_empty(name)}")
-            elif a.rows != g.rows:
-                problems.append(
-                    f"{name!r}: {a.rows} inputs but {g.rows} gradients: it read the tensor of another "
-                    "layer and got no gradient for it; collect with share_inputs=False"
-                )
-        if problems:
-            raise CoverageError(
-                "some chosen layers have no factors (nothing is lost: what was summed is still here; "
-                "leave them out by layers=, or mend the cause):\n  " + "\n  ".join(problems)
-            )
-
-    def _why_empty(self, name: str) -> str:
-        calls = self._capture.calls[name]
-        if not calls.forward:
-            return (
-                "its hook never fired. The model never called it, or was compiled before collect() "
-                "began: torch.compile ignores later hooks, so enter collect() first"
-            )
-        if self._skipped[name]:
-            return f"all {self._skipped[name]} gradients overflowed and were left out"
-        if calls.gradients:
-            return "gradients came, but no row of them counts: is every position masked?"
-        if calls.forward == calls.without_grad:
-            return (
-                "its output never required a gradient: it ran under no_grad, or everything up to it "
-                "is frozen; use collect_from(), which needs no trainable parameter"
-            )
-        return "no gradient reached it: was backward() called inside the with block?"
-
-    def _warn_few(self, layers: dict[str, LayerFactors]) -> None:
-        few = [n for n, f in layers.items() if f.rows_g < max(len(f.a_sum), len(f.g_sum))]
-        if few:
-            rows = min(layers[name].rows_g for name in few)
-            warnings.warn(
-                f"{len(few)} layer(s) saw fewer rows than they are wide ({rows} at least), so their "
-                f"factors are rank-deficient: {', '.join(map(repr, few[:8]))}; collect more data",
-                NumericalWarning,
-                stacklevel=3,
-            )
-
 
 @contextmanager
 def collect(
@@ -254,16 +208,17 @@ def collect(
     gradient accumulation and repeated calls alike. Source: arXiv 2510.24256, K-FAC section.
 
     Args:
-        model: The module the loop calls; its ``attention_mask`` and ``labels`` are read from the call.
+        model: The module the loop calls; its ``attention_mask`` and ``labels`` are read from the
+            call.
         layers: ``"mlp"``, ``"attention"``, ``"all"``, one or more globs on names, or a predicate.
-        loss_reduction: ``"mean"`` if the loss is averaged over its labels, ``"sum"`` if summed. G is
-            always of the *summed* loss.
+        loss_reduction: ``"mean"`` if the loss is averaged over its labels, ``"sum"`` if summed. G
+            is always of the *summed* loss.
         loss_scale: Any further factor of the loss, such as 1/n under gradient accumulation.
         grad_scaler: The loop's ``GradScaler``; its scale is divided out, overflowed steps left out.
         skip_last: Whether the last real position of each sequence is left out (no label scores it);
             None means: for causal language models.
-        rows: ``(layer name, leading shape) -> bool tensor``, replaces both rules for what else counts,
-            such as the CLS token of a vision transformer.
+        rows: ``(layer name, leading shape) -> bool tensor``, replaces both rules for what else
+            counts, such as the CLS token of a vision transformer.
         share_inputs: Whether layers fed by one tensor share one A.
 
     Yields:

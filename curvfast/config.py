@@ -22,7 +22,7 @@ class CollectConfig:
     loss_scale: float = 1.0
     """A further factor of the caller's loss."""
     skip_last: bool | None = None
-    """Whether the last real position of a sequence is left out; None: for causal language models."""
+    """Whether a sequence's last real position is left out; None: for causal language models."""
     share_inputs: bool = True
     """Whether layers fed by one tensor share one A."""
 
@@ -39,8 +39,8 @@ class CollectConfig:
             )
         if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
             raise InputError(
-                f"loss_scale={self.loss_scale}: pass the positive factor the loss is multiplied by, "
-                "such as 1/4 when four accumulated batches are averaged"
+                f"loss_scale={self.loss_scale}: pass the positive factor the loss is multiplied "
+                "by, such as 1/4 when four accumulated batches are averaged"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,8 +45,9 @@ def collect_from(
 
     Args:
         model: A model whose output is, or has, ``logits`` [..., classes] of a cross-entropy.
-        batches: Keyword arguments of the model (``input_ids``, ``attention_mask``, ``pixel_values``,
-            …; ``labels`` with ``labels="gold"``), or tensors passed as its one argument.
+        batches: Keyword arguments of the model (``input_ids``, ``attention_mask``,
+            ``pixel_values``, …; ``labels`` with ``labels="gold"``), or tensors passed as its one
+            argument.
         layers: As in :func:`curvfast.collect`.
         labels: ``"sampled"`` draws them from the model's own distribution (the true Fisher, the
             paper's choice); ``"gold"`` takes the batch's ``labels``, or the next token.
@@ -81,9 +82,7 @@ def collect_from(
     counted = 0
     with _frozen(model, keep_mode) as driven, Bar("collect", tokens, "label", progress) as bar:
         facts: dict[str, Any] = {"labels": labels, "seed": seed}
-        curvature = Curvature(
-            model, config, layers, rows=rows, driven=driven, facts=facts
-        )
+        curvature = Curvature(model, config, layers, rows=rows, driven=driven, facts=facts)
         try:
             for batch in batches:
                 count = _step(model, _arguments(model, batch, device), labels, causal, generator)
@@ -95,8 +94,8 @@ def collect_from(
             curvature.close()
         if not counted:
             raise InputError(
-                "batches gave no label to measure with: the iterable is empty (a generator is used up "
-                "after one pass), or every position is masked"
+                "batches gave no label to measure with: the iterable is empty (a generator is used "
+                "up after one pass), or every position is masked"
             )
         curvature.add_facts(tokens=counted)
         return curvature.factors()
@@ -136,7 +135,9 @@ def _frozen(model: nn.Module, keep_mode: bool) -> Iterator[bool]:
     try:
         if not keep_mode:
             model.eval()
-        checkpointing = model.training and getattr(unwrap(model), "is_gradient_checkpointing", False)
+        checkpointing = model.training and getattr(
+            unwrap(model), "is_gradient_checkpointing", False
+        )
         if checkpointing:
             # A checkpointed region passes gradients on only if one of its inputs asks for them.
             embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]

@@ -80,8 +80,8 @@ def edit(
 ) -> EditReport:
     """Keep the part of each weight in its high-curvature eigenpairs: W' = U_G (M ∘ C) U_Aᵀ.
 
-    What is removed is the *low* population curvature, where verbatim memorization lives. Biases stay.
-    Everything is checked before the first weight is written. Source: arXiv 2510.24256.
+    What is removed is the *low* population curvature, where verbatim memorization lives. Biases
+    stay. Everything is checked before the first weight is written. Source: arXiv 2510.24256.
 
     Args:
         model: The model the basis was measured on; changed in place, dtypes kept.
@@ -167,7 +167,9 @@ def _plan(
         selection = part.keep(mass=mass, fraction=fraction, pairs=pairs)
     for name, layer in chosen.items():
         if name not in selection:
-            raise LayerNotFound(f"selection= says nothing about layer {name!r}; add it, or pass layers=")
+            raise LayerNotFound(
+                f"selection= says nothing about layer {name!r}; add it, or pass layers="
+            )
         if selection[name].shape != (layer.d_out, layer.d_in):
             raise BasisMismatch(
                 f"selection of layer {name!r} is {selection[name].shape}, its weight "
@@ -212,9 +214,7 @@ def _apply(plan: _Plan) -> EditReport:
         change = _write(weight, project(weight, basis[layer.name], kept))
         total += weight.numel()
         seconds = time.perf_counter() - started
-        reports.append(
-            LayerEdit(layer.name, kept.pairs, kept.fraction, kept.mass, change, seconds)
-        )
+        reports.append(LayerEdit(layer.name, kept.pairs, kept.fraction, kept.mass, change, seconds))
     return EditReport(tuple(reports), total)
 
 

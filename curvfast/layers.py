@@ -105,8 +105,9 @@ def matches(spec: LayerSpec, name: str, module: nn.Module | None = None) -> bool
 def kind(name: str) -> str:
     """Return ``"attention"``, ``"mlp"``, ``"head"`` or ``"other"`` from a layer's name.
 
-    Attention is looked for first: ``attention.output.dense`` of BERT belongs to it, ``output.dense``
-    to the MLP. Heads stand at the top of the model, so only the first component tells them.
+    Attention is looked for first: ``attention.output.dense`` of BERT belongs to it,
+    ``output.dense`` to the MLP. Heads stand at the top of the model, so only the first component
+    tells them.
     """
     parts = name.lower().split(".")
     if parts[0] in _HEADS or parts[-1] in ("lm_head", "embed_out"):

@@ -38,7 +38,9 @@ class Bar:
         self.close()
 
 
-def track(items: Iterable[T], title: str, total: int, unit: str, enabled: bool = True) -> Iterator[T]:
+def track(
+    items: Iterable[T], title: str, total: int, unit: str, enabled: bool = True
+) -> Iterator[T]:
     """Yield ``items`` while a bar counts them."""
     with Bar(title, total, unit, enabled) as bar:
         for item in items:

@@ -30,7 +30,9 @@ def is_causal_lm(model: nn.Module) -> bool:
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    # peft keeps the model it wraps behind this method.
+    base = getattr(inner, "get_base_model", None)
+    inner = base() if callable(base) else inner
     names = (cls.__name__ for cls in type(inner).__mro__)
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from curvfast.errors import InputError, ShapeError
 
 RowRule = Callable[[str, torch.Size], Tensor]
-"""(layer name, leading shape of its input) -> bool tensor of that shape: True where a row counts."""
+"""(layer name, leading shape of its input) -> bool tensor: True where a row counts."""
 
 IGNORED_LABEL = -100
 
@@ -88,8 +88,8 @@ class Batch:
         if grid is None or grid.numel() != shape.numel():
             raise ShapeError(
                 f"{name!r} has {list(shape)} rows, which the mask of {list(grid or ())} positions "
-                "does not describe; say which of its rows count by rows=(name, shape) -> bool mask, "
-                "or leave the layer out"
+                "does not describe; say which of its rows count by rows=(name, shape) -> bool "
+                "mask, or leave the layer out"
             )
         real = torch.ones(grid, dtype=torch.bool) if self.mask is None else self.mask
         return (drop_last(real) if self.skip_last else real).reshape(shape)
@@ -146,8 +146,8 @@ def _as_rows(name: str, keep: Tensor | None, shape: torch.Size, device: torch.de
         return Rows(None, shape.numel())
     if keep.shape != shape or keep.dtype != torch.bool:
         raise ShapeError(
-            f"rows= returned a {keep.dtype} tensor {list(keep.shape)} for layer {name!r}; it must be "
-            f"a bool tensor of the leading shape of its input, {list(shape)}"
+            f"rows= returned a {keep.dtype} tensor {list(keep.shape)} for layer {name!r}; it must "
+            f"be a bool tensor of the leading shape of its input, {list(shape)}"
         )
     index = keep.reshape(-1).nonzero().squeeze(1)
     if index.shape[0] == keep.numel():

@@ -1,4 +1,4 @@
-"""Folders of tensors on disk: config.json beside one safetensors file, versioned, written atomically.
+"""Folders of tensors on disk: versioned, written atomically.
 
 ``config.json`` names the tensor file with its size and SHA-256 and is replaced last, so a folder is
 either the old state or the new one, whenever the writer is killed. A folder holds:
@@ -60,13 +60,17 @@ def write_folder(
         size = partial.stat().st_size
         os.replace(partial, final)
         record = {"file": final.name, "bytes": size, "sha256": digest}
-        head: dict[str, Any] = {"kind": kind, "format_version": FORMAT_VERSION, "curvfast_version": __version__}
+        head: dict[str, Any] = {
+            "kind": kind,
+            "format_version": FORMAT_VERSION,
+            "curvfast_version": __version__,
+        }
         head |= {"tensors": record, "meta_sha256": _meta_sha256(meta)}
         write_json(folder / _CONFIG, {**head, **meta})
     except OSError as error:
         raise StorageError(
-            f"could not write {kind} to {str(folder)!r}: {error}. What was there before is untouched; "
-            "check the disk's free space and permissions"
+            f"could not write {kind} to {str(folder)!r}: {error}. What was there before is "
+            "untouched; check the disk's free space and permissions"
         ) from error
     finally:
         if partial is not None:
@@ -131,13 +135,14 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise StorageError(
-            f"{str(folder)!r} is format {version} of {kind}; this curvfast {__version__} reads up to "
-            f"{FORMAT_VERSION}: upgrade curvfast"
+            f"{str(folder)!r} is format {version} of {kind}; this curvfast {__version__} reads up "
+            f"to {FORMAT_VERSION}: upgrade curvfast"
         )
     meta = {key: value for key, value in config.items() if key not in _RESERVED}
     if config.get("meta_sha256") != _meta_sha256(meta) or "tensors" not in config:
         raise StorageError(f"{str(path)!r} is damaged or was edited: its checksum does not fit")
-    return config
+    found_config: dict[str, Any] = config
+    return found_config
 
 
 def _meta_sha256(meta: Mapping[str, Any]) -> str:

@@ -47,10 +47,18 @@ def gpt2() -> nn.Module:
 
     return GPT2LMHeadModel(
         GPT2Config(
-            n_embd=24, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=64,
-            attn_implementation="sdpa", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+            n_embd=24,
+            n_layer=2,
+            n_head=2,
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            attn_implementation="sdpa",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
 
 
@@ -59,14 +67,23 @@ def vit() -> nn.Module:
 
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-            image_size=16, patch_size=8, num_channels=1, num_labels=5,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            num_channels=1,
+            num_labels=5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     )
 
 
-def token_batches(padding: str = "both", sizes: Sequence[int] = (11, 12, 13)) -> list[dict[str, Any]]:
+def token_batches(
+    padding: str = "both", sizes: Sequence[int] = (11, 12, 13)
+) -> list[dict[str, Any]]:
     """Return batches of unequal length: none, right, left, or both kinds of padding."""
     batches = []
     for length in sizes:
@@ -83,7 +100,8 @@ def token_batches(padding: str = "both", sizes: Sequence[int] = (11, 12, 13)) ->
 
 def image_batches() -> list[dict[str, Any]]:
     return [
-        {"pixel_values": torch.randn(n, 1, 16, 16), "labels": torch.randint(5, (n,))} for n in (6, 3)
+        {"pixel_values": torch.randn(n, 1, 16, 16), "labels": torch.randint(5, (n,))}
+        for n in (6, 3)
     ]
 
 

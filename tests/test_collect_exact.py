@@ -169,9 +169,7 @@ def test_the_class_token_alone_can_be_counted() -> None:
         for batch in batches:
             model(**batch).loss.backward()
     assert_equal_factors(curvature.factors(), records)
-    factors = curvfast.collect_from(
-        model, batches, labels="gold", rows=class_token, progress=False
-    )
+    factors = curvfast.collect_from(model, batches, labels="gold", rows=class_token, progress=False)
     assert_equal_factors(factors, records)
 
 

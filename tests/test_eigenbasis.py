@@ -64,7 +64,9 @@ def test_a_shared_factor_is_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert basis["layer0"].vectors_a is basis["layer2"].vectors_a
 
 
-@pytest.mark.parametrize(("size", "verdict"), [(1e-3, "far beyond rounding"), (1e-7, "rounding of")])
+@pytest.mark.parametrize(
+    ("size", "verdict"), [(1e-3, "far beyond rounding"), (1e-7, "rounding of")]
+)
 def test_negative_eigenvalues_are_clamped_and_told(size: float, verdict: str) -> None:
     bad = torch.diag(torch.tensor([1.0, 0.5, -size]))
     measured = Factors({"blocks.3": LayerFactors(bad, torch.eye(2), 1, 1)})

@@ -134,5 +134,5 @@ def test_bad_requests_teach() -> None:
         lambda: greedy(model, [[]], 3),
         lambda: greedy(nn.Linear(2, 2), [[1]], 3),
     ):
-        with pytest.raises(InputError, match="need|token|generate"):
+        with pytest.raises(InputError, match=r"need|token|generate"):
             call()

@@ -1,4 +1,4 @@
-"""The CPU second moment against the definition: bitwise on integers, and within torch's own error."""
+"""The CPU second moment against the definition: bitwise, or within torch's own error."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ native = pytest.mark.skipif(_native.unavailable() is not None, reason="built wit
 
 
 def spectra(elements) -> st.SearchStrategy:
-    return st.lists(elements, min_size=1, max_size=14).map(lambda v: np.sort(np.array(v, float))[::-1])
+    return st.lists(elements, min_size=1, max_size=14).map(
+        lambda v: np.sort(np.array(v, float))[::-1]
+    )
 
 
 smooth = spectra(st.floats(0, 1e3, allow_subnormal=False))
@@ -72,7 +74,9 @@ def test_ties_are_all_in_or_all_out(g, a, sixteenths) -> None:
     products = np.multiply.outer(g, a)
     # Small integers are exact: the kept set is exactly {product >= threshold}.
     values = np.sort(np.unique(products))[::-1]
-    threshold = next(v for v in values if products[products >= v].sum() * 16 >= sixteenths * products.sum())
+    threshold = next(
+        v for v in values if products[products >= v].sum() * 16 >= sixteenths * products.sum()
+    )
     expected = products >= threshold if threshold > 0 else products > 0
     assert (kept == expected).all()
 
@@ -192,7 +196,14 @@ def test_the_border_refuses_what_it_cannot_read() -> None:
     address, out = g.ctypes.data, widths.ctypes.data
     good = (address, 2, address, 2, 0.5, out)
     assert _C.staircase_by_mass(*good)[1] == 3
-    swaps = {0: (0, address + 1), 1: (0, -3), 2: (0,), 3: (0, -1), 4: (0.0, -1.0, 2.0), 5: (0, out + 1)}
+    swaps = {
+        0: (0, address + 1),
+        1: (0, -3),
+        2: (0,),
+        3: (0, -1),
+        4: (0.0, -1.0, 2.0),
+        5: (0, out + 1),
+    }
     for place, values in swaps.items():
         for value in values:
             arguments = list(good)

@@ -20,7 +20,10 @@ def random_selection(basis: Eigenbasis, like: Selection, seed: int) -> Selection
     return Selection(
         {
             name: random_mask(
-                len(basis[name].values_g), len(basis[name].values_a), like[name].pairs, seed + number
+                len(basis[name].values_g),
+                len(basis[name].values_a),
+                like[name].pairs,
+                seed + number,
             )
             for number, name in enumerate(basis)
         }

@@ -38,7 +38,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("model", nargs="?", choices=("lm", "smollm"), default="lm")
     parser.add_argument("--out", type=Path, help="folder for results.json, picture and checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
-    parser.add_argument("--quick", action="store_true", help="a cut of seconds, to try the pipeline")
+    parser.add_argument(
+        "--quick", action="store_true", help="a cut of seconds, to try the pipeline"
+    )
     parser.set_defaults(run=_run)
 
 

@@ -159,7 +159,8 @@ def _eigh(
     if not torch.isfinite(factor).all():
         raise NonFiniteError(
             f"{title} holds NaN or infinity: a loss or gradient overflowed while it was collected. "
-            "Collect again; under fp16 autocast pass grad_scaler= so that skipped steps are left out"
+            "Collect again; under fp16 autocast pass grad_scaler= so that skipped steps are left "
+            "out"
         )
     matrix = factor.to(dtype)
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

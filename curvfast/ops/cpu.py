@@ -1,7 +1,7 @@
 """Second moments on the CPU: only one triangle of blocks is multiplied.
 
-A Gram matrix is symmetric, so block row i needs its columns up to i alone: with p block rows that is
-(1 + 1/p) / 2 of the products of a dense update. Each block is one of torch's own GEMMs, written
+A Gram matrix is symmetric, so block row i needs its columns up to i alone: with p block rows that
+is (1 + 1/p) / 2 of the products of a dense update. Each block is one of torch's own GEMMs, written
 straight into the running sum. Rows that need a cast or a choice pass through one small buffer.
 """
 
@@ -20,7 +20,8 @@ def panel_width(d: int) -> int:
     """Width of a block row for a [d, d] sum.
 
     The widths with the best median over interleaved runs against ``addmm_`` on two AVX-512 cores
-    (``benchmarks/bench_second_moment.py``): narrow panels save more products, wide ones feed GEMM better.
+    (``benchmarks/bench_second_moment.py``): narrow panels save more products, wide ones feed GEMM
+    better.
     """
     if d < 256:
         return d
@@ -38,7 +39,8 @@ def second_moment_(out: Tensor, x: Tensor, *, rows: Tensor | None, scale: float)
     """Add ``scale`` · xᵀx over the chosen rows to the lower block triangle of ``out``.
 
     Args:
-        out: Running sum, shape [d, d], float32 or float64. Written on and below its diagonal blocks.
+        out: Running sum, shape [d, d], float32 or float64. Written on and below its diagonal
+            blocks.
         x: Rows to add, shape [rows, d], any float dtype and strides.
         rows: Indices of the rows that count, int64, or None for all.
         scale: Factor of the products (not of the rows).

@@ -13,8 +13,8 @@ def second_moment_(
 ) -> None:
     """Add ``scale`` · Σ_t x_t x_tᵀ over the chosen rows to ``out`` in place.
 
-    Only the lower triangle of ``out`` is defined afterwards; :func:`mirror_` completes it once, when
-    the sum is read. Products and sums are in the dtype of ``out``.
+    Only the lower triangle of ``out`` is defined afterwards; :func:`mirror_` completes it once,
+    when the sum is read. Products and sums are in the dtype of ``out``.
 
     Args:
         out: Running sum, shape [d, d], float32 or float64. Written.

@@ -1,7 +1,7 @@
 """The definitions, written to be read: every backend is tested against this file.
 
-Second moments are plain torch in any dtype, float64 included. The staircase search is the twin of the
-native core: the same summation order, so equal to it bit for bit.
+Second moments are plain torch in any dtype, float64 included. The staircase search is the twin of
+the native core: the same summation order, so equal to it bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 
 def second_moment_(out: Tensor, x: Tensor, *, rows: Tensor | None, scale: float) -> None:
-    """Add ``scale`` · xᵀx over the chosen rows of x [rows, d] to out [d, d], in the dtype of out."""
+    """Add ``scale`` · xᵀx over the chosen rows of x [rows, d] to out [d, d], in its dtype."""
     chosen = (x if rows is None else x[rows]).to(out.dtype)
     out += scale * (chosen.T @ chosen)
 

@@ -27,8 +27,8 @@ def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
     Returns:
         Widths and what they hold.
     """
-    backend = _native if _use_native() else reference
-    return backend.staircase_by_mass(values_g, values_a, mass)
+    search = _native.staircase_by_mass if _use_native() else reference.staircase_by_mass
+    return search(values_g, values_a, mass)
 
 
 def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
@@ -42,8 +42,8 @@ def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     Returns:
         Widths and what they hold.
     """
-    backend = _native if _use_native() else reference
-    return backend.staircase_by_pairs(values_g, values_a, pairs)
+    search = _native.staircase_by_pairs if _use_native() else reference.staircase_by_pairs
+    return search(values_g, values_a, pairs)
 
 
 def _use_native() -> bool:
@@ -51,5 +51,7 @@ def _use_native() -> bool:
     reason = _native.unavailable()
     if reason and not _told:
         _told = True
-        log.info("staircase search in Python, about 30 times slower than the native core: %s", reason)
+        log.info(
+            "staircase search in Python, about 30 times slower than the native core: %s", reason
+        )
     return reason is None

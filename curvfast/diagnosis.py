@@ -1,0 +1,73 @@
+"""Why a chosen layer has no factors, or poor ones: the errors and warnings that say so by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from curvfast.accumulate import Accumulator
+from curvfast.capture import Calls
+from curvfast.core.factors import LayerFactors
+from curvfast.errors import CoverageError, NumericalWarning
+
+
+def require_rows(
+    layers: Iterable[str], sums: Accumulator, calls: Mapping[str, Calls], skipped: Mapping[str, int]
+) -> None:
+    """Make sure that A and G of every layer hold rows, and the same ones.
+
+    Args:
+        layers: The chosen layers.
+        sums: What was summed.
+        calls: How often each layer was seen.
+        skipped: How many gradients of each layer overflowed.
+
+    Raises:
+        CoverageError: If a layer has none, or unequal ones.
+    """
+    problems = []
+    for name in layers:
+        a, g = sums.inputs.get(name), sums.gradients.get(name)
+        if a is None or g is None or not g.rows:
+            problems.append(f"{name!r}: {_why_empty(calls[name], skipped[name])}")
+        elif a.rows != g.rows:
+            problems.append(
+                f"{name!r}: {a.rows} inputs but {g.rows} gradients: it read the tensor of another "
+                "layer and got no gradient for it; collect with share_inputs=False"
+            )
+    if problems:
+        raise CoverageError(
+            "some chosen layers have no factors (nothing is lost: what was summed is still here; "
+            "leave them out by layers=, or mend the cause):\n  " + "\n  ".join(problems)
+        )
+
+
+def warn_few_rows(layers: Mapping[str, LayerFactors]) -> None:
+    """Warn of layers that saw fewer rows than they are wide: their factors lack rank."""
+    few = [n for n, f in layers.items() if f.rows_g < max(len(f.a_sum), len(f.g_sum))]
+    if few:
+        rows = min(layers[name].rows_g for name in few)
+        warnings.warn(
+            f"{len(few)} layer(s) saw fewer rows than they are wide ({rows} at least), so their "
+            f"factors are rank-deficient; collect more data. {', '.join(few[:8])}",
+            NumericalWarning,
+            stacklevel=4,
+        )
+
+
+def _why_empty(calls: Calls, skipped: int) -> str:
+    if not calls.forward:
+        return (
+            "its hook never fired. The model never called it, or was compiled before collect() "
+            "began: torch.compile ignores later hooks, so enter collect() first"
+        )
+    if skipped:
+        return f"all {skipped} gradients overflowed and were left out"
+    if calls.gradients:
+        return "gradients came, but no row of them counts: is every position masked?"
+    if calls.forward == calls.without_grad:
+        return (
+            "its output never required a gradient: it ran under no_grad, or everything up to it is "
+            "frozen; use collect_from(), which needs no trainable parameter"
+        )
+    return "no gradient reached it: was backward() called inside the with block?"

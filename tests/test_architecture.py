@@ -1,0 +1,160 @@
+"""The rules of the house: imports go down, third parties have one owner, files stay short."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "curvfast"
+LONGEST = 300
+
+# Low to high; a module imports its own floor's earlier entries and whatever is below.
+FLOORS = [
+    ["_version", "errors", "config", "progress"],
+    ["kernels", "_C"],
+    ["ops.reference", "ops._native", "ops.cpu", "ops.moments", "ops.staircase", "ops"],
+    ["storage", "distributed"],
+    ["core.factors", "core.selection", "core.eigenbasis", "core.projection"],
+    ["layers", "rows", "provenance", "capture", "accumulate", "coverage"],
+    ["diagnosis", "collection", "fisher", "driver", "editing"],
+    ["hf", "evals", "baselines", "report"],
+    ["demo", "cli"],
+]
+# Packages of one floor that know nothing of each other.
+STRANGERS = ["hf", "evals", "baselines", "report"]
+
+OWNERS = {
+    "triton": ["kernels"],
+    "_C": ["ops._native"],
+    "torch.library": ["ops._library"],
+    "torch.distributed": ["distributed"],
+    "transformers": ["hf"],
+    "tokenizers": ["hf"],
+    "gguf": ["hf"],
+    "matplotlib": ["report.plots"],
+    "safetensors": ["storage"],
+    "rapidfuzz": ["evals.memorization"],
+    "tqdm": ["progress"],
+}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "src").rglob("*.py")]):
+        inside = path.is_relative_to(PACKAGE)
+        relative = path.relative_to(PACKAGE if inside else ROOT / "kernels" / "src")
+        parts = ([] if inside else ["kernels"]) + list(relative.with_suffix("").parts)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def typing_only(tree: ast.Module) -> ast.Module:
+    """Return the tree without ``if TYPE_CHECKING`` blocks, which import nothing when run."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            guard = node.test
+            return None if isinstance(guard, ast.Name) and guard.id == "TYPE_CHECKING" else node
+
+    return Strip().visit(tree)
+
+
+def place(name: str) -> tuple[int, int] | None:
+    """Return floor and seat of a module: the longest entry that is its name or a parent."""
+    found = [
+        (len(entry), floor, seat)
+        for floor, entries in enumerate(FLOORS)
+        for seat, entry in enumerate(entries)
+        if name == entry or name.startswith(f"{entry}.")
+    ]
+    return max(found)[1:] if found else None
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"), list(modules()), ids=lambda v: v if type(v) is str else ""
+)
+def test_imports_go_down_only(name: str, tree: ast.Module) -> None:
+    if name in ("", "__main__", "core"):
+        return
+    here = place(name)
+    assert here is not None, f"{name} has no floor: add it to FLOORS"
+    # core.factors hands over to core.eigenbasis inside a method: the one look upwards.
+    allowed = {("core.factors", "core.eigenbasis")}
+    for imported in imports(typing_only(tree)):
+        target = imported.removeprefix("curvfast.")
+        there = place(target) if imported.startswith("curvfast.") else None
+        if there is None or (name, target.rsplit(".decompose")[0]) in allowed:
+            continue
+        assert there <= here, f"{name} imports {imported}, which is above it"
+        package, other = name.split(".")[0], target.split(".")[0]
+        if package in STRANGERS and other in STRANGERS:
+            assert package == other, f"{name} imports {imported}: two packages of one floor"
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"), list(modules()), ids=lambda v: v if type(v) is str else ""
+)
+def test_third_parties_have_one_owner(name: str, tree: ast.Module) -> None:
+    for imported in imports(tree):
+        bare = imported.removeprefix("curvfast.")
+        for library, owners in OWNERS.items():
+            if bare == library or bare.startswith(f"{library}."):
+                assert any(name == o or name.startswith(f"{o}.") for o in owners), (
+                    f"{name or 'curvfast'} imports {imported}; its owner is {owners}"
+                )
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"), list(modules()), ids=lambda v: v if type(v) is str else ""
+)
+def test_only_the_command_line_prints_or_configures_logging(name: str, tree: ast.Module) -> None:
+    if name.split(".")[0] == "cli":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "logging.basicConfig"), f"{name} calls {called}"
+
+
+def test_no_file_is_long() -> None:
+    folders = ("curvfast", "kernels", "csrc", "benchmarks", "tests")
+    lengths = {
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for folder in folders
+        for pattern in ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
+        for path in (ROOT / folder).rglob(pattern)
+        # A test file lists properties; it may be longer than a file that holds one idea.
+        if folder != "tests"
+    }
+    too_long = {str(path): n for path, n in lengths.items() if n > LONGEST}
+    assert not too_long
+    assert lengths
+
+
+def test_no_module_shares_a_public_name() -> None:
+    """A module curvfast/collect.py would replace curvfast.collect() once it is imported."""
+    import curvfast
+
+    files = {path.stem for path in PACKAGE.iterdir()}
+    assert not files & set(curvfast._HOMES)
+
+
+def test_the_global_generator_is_never_drawn_from() -> None:
+    """Random functions of torch take a generator of ours, except inside fork_rng."""
+    drawing = {"torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.multinomial"}
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in drawing:
+                given = {keyword.arg for keyword in node.keywords}
+                assert "generator" in given, f"{name}: {ast.unparse(node)}"
