@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (demo, env):
         command.add_to(commands)
     options = parser.parse_args(arguments)
-    level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(level=os.environ.get("CURVFAST_LOG", level), format="%(name)s: %(message)s")
+    level = os.environ.get("CURVFAST_LOG") or ("INFO" if options.verbose else "WARNING")
+    if level.upper() not in logging.getLevelNamesMapping():
+        parser.error(f"CURVFAST_LOG={level!r}: pass DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(level=level.upper(), format="%(name)s: %(message)s")
     try:
         code: int = options.run(options)
     except CurvfastError as error:

@@ -52,7 +52,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.model == "smollm":
         from curvfast.demo import smollm
 
-        results = smollm.run(options.out, seed=options.seed, quick=options.quick, report=say)
+        plan = smollm.Plan(seed=options.seed)
+        results = smollm.run(plan.quick() if options.quick else plan, options.out, say)
     else:
         from curvfast.demo import lm
         from curvfast.demo.recipe import Recipe

