@@ -1,0 +1,88 @@
+"""Writes the README's tables from the JSON of the runs, so that no figure is typed by hand.
+
+python benchmarks/table.py            print them
+python benchmarks/table.py --write    put them between the README's markers
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "benchmarks" / "results" / "demo"
+METHODS = (
+    ("base", "unedited"),
+    ("kfac", "**K-FAC edit**"),
+    ("svd", "truncated SVD, same size kept"),
+    ("random", "random pairs, same number kept"),
+)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return rows as a table, the first being its head."""
+    head, *body = lines
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def trained() -> str:
+    """The demo's own model: a column a seed."""
+    runs = [load(DEMO / f"lm-seed{seed}.json") for seed in (0, 1, 2)]
+    head = ["recited verbatim → perplexity", *(f"seed {run['recipe']['seed']}" for run in runs)]
+    head.append("kept")
+    rows = [
+        [
+            label,
+            *(f"{run[key]['strict']:.1%} → {run[key]['perplexity']:.1f}" for run in runs),
+            f"{runs[0][key]['kept_fraction']:.0%}",
+        ]
+        for key, label in METHODS
+    ]
+    return markdown([head, *rows])
+
+
+def pretrained() -> str:
+    """SmolLM2: a column a measure."""
+    run = load(DEMO / "smollm-seed0.json")
+    columns = (
+        ("strict", "spans recited", "{:.0%}"), ("perplexity", "perplexity", "{:.1f}"),
+        ("closed_book", "capitals, from memory", "{:.0%}"),
+        ("open_book", "capitals, from the prompt", "{:.0%}"),
+        ("addition", "addition", "{:.0%}"), ("times_table", "times table", "{:.0%}"),
+    )  # fmt: skip
+    rows = [
+        [label, *(form.format(run[key][column]) for column, _, form in columns)]
+        for key, label in METHODS
+        if key in run
+    ]
+    return markdown([["", *(heading for _, heading, _ in columns)], *rows])
+
+
+def load(path: Path) -> Mapping[str, Any]:
+    """Read one run."""
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def filled(readme: str) -> str:
+    """Return the README with its tables as the runs say."""
+    for name, table in (("trained", trained()), ("pretrained", pretrained())):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        readme, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], readme, flags=re.S)
+        if count != 1:
+            raise ValueError(f"the README has {count} places for the table {name!r}, not 1")
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    text = filled(path.read_text(encoding="utf-8"))
+    if sys.argv[1:] == ["--write"]:
+        path.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(f"{trained()}\n\n{pretrained()}\n")

@@ -1,0 +1,76 @@
+"""What collecting costs, counted: matrix products, and memory that stays with the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+import curvfast
+from curvfast import ops
+from curvfast.ops import cpu
+
+
+def products(run: Any) -> float:
+    """Operations of all matrix products, the in-place ones torch leaves out among them."""
+
+    def in_place(_out: Any, a: Any, b: Any, *rest: Any, **options: Any) -> int:
+        return mm_flop(a, b)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as count:
+        run()
+    return float(count.get_total_flops())
+
+
+@pytest.fixture
+def benchmark_model() -> nn.Module:
+    """The model peers are compared on."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vocab_size=2048,
+            attn_implementation="eager",
+        )
+    ).eval()
+
+
+@pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
+def test_a_batch_costs_less_than_in_any_peer(benchmark_model: nn.Module) -> None:
+    tokens = torch.randint(2048, (8, 128))
+    found = products(lambda: curvfast.collect_from(benchmark_model, [tokens], progress=False))
+    forward = products(lambda: benchmark_model(input_ids=tokens).logits)
+    # The leanest peer: 46.4 GFLOP. Half the factor products is the least there is.
+    rows, dense = 8 * 127, sum(4 * 2 * d * d for d in (256, 1024, 256, 256, 1024, 1024, 256))
+    assert forward + rows * dense / 4 < found <= 41e9
+
+
+@pytest.mark.parametrize("d", [64, 255, 256, 576, 1024, 1536, 4096])
+def test_a_second_moment_never_costs_more_than_a_dense_update(d: int) -> None:
+    x = torch.randn(8, d)
+    found = products(lambda: ops.second_moment_(torch.zeros(d, d), x))
+    blocks = len(list(cpu.panels(d)))
+    assert found == pytest.approx(2 * 8 * d * d * (1 + 1 / blocks) / 2, rel=0.07)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_cast_a_chunk_at_a_time(dtype: torch.dtype, monkeypatch: Any) -> None:
+    sizes = []
+    original = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = original(*args, **kwargs)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(torch, "empty", empty)
+    x = torch.ones(5000, 40, dtype=dtype)
+    ops.second_moment_(torch.zeros(40, 40), x, rows=torch.arange(0, 5000, 2))
+    assert sizes == [cpu.CHUNK_ROWS * 40]

@@ -1,0 +1,105 @@
+"""The demo from the command line: every step on real text, cut to seconds; the whole is slow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from curvfast.cli import main
+from curvfast.demo import lm, smollm
+from curvfast.demo.corpus import load_corpus
+from curvfast.demo.recipe import Recipe
+from curvfast.hf.small import load
+
+MEASURES = {"strict", "loose", "levenshtein", "perplexity", "kept_fraction"}
+TASKS = {"closed_book", "open_book", "addition", "times_table"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder the quick demo writes."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["--quiet", "demo", "--quick", "--seed", "5", "--out", str(out)]) == 0
+    return out
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_results_hold_every_method_every_measure_and_the_sweep(made: Path) -> None:
+    found = results(made)
+    assert set(found["base"]) == MEASURES
+    for point in [found, *found["sweep"]]:
+        for method in ("kfac", "svd", "random"):
+            assert set(point[method]) == MEASURES
+            assert all(isinstance(v, float) for v in point[method].values())
+        assert len({point[m]["kept_fraction"] for m in ("kfac", "svd", "random")}) == 1
+    masses = [point["mass"] for point in found["sweep"]]
+    assert masses == sorted(masses)
+    assert found["mass"] in masses
+    kept = [point["kfac"]["kept_fraction"] for point in found["sweep"]]
+    assert kept == sorted(kept)
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_the_checkpoint_written_is_the_edited_model(made: Path) -> None:
+    model, tokenizer = load(made / "edited")
+    found = results(made)
+    recipe = Recipe(seed=5).quick()
+    corpus = load_corpus(recipe)
+    assert tokenizer("the people")["input_ids"] == corpus.tokenizer("the people")["input_ids"]
+    from curvfast import evaluate
+
+    again = evaluate(model, passages=corpus.passages(), text=corpus.held_out.split(16))
+    assert again.perplexity == pytest.approx(found["kfac"]["perplexity"], rel=1e-4)
+
+
+def test_the_picture_is_a_picture(made: Path) -> None:
+    assert (made / "frontier.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_table_shows_each_method(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--quick", "--seed", "5"]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "", "unedited", "K-FAC edit", "truncated SVD", "random pairs",
+    ]  # fmt: skip
+    assert len({len(line) for line in lines}) == 1
+    assert f"{results(made)['kfac']['perplexity']:.2f}" in lines[2]
+    assert "· training" in printed.err
+
+
+def test_text_is_never_shared_between_training_and_held_out() -> None:
+    corpus = load_corpus(Recipe(seed=1).quick())
+    stream = " ".join(map(str, corpus.train.tolist()))
+    for row in [*corpus.canaries[:4], *corpus.held_out]:
+        assert " ".join(map(str, row[:40].tolist())) not in stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_recitation_falls_and_perplexity_stays(seed: int) -> None:
+    found = lm.run(Recipe(seed=seed, sweep=()), None, lambda line: None)
+    base, kfac, svd, random = (found[m] for m in ("base", "kfac", "svd", "random"))
+    assert base["strict"] >= 0.80
+    assert kfac["strict"] <= 0.05
+    assert kfac["perplexity"] < 1.15 * base["perplexity"]
+    assert svd["perplexity"] > kfac["perplexity"]
+    assert kfac["strict"] <= svd["strict"]
+    assert random["perplexity"] > 4 * kfac["perplexity"]
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_forgets_what_it_recites() -> None:
+    found = smollm.run(smollm.Plan().quick(), None, lambda line: None)
+    assert set(found["base"]) == MEASURES | TASKS == set(found["kfac"])
+    assert found["base"]["strict"] >= 0.95
+    assert found["kfac"]["strict"] <= 0.30
+    assert found["kfac"]["perplexity"] <= 1.35 * found["base"]["perplexity"]
+    assert found["kfac"]["open_book"] >= 0.5 * found["base"]["open_book"]

@@ -1,0 +1,70 @@
+"""What the README shows is true: its code runs, its commands exist, its tables are the runs'."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import llama, token_batches
+
+import curvfast
+from curvfast.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
+def test_its_code_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    batches = token_batches()
+    names: dict[str, Any] = {"model": llama(), "loader": batches, "batches": batches}
+    before = names["model"].model.layers[0].mlp.up_proj.weight.clone()
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert not before.equal(names["model"].model.layers[0].mlp.up_proj.weight)
+    edited = [layer["name"] for layer in names["report"].to_dict()["layers"]]
+    assert edited == list(names["basis"])
+    assert len(curvfast.Factors.from_pretrained("factors")) == 6
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_its_first_code_is_six_lines() -> None:
+    lines = [line for line in blocks("python")[0].splitlines() if line]
+    assert len(lines) == 6
+
+
+def test_its_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.M)
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    commands = re.findall(r"`curvfast ([^`]+)`", README)
+    assert commands
+    for command in commands:
+        with pytest.raises(SystemExit) as stopped:
+            main([*shlex.split(command), "--help"])
+        assert stopped.value.code == 0
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+def test_its_tables_are_what_the_runs_gave() -> None:
+    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    assert table.filled(README) == README, "run: python benchmarks/table.py --write"
