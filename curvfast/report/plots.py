@@ -34,25 +34,27 @@ def frontier(
     figure = Figure(figsize=(7.2, 4.2), layout="constrained", dpi=160)
     axes = figure.subplots()
     limit = 6 * base["perplexity"]
+    widest = base["perplexity"]
     for method, (label, colour, marker) in _STYLE.items():
         points = [p for p in sweep if method in p and p[method]["perplexity"] <= limit]
         if not points:
             continue
         x = [p[method]["perplexity"] for p in points]
         y = [100 * p[method]["strict"] for p in points]
+        widest = max(widest, *x)
         axes.plot(x, y, color=colour, marker=marker, label=label, linewidth=1.8, markersize=5)
         for point, px, py in zip(points, x, y, strict=True):
             if method == "kfac" and point["mass"] == chosen:
                 axes.annotate(
-                    f"ρ = {chosen:g}", (px, py), xytext=(8, 8), textcoords="offset points",
-                    color=colour, fontweight="bold",
+                    f"ρ = {chosen:g}", (px, py), xytext=(-9, -4), textcoords="offset points",
+                    color=colour, fontweight="bold", horizontalalignment="right",
                 )  # fmt: skip
     axes.plot(
         base["perplexity"], 100 * base["strict"], marker="*", markersize=14, color="#1b1b1e",
         linestyle="none", label="unedited model",
     )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xticks(_ticks(base["perplexity"], limit), minor=False)
+    axes.set_xticks(_ticks(base["perplexity"], widest), minor=False)
     axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("perplexity on held-out text (log scale; left is better)")
