@@ -72,8 +72,10 @@ def load(path: Path) -> Mapping[str, Any]:
 def filled(readme: str) -> str:
     """Return the README with its tables as the runs say."""
     for name, table in (("trained", trained()), ("pretrained", pretrained())):
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        readme, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], readme, flags=re.S)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        readme, count = re.subn(
+            pattern, lambda m, t=table: m[1] + t + "\n" + m[2], readme, flags=re.S
+        )
         if count != 1:
             raise ValueError(f"the README has {count} places for the table {name!r}, not 1")
     return readme

@@ -13,8 +13,8 @@ from curvfast.errors import InputError
 from curvfast.hf.gguf import load_gguf
 
 HEADS, KV_HEADS = 4, 2
-WORDS = ["<|end|>", "<|start|>", "a", "b", "1", "2", "Ġ", "ab", "Ġab"]
-MERGES = ["a b", "Ġ ab"]
+WORDS = ["<|end|>", "<|start|>", "a", "b", "1", "2", "Ġ", "ab", "Ġab", "12"]
+MERGES = ["a b", "Ġ ab", "1 2"]
 
 
 def tiny(tied: bool) -> Any:
