@@ -131,7 +131,7 @@ def test_the_tree_names_no_machine() -> None:
     """Paths of a machine and hosts of package indexes have no place in the tree."""
     words = [f"/{folder}/" for folder in ("work", "farm", "root")] + [
         "pypi" + ".org",
-        "pythonhosted",
+        "python" + "hosted",
     ]
     for name in tracked():
         if name.endswith((".png", ".json", "LICENSE")):
