@@ -10,14 +10,15 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.capture import SharedInput
 from curvfast.layers import LinearLayer
+from curvfast.ops import TriangularSum
 from curvfast.rows import Batch, Rows
 
 
 @dataclass
 class Moment:
-    """A running sum Σ x xᵀ (lower triangle) and its rows; one may serve several layers."""
+    """A running sum Σ x xᵀ and its rows; one may serve several layers."""
 
-    sum: Tensor
+    sum: TriangularSum
     rows: int = 0
     members: set[str] = field(default_factory=set)
 
@@ -26,6 +27,10 @@ class Moment:
         if rows.count:
             ops.second_moment_(self.sum, x.flatten(0, -2), rows=rows.index, scale=scale)
             self.rows += rows.count
+
+    def release(self) -> None:
+        """Let go of the sum; the count stays."""
+        self.sum = TriangularSum(self.sum.tiles.new_empty(0, self.sum.width), self.sum.d)
 
     def split(self, leaving: set[str]) -> Moment:
         """Give ``leaving`` a moment of their own that starts from the sum so far."""
@@ -73,6 +78,11 @@ class Accumulator:
             moment = self.gradients[name] = _empty({name}, self._layers[name].d_out, g.device)
         moment.add(g, batch.rows(name, g.shape[:-1], g.device), scale=unit * unit)
 
+    def release(self) -> None:
+        """Let go of every sum; the counts stay."""
+        for moment in (*self.inputs.values(), *self.gradients.values()):
+            moment.release()
+
     def _moments_of(self, readers: set[str], d: int, device: torch.device) -> list[Moment]:
         """Return the moments of ``readers``, each serving readers only."""
         moments = {id(m): m for m in map(self.inputs.get, sorted(readers)) if m is not None}
@@ -91,9 +101,18 @@ class Accumulator:
 
 
 def sum_bytes(layers: dict[str, LinearLayer]) -> int:
-    """Return the bytes of the float32 sums of ``layers`` if none shares its A: an upper bound."""
+    """Return the bytes of the packed sums of ``layers`` if none shares its A: an upper bound."""
+    return sum(
+        ops.sum_bytes(d, layer.parameter.device)
+        for layer in layers.values()
+        for d in (layer.d_in, layer.d_out)
+    )
+
+
+def factor_bytes(layers: dict[str, LinearLayer]) -> int:
+    """Return the bytes of the factors read from the sums, likewise an upper bound."""
     return sum(4 * (layer.d_in**2 + layer.d_out**2) for layer in layers.values())
 
 
 def _empty(members: set[str], d: int, device: torch.device) -> Moment:
-    return Moment(torch.zeros(d, d, device=device), members=set(members))
+    return Moment(ops.new_sum(d, device=device), members=set(members))

@@ -122,7 +122,7 @@ class Capture:
         self._share_inputs = share_inputs
         self._driven = driven
         self._seen: list[tuple[weakref.ref[Tensor], tuple[Any, ...], SharedInput]] = []
-        self._pending: tuple[str, Batch, SharedInput, Tensor] | None = None
+        self._pending: tuple[str, Batch, SharedInput, Tensor, int] | None = None
         self._handles: list[RemovableHandle] = []
         for name, layer in layers.items():
             hook = outside_graphs(partial(self._after_forward, name))
@@ -137,11 +137,17 @@ class Capture:
 
     def flush(self) -> None:
         """Count the input last read in a driven pass: its readers are known now."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending[2].added = True
-            with torch.no_grad(), torch.autocast(pending[3].device.type, enabled=False):
-                self._on_input(*pending)
+        if self._pending is None:
+            return
+        (name, batch, shared, x, version), self._pending = self._pending, None
+        if x._version != version:
+            raise CoverageError(
+                f"the input of {name!r} was modified in place before it was counted; leave the "
+                "layer out, or make the operation after it out of place"
+            )
+        shared.added = True
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self._on_input(name, batch, shared, x)
 
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
@@ -162,7 +168,7 @@ class Capture:
             kept = _Keep.apply(anchor, x.detach()).grad_fn  # type: ignore[no-untyped-call]
         elif self._pending is None or self._pending[2] is not shared:
             self.flush()
-            self._pending = (name, batch, shared, x.detach())
+            self._pending = (name, batch, shared, x.detach(), x._version)
         y.register_hook(partial(self._on_gradient, _Call(name, batch, shared, kept)))
 
     def _on_gradient(self, call: _Call, g: Tensor) -> None:
@@ -191,7 +197,7 @@ class Capture:
         """Return the record of the tensor this call reads: one for all layers that read it."""
         if not self._share_inputs:
             return SharedInput({name})
-        identity = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version, batch)
+        identity = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, batch)
         # A tensor still alive cannot have lent its memory to another: equal identity is equal data.
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for _, known, shared in self._seen:

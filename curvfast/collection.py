@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast import ops
-from curvfast.accumulate import Accumulator, sum_bytes
+from curvfast.accumulate import Accumulator, factor_bytes, sum_bytes
 from curvfast.capture import Arrival, Capture, outside_graphs
 from curvfast.config import CollectConfig
 from curvfast.core.factors import Factors, LayerFactors
@@ -56,9 +55,10 @@ class Curvature:
         self._backward: Batch | None = None
         self._signature = inspect.signature(model.forward)
         self._active = True
+        self._result: Factors | None = None
         log.info(
-            "collecting %d layers: the sums will need at most %.1f MB",
-            len(self._layers), sum_bytes(self._layers) / 1e6,
+            "collecting %d layers: the sums will need at most %.1f MB, the factors %.1f MB",
+            len(self._layers), sum_bytes(self._layers) / 1e6, factor_bytes(self._layers) / 1e6,
         )  # fmt: skip
         # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
         share = config.share_inputs and grad_scaler is None
@@ -108,12 +108,14 @@ class Curvature:
         """Return the factors of everything summed so far.
 
         Returns:
-            A snapshot while collecting; after the ``with`` block, the sums themselves.
+            A snapshot while collecting; after the ``with`` block, the same object on every call.
 
         Raises:
             CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
                 to the same rows; the message says which and why.
         """
+        if self._result is not None:
+            return self._result
         require_rows(self._layers, self._sums, self._capture.calls, self._skipped)
         sums: dict[int, Tensor] = {}
         layers = {}
@@ -121,8 +123,7 @@ class Curvature:
             a, g = self._sums.inputs[name], self._sums.gradients[name]
             for moment in (a, g):
                 if id(moment) not in sums:
-                    sums[id(moment)] = moment.sum.clone() if self._active else moment.sum
-                    ops.mirror_(sums[id(moment)])
+                    sums[id(moment)] = moment.sum.dense()
             layers[name] = LayerFactors(sums[id(a)], sums[id(g)], a.rows, g.rows)
         warn_few_rows(layers)
         provenance = {
@@ -131,7 +132,11 @@ class Curvature:
             **self._facts,
             "coverage": self.coverage().to_dict(),
         }
-        return Factors(layers, provenance)
+        factors = Factors(layers, provenance)
+        if not self._active:
+            self._result = factors
+            self._sums.release()
+        return factors
 
     def add_facts(self, **facts: Any) -> None:
         """Note further provenance to be kept with the factors."""

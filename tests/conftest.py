@@ -9,6 +9,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Read when a kernel is defined: the kernels of this process are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 # Two cores: tests are small, and threads that wait for each other cost more than they give.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

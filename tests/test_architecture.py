@@ -16,7 +16,18 @@ LONGEST = 300
 FLOORS = [
     ["_version", "errors", "config", "progress"],
     ["kernels", "_C"],
-    ["ops.reference", "ops._native", "ops.cpu", "ops.moments", "ops.staircase", "ops"],
+    [
+        "ops.triangular",
+        "ops.request",
+        "ops.reference",
+        "ops.registry",
+        "ops._native",
+        "ops._triton",
+        "ops.blocked",
+        "ops.moments",
+        "ops.staircase",
+        "ops",
+    ],
     ["storage", "distributed"],
     ["core.factors", "core.selection", "core.eigenbasis", "core.projection"],
     ["layers", "rows", "provenance", "capture", "accumulate", "coverage"],
@@ -28,7 +39,7 @@ FLOORS = [
 STRANGERS = ["hf", "evals", "baselines", "report"]
 
 OWNERS = {
-    "triton": ["kernels"],
+    "triton": ["kernels", "ops._triton"],
     "_C": ["ops._native"],
     "torch.library": ["ops._library"],
     "torch.distributed": ["distributed"],

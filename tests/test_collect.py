@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 
 import pytest
 import torch
@@ -458,3 +459,67 @@ class TestErrors:
     def test_a_model_without_logits_is_refused(self) -> None:
         with pytest.raises(InputError, match="without logits"):
             curvfast.collect_from(llama().model, token_batches(), progress=False)
+
+
+class TestInPlace:
+    """Two layers read one tensor, which is changed between the two."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, scale: float = 3.0) -> torch.Tensor:
+            h = x + 0
+            y = self.first(h)
+            if scale != 1:
+                h.mul_(scale)
+            return y + self.second(h)
+
+    def test_a_loop_that_would_count_the_changed_tensor_refuses(self) -> None:
+        model = self.Model().requires_grad_(False)
+        with (
+            curvfast.collect(model, "all", loss_reduction="sum"),
+            pytest.raises(CoverageError, match=r"'first' is gone .*in-place"),
+        ):
+            model(torch.randn(30, 4, requires_grad=True)).sum().backward()
+
+    def test_a_driver_that_would_count_the_changed_tensor_refuses(self) -> None:
+        with pytest.raises(CoverageError, match=r"'first' was modified in place"):
+            curvfast.collect_from(self.Model(), [torch.randn(30, 4)], "all", progress=False)
+
+
+def test_a_gradient_missing_for_a_shared_input_is_an_error() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.one(x), self.two(x)
+
+    model = Model()
+    with curvfast.collect(model, "all", loss_reduction="sum") as curvature:
+        for use_both in (True, False):
+            one, two = model(torch.randn(8, 3))
+            (one.sum() + (two.sum() if use_both else 0)).backward()
+    with pytest.raises(CoverageError, match="16 inputs but 8 gradients"):
+        curvature.factors()
+
+
+def test_merging_adds_sums_and_rows() -> None:
+    model, batches = llama(), token_batches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)
+        one, two, both = (
+            curvfast.collect_from(model, part, labels="gold", progress=False)
+            for part in (batches[:1], batches[1:], batches)
+        )
+    merged = one + two
+    assert merged.rows == both.rows
+    for name, layer in both.items():
+        for found, expected in ((merged[name].A, layer.A), (merged[name].G, layer.G)):
+            assert (found - expected).norm() <= 1e-6 * expected.norm()
+    assert merged["model.layers.0.mlp.gate_proj"].a_sum is (
+        merged["model.layers.0.mlp.up_proj"].a_sum
+    )

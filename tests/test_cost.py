@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 import curvfast
 from curvfast import ops
-from curvfast.ops import cpu
+from curvfast.ops import TriangularSum, blocked
 
 
 def products(run: Any) -> float:
@@ -55,8 +55,9 @@ def test_a_batch_costs_less_than_in_any_peer(benchmark_model: nn.Module) -> None
 @pytest.mark.parametrize("d", [64, 255, 256, 576, 1024, 1536, 4096])
 def test_a_second_moment_never_costs_more_than_a_dense_update(d: int) -> None:
     x = torch.randn(8, d)
-    found = products(lambda: ops.second_moment_(torch.zeros(d, d), x))
-    blocks = len(list(cpu.panels(d)))
+    out = ops.new_sum(d)
+    found = products(lambda: ops.second_moment_(out, x))
+    blocks = len(list(out.panels()))
     assert found == pytest.approx(2 * 8 * d * d * (1 + 1 / blocks) / 2, rel=0.07)
 
 
@@ -72,5 +73,5 @@ def test_rows_are_cast_a_chunk_at_a_time(dtype: torch.dtype, monkeypatch: Any) -
 
     monkeypatch.setattr(torch, "empty", empty)
     x = torch.ones(5000, 40, dtype=dtype)
-    ops.second_moment_(torch.zeros(40, 40), x, rows=torch.arange(0, 5000, 2))
-    assert sizes == [cpu.CHUNK_ROWS * 40]
+    ops.second_moment_(TriangularSum.zeros(40, 40), x, rows=torch.arange(0, 5000, 2))
+    assert sizes == [blocked.CHUNK_ROWS * 40]

@@ -1,88 +1,230 @@
-"""The CPU second moment against the definition: bitwise, or within torch's own error."""
+"""The second moment by every backend against the definition: bitwise, or within torch's own error.
+
+The kernels run under Triton's interpreter, on tiles small enough for it.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from curvfast import ops
-from curvfast.errors import ShapeError
-from curvfast.ops import cpu, reference
+from curvfast.errors import BackendUnavailable, InputError, ShapeError
+from curvfast.ops import TriangularSum, blocked, pack, reference
+from curvfast.ops.request import MomentRequest
 
-# Ragged on purpose: around a panel's width (128, 256) and a chunk's rows (1024), and tiny.
-WIDTHS = (1, 7, 127, 128, 129, 255, 257, 300, 1030)
-ROWS = (1, 5, 63, 1023, 1025)
+# Ragged on purpose: around a panel's width (128, 256), a tile's (32), and tiny.
+WIDTHS = {"torch": (1, 7, 127, 128, 129, 255, 257, 300, 1030), "triton": (1, 31, 32, 40, 96, 130)}
+CASES = [(backend, d) for backend, widths in WIDTHS.items() for d in widths]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TILE = 32
 
 
-def complete(function, x, **options):
-    out = torch.zeros(x.shape[1], x.shape[1], dtype=options.pop("dtype", torch.float32))
-    function.second_moment_(out, x, **{"rows": None, "scale": 1.0, **options})
-    function.mirror_(out)
-    return out
+def empty(backend: str, d: int) -> TriangularSum:
+    return TriangularSum.zeros(d, TILE) if backend == "triton" else ops.new_sum(d)
+
+
+def summed(backend: str, x: Tensor, **options: Any) -> Tensor:
+    """Add x to an empty sum and read it."""
+    out = empty(backend, x.shape[-1])
+    with ops.use_backend(backend):
+        ops.second_moment_(out, x, **options)
+    return out.dense()
+
+
+def defined(x: Tensor, **options: Any) -> Tensor:
+    """The definition in float64."""
+    out = TriangularSum.zeros(x.shape[-1], 16, dtype=torch.float64)
+    reference.second_moment_(MomentRequest(out, x, **options))
+    return out.dense()
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randint(-4, 5, shape).to(dtype)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("d", WIDTHS)
-def test_integers_are_summed_bit_for_bit(d: int, dtype: torch.dtype) -> None:
-    x = torch.randint(-4, 5, (37, d)).to(dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "d"), CASES)
+def test_integers_are_summed_bit_for_bit(backend: str, d: int, dtype: torch.dtype) -> None:
+    x = integers(37, d, dtype=dtype)
     rows = torch.randperm(37)[:20].sort().values
     for options in ({}, {"rows": rows}, {"rows": rows[:0]}, {"scale": 4.0}):
-        assert torch.equal(complete(ops, x, **options), complete(reference, x, **options))
+        assert torch.equal(summed(backend, x, **options).double(), defined(x, **options))
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_chunks_of_rows_join_without_a_seam(rows: int) -> None:
-    x = torch.randint(-3, 4, (rows, 40)).bfloat16()
-    assert torch.equal(complete(ops, x), complete(reference, x))
+@pytest.mark.parametrize("backend", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 5, 63, 160, 1023, 1025])
+def test_chunks_of_rows_join_without_a_seam(backend: str, rows: int) -> None:
+    x = integers(rows, 40, dtype=torch.bfloat16)
+    assert torch.equal(summed(backend, x).double(), defined(x))
     index = torch.arange(0, rows, 2)
-    assert torch.equal(complete(ops, x, rows=index), complete(reference, x, rows=index))
+    assert torch.equal(summed(backend, x, rows=index).double(), defined(x, rows=index))
 
 
-@pytest.mark.parametrize("view", ["columns", "transposed", "expanded"])
-def test_strides_do_not_matter(view: str) -> None:
-    base = torch.randint(-4, 5, (300, 300)).float()
-    x = {"columns": base[:, ::2], "transposed": base.T, "expanded": base[:1].expand(50, 300)}[view]
-    assert torch.equal(complete(ops, x), complete(reference, x.contiguous()))
+@pytest.mark.parametrize("backend", WIDTHS)
+@pytest.mark.parametrize("view", ["columns", "transposed", "expanded", "reversed", "offset"])
+def test_strides_do_not_matter(backend: str, view: str) -> None:
+    base = integers(90, 90, dtype=torch.bfloat16)
+    x = {
+        "columns": base[:, ::2],
+        "transposed": base.T,
+        "expanded": base[:1].expand(50, 90),
+        "reversed": base.flip(0)[::3],
+        "offset": base[1:, 3:83],
+    }[view]
+    assert torch.equal(summed(backend, x).double(), defined(x.contiguous()))
 
 
-@pytest.mark.parametrize("d", [64, 384, 1100])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_error_is_no_larger_than_torchs_own(d: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(2000, d) * torch.logspace(0, -4, d)).to(dtype)
-    exact = x.double().T @ x.double()
-    ours = (complete(ops, x).double() - exact).norm()
-    torchs = (torch.zeros(d, d).addmm_(x.float().T, x.float()).double() - exact).norm()
-    assert ours <= 1.5 * torchs + 1e-7 * exact.norm()
+def test_the_last_position_can_be_dropped_without_a_copy(backend: str, dtype: torch.dtype) -> None:
+    x = integers(3, 12, 40, dtype=dtype)
+    x[:, -1] = float("nan")
+    assert torch.equal(summed(backend, x[:, :-1]).double(), defined(x[:, :-1]))
 
 
-def test_sums_accumulate_over_calls() -> None:
-    parts = torch.randint(-4, 5, (3, 50, 130)).float()
-    out = torch.zeros(130, 130)
-    for part in parts:
-        ops.second_moment_(out, part)
-    ops.mirror_(out)
-    assert torch.equal(out, complete(reference, parts.flatten(0, 1)))
+@pytest.mark.parametrize("backend", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_past_a_sequences_length_do_not_count(backend: str, dtype: torch.dtype) -> None:
+    x = integers(4, 11, 40, dtype=dtype)
+    lengths = torch.tensor([11, 0, 3, 10], dtype=torch.int32)
+    for i, length in enumerate(lengths.tolist()):
+        x[i, length:] = float("nan")
+    kept = torch.cat([x[i, :n] for i, n in enumerate(lengths.tolist())])
+    assert torch.equal(summed(backend, x, lengths=lengths).double(), defined(kept))
 
 
-def test_mirroring_twice_is_mirroring_once() -> None:
-    out = complete(ops, torch.randn(50, 300))
-    twice = out.clone()
-    ops.mirror_(twice)
-    assert torch.equal(out, twice)
-    assert torch.equal(out, out.T)
+@pytest.mark.parametrize("backend", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_squares_weigh_exactly(backend: str, dtype: torch.dtype) -> None:
+    x = integers(70, 40, dtype=dtype)
+    weights = torch.randint(0, 4, (70,)).float().square()
+    repeated = x * weights.sqrt()[:, None].to(dtype)
+    assert torch.equal(summed(backend, x, weights=weights).double(), defined(repeated))
+    assert torch.equal(defined(x, weights=weights), defined(repeated))
+
+
+@pytest.mark.parametrize("backend", WIDTHS)
+@pytest.mark.parametrize("rows", [None, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_sums_in_one_pass_are_two_passes(backend: str, rows: Any, dtype: torch.dtype) -> None:
+    x = integers(160, 70, dtype=dtype)
+    first, second = (torch.randint(0, 3, (160,)).float().square() for _ in range(2))
+    index = None if rows is None else torch.randperm(160)[:rows]
+    for weights in (None, first):
+        out, also = empty(backend, 70), empty(backend, 70)
+        with ops.use_backend(backend):
+            ops.second_moment_(
+                out, x, rows=index, weights=weights, also=also, also_weights=second, scale=2.0
+            )
+        expected = defined(x, rows=index, weights=weights, scale=2.0)
+        assert torch.equal(out.dense().double(), expected)
+        expected = defined(x, rows=index, weights=second, scale=2.0)
+        assert torch.equal(also.dense().double(), expected)
+
+
+@pytest.mark.parametrize(("backend", "d"), [("torch", 64), ("torch", 1100), ("triton", 96)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_error_is_no_larger_than_torchs_own(
+    backend: str, d: int, dtype: torch.dtype, weighted: bool
+) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and weighted:
+        dtype = torch.float16  # the interpreter rounds to bfloat16 towards zero, a GPU to nearest
+    x = (torch.randn(400, d) * torch.logspace(0, -4, d)).to(dtype)
+    weights = torch.rand(400) if weighted else None
+    exact = defined(x, weights=weights)
+    ours = (summed(backend, x, weights=weights).double() - exact).norm()
+    rows = x if weights is None else (x.float() * weights.sqrt()[:, None]).to(dtype)
+    torchs = (torch.zeros(d, d).addmm_(rows.float().T, rows.float()).double() - exact).norm()
+    # The kernels multiply float32 rows rounded to 16 bits of mantissa.
+    rounding = 2**-15 if backend == "triton" and dtype == torch.float32 else 1e-7
+    assert ours <= 1.5 * torchs + rounding * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("bf16x4", 2**-15), ("tf32", 2**-9), ("ieee", 1e-6)]
+)
+@pytest.mark.parametrize("chosen", [False, True])
+def test_each_precision_of_float32_rows_is_as_good_as_it_says(
+    precision: str, bound: float, chosen: bool
+) -> None:
+    x = torch.randn(200, 64) * torch.logspace(0, -3, 64)
+    rows = torch.arange(0, 200, 3) if chosen else None
+    exact = defined(x, rows=rows)
+    found = summed("triton", x, rows=rows, precision=precision).double()
+    assert (found - exact).norm() <= bound * exact.norm()
+    # Positive semidefinite up to the rounding of a float32 sum.
+    values = torch.linalg.eigvalsh(found)
+    assert values[0] >= -1e-6 * values[-1]
+
+
+@pytest.mark.parametrize("backend", WIDTHS)
+def test_sums_accumulate_over_calls(backend: str) -> None:
+    parts = integers(3, 50, 130)
+    out = empty(backend, 130)
+    with ops.use_backend(backend):
+        for part in parts:
+            ops.second_moment_(out, part)
+    assert torch.equal(out.dense().double(), defined(parts.flatten(0, 1)))
+
+
+@pytest.mark.parametrize("backend", WIDTHS)
+def test_equal_calls_give_equal_bits(backend: str) -> None:
+    x = torch.randn(300, 96).bfloat16()
+    assert torch.equal(summed(backend, x), summed(backend, x))
+
+
+@given(st.integers(1, 300), st.integers(1, 80))
+@settings(max_examples=40, deadline=None)
+def test_packing_and_reading_are_inverse(d: int, width: int) -> None:
+    matrix = torch.randn(d, d)
+    matrix = matrix + matrix.T
+    packed = pack(matrix, width)
+    assert torch.equal(packed.dense(), matrix)
+    starts = [(start, stop) for start, stop, _ in packed.panels()]
+    assert [i for start, stop in starts for i in range(start, stop)] == list(range(d))
+
+
+def test_a_packed_sum_holds_half_a_matrix() -> None:
+    packed = TriangularSum.zeros(4096, 128)
+    assert packed.tiles.numel() == (4096**2 + 4096 * 128) // 2
+    assert packed.tiles.numel() * 4 == ops.sum_bytes(4096, torch.device("cuda"))
+
+
+def test_what_is_read_is_exactly_symmetric() -> None:
+    found = summed("torch", torch.randn(500, 300))
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 5, 4)}, ShapeError, "flatten"),
+        ({"x": torch.zeros(5, 3)}, ShapeError, "3 features"),
+        ({"x": torch.zeros(5, 4, dtype=torch.long)}, ShapeError, "int64"),
+        ({"weights": torch.ones(4)}, ShapeError, "weights"),
+        ({"lengths": torch.ones(5, dtype=torch.int32)}, ShapeError, "lengths="),
+        ({"also": TriangularSum.zeros(4, 16)}, InputError, "belong together"),
+        ({"precision": "fp8"}, InputError, "bf16x4"),
+        ({"precision": "tf32"}, BackendUnavailable, "no backend"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: Any, error: type, message: str) -> None:
+    given = {"x": torch.zeros(5, 4), **arguments}
+    with pytest.raises(error, match=message):
+        ops.second_moment_(TriangularSum.zeros(4, 16), **given)
 
 
 @given(st.integers(1, 2000))
 @settings(max_examples=60, deadline=None)
-def test_panels_cover_every_row_once(d: int) -> None:
-    covered = [i for start, stop in cpu.panels(d) for i in range(start, stop)]
-    assert covered == list(range(d))
-
-
-@pytest.mark.parametrize(("out", "x"), [((3, 3), (5, 4)), ((4, 4), (2, 5, 4)), ((4, 3), (5, 4))])
-def test_wrong_shapes_are_refused(out, x) -> None:
-    with pytest.raises(ShapeError, match="flatten"):
-        ops.second_moment_(torch.zeros(out), torch.zeros(x))
+def test_panels_cover_every_column_once(d: int) -> None:
+    out = TriangularSum.zeros(d, blocked.panel_width(d))
+    assert [i for start, stop, _ in out.panels() for i in range(start, stop)] == list(range(d))

@@ -1,42 +1,76 @@
-"""The second-moment operations the rest of the library calls."""
+"""The second moment: what the rest of the library calls, on whichever backend can."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from curvfast.errors import ShapeError
-from curvfast.ops import cpu
+from curvfast.ops import blocked, registry
+from curvfast.ops.request import MomentRequest
+from curvfast.ops.triangular import TriangularSum, tile_count
+
+GPU_TILE = 128
+
+
+def new_sum(
+    d: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> TriangularSum:
+    """Return an empty sum of d features, its tiles as wide as this device likes them.
+
+    Args:
+        d: Features.
+        device: Where it lives.
+        dtype: float32, or float64.
+    """
+    return TriangularSum.zeros(d, _tile_width(d, device), dtype=dtype, device=device)
+
+
+def sum_bytes(d: int, device: torch.device | None = None) -> int:
+    """Return the bytes :func:`new_sum` allocates for d features in float32."""
+    width = _tile_width(d, device)
+    return 4 * tile_count(d, width) * width**2
 
 
 def second_moment_(
-    out: Tensor, x: Tensor, *, rows: Tensor | None = None, scale: float = 1.0
+    out: TriangularSum,
+    x: Tensor,
+    *,
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    also: TriangularSum | None = None,
+    also_weights: Tensor | None = None,
+    precision: str | None = None,
 ) -> None:
-    """Add ``scale`` · Σ_t x_t x_tᵀ over the chosen rows to ``out`` in place.
-
-    Only the lower triangle of ``out`` is defined afterwards; :func:`mirror_` completes it once,
-    when the sum is read. Products and sums are in the dtype of ``out``.
+    """Add ``scale`` · Σ_t w_t x_t x_tᵀ over the rows that count to ``out`` in place.
 
     Args:
-        out: Running sum, shape [d, d], float32 or float64. Written.
-        x: Rows to add, shape [rows, d], any float dtype and strides; never copied whole.
-        rows: Indices of the rows that count, int64 [n], or None for all.
+        out: Running sum. Written.
+        x: Rows to add, [rows, d] or [sequences, length, d], any float dtype and strides; never
+            copied whole. Products and sums are in the dtype of ``out``.
+        rows: Indices of the rows that count, int64 [n], into x with its leading dimensions
+            flattened; None for all.
+        lengths: Instead of ``rows``: int32 [sequences], how many first rows of each count.
+        weights: w ≥ 0 of each row, the leading shape of x, float32; None for 1. Applied as √w on
+            both sides, so the sum stays symmetric and positive.
         scale: Factor of the products.
+        also: A second sum in the same pass over x. Written.
+        also_weights: The weights of the second sum.
+        precision: Of the products of float32 rows on tensor cores: ``"bf16x4"`` (the kernels'
+            default: the exact Gram matrix of x rounded to 16 bits of mantissa, relative error
+            2e-5, no eigenvalue turns negative), ``"ieee"`` (exact products, slow) or ``"tf32"``
+            (x rounded to 11 bits, 5e-4).
 
     Raises:
-        ShapeError: If ``x`` is not [rows, d] for the d of ``out``.
+        ShapeError: If a shape does not fit.
+        InputError: If arguments contradict each other.
+        BackendUnavailable: If a backend was named that cannot do this.
     """
-    if x.dim() != 2 or out.shape != (x.shape[1], x.shape[1]):
-        raise ShapeError(
-            f"second_moment_ adds rows x [rows, d] to out [d, d], got x {list(x.shape)} and out "
-            f"{list(out.shape)}; flatten the leading dimensions of x first: x.flatten(0, -2)"
-        )
-    cpu.second_moment_(out, x, rows=rows, scale=scale)
+    request = MomentRequest(out, x, rows, lengths, weights, scale, also, also_weights, precision)
+    registry.resolve("second_moment_", request)(request)
 
 
-def mirror_(out: Tensor) -> None:
-    """Complete a running sum: copy its lower triangle onto the upper one, in place.
-
-    Args:
-        out: Running sum of :func:`second_moment_`, shape [d, d]. Written.
-    """
-    cpu.mirror_(out)
+def _tile_width(d: int, device: torch.device | None) -> int:
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    return GPU_TILE if on_gpu else blocked.panel_width(d)

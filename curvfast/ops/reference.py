@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+from curvfast.ops.request import MomentRequest
 
 Values = npt.NDArray[np.float64]
 Widths = npt.NDArray[np.int32]
@@ -28,15 +29,17 @@ class Found(NamedTuple):
     """Share of the mass kept."""
 
 
-def second_moment_(out: Tensor, x: Tensor, *, rows: Tensor | None, scale: float) -> None:
-    """Add ``scale`` · xᵀx over the chosen rows of x [rows, d] to out [d, d], in its dtype."""
-    chosen = (x if rows is None else x[rows]).to(out.dtype)
-    out += scale * (chosen.T @ chosen)
-
-
-def mirror_(out: Tensor) -> None:
-    """Copy the lower triangle of out [d, d] onto the upper one."""
-    out.copy_(out.tril() + out.tril(-1).T)
+def second_moment_(call: MomentRequest) -> None:
+    """Add ``scale`` · Σ_t w_t x_t x_tᵀ over the rows that count to each sum, in its dtype."""
+    rows = call.index()
+    for out, weights in call.sums():
+        x = call.x.flatten(0, -2).to(out.tiles.dtype)
+        w = None if weights is None else weights.flatten().to(x.dtype)
+        if rows is not None:
+            x, w = x[rows], None if w is None else w[rows]
+        matrix = call.scale * (x.T @ (x if w is None else w[:, None] * x))
+        for start, stop, panel in out.panels():
+            panel += matrix[:stop, start:stop]
 
 
 def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:

@@ -1,0 +1,201 @@
+"""The kernels' host side: what they can take, and how they are launched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfast.ops.request import MomentRequest
+from curvfast.ops.triangular import TriangularSum
+
+_HALF = (torch.bfloat16, torch.float16)
+_TILES = (16, 32, 64, 128)
+# Rows in one launch: a longer float32 sum in registers loses bits a sum in memory keeps.
+_LAUNCH_ROWS = 1 << 15
+DEFAULT_PRECISION = "bf16x4"
+
+
+def interpreting() -> bool:
+    """Return whether Triton's interpreter is asked for (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Return why no kernel can run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'curvfast[gpu]')"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+
+
+def refuses_device(x: Tensor) -> str | None:
+    """Return why the kernels cannot take a tensor where it lies, or None."""
+    if interpreting():
+        return None
+    if x.device.type != "cuda":
+        return f"the kernels need CUDA tensors, this one is on {x.device.type}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the kernels need compute capability 8.0 or later"
+    return None
+
+
+def refusal(call: MomentRequest) -> str | None:
+    """Return why the kernels cannot take this second moment, or None."""
+    if call.x.dtype not in (*_HALF, torch.float32):
+        return f"the kernels take bfloat16, float16 and float32 rows, not {call.x.dtype}"
+    for out, _ in call.sums():
+        if out.tiles.dtype != torch.float32 or out.width not in _TILES:
+            return (
+                f"the kernels add to float32 sums of tiles 16 to 128 wide, this one is "
+                f"{out.tiles.dtype} and {out.width} wide; make it with ops.new_sum(device=...)"
+            )
+    if call.precision and call.x.dtype != torch.float32:
+        return f"precision={call.precision!r} is of float32 rows, these are {call.x.dtype}"
+    return refuses_device(call.x)
+
+
+def second_moment_(call: MomentRequest) -> None:
+    """Add the products of the rows that count, by the kernel that suits them."""
+    if call.x.shape[:-1].numel() == 0:
+        return
+    if _describable(call):
+        _whole_rows(call)
+    else:
+        _chosen_rows(call)
+
+
+def _describable(call: MomentRequest) -> bool:
+    """Return whether the tensor memory accelerator can fetch x as it lies, every row counting."""
+    plain = call.rows is None and call.lengths is None and call.weights is None
+    if not plain or call.also is not None or _arch(call.x) < 90:
+        return False
+    if call.x.dtype == torch.float32:
+        # The parts are written anew, aligned; only a width of no whole 16 bytes stands against it.
+        return (call.precision or DEFAULT_PRECISION) == "bf16x4" and call.d % 8 == 0
+    strides = call.x.stride()
+    aligned = all(s * call.x.element_size() % 16 == 0 for s in strides[:-1])
+    return strides[-1] == 1 and aligned and call.x.data_ptr() % 16 == 0
+
+
+def _whole_rows(call: MomentRequest) -> None:
+    if call.x.dtype == torch.float32:
+        for rows in call.x.flatten(0, -2).split(_LAUNCH_ROWS):
+            high = rows.to(torch.bfloat16)
+            parts = torch.stack([high, (rows - high.float()).to(torch.bfloat16)])
+            _launch_tiles(call.out, parts, call.scale, "parts")
+    elif call.x.dim() == 2:
+        for rows in call.x.split(_LAUNCH_ROWS):
+            _launch_tiles(call.out, rows, call.scale, "rows")
+    else:
+        length = max(1, call.x.shape[1])
+        for sequences in call.x.split(max(1, _LAUNCH_ROWS // length)):
+            _launch_tiles(call.out, sequences, call.scale, "sequences")
+
+
+def _launch_tiles(out: TriangularSum, x: Tensor, scale: float, layout: str) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from curvfast.kernels import tiling
+    from curvfast.kernels.second_moment import second_moment_tiles
+    from curvfast.kernels.triangle import tiles_to_compute
+
+    length = x.shape[-2]
+    steps = {"rows": length, "parts": 4 * length, "sequences": x.shape[:-1].numel()}[layout]
+    chosen = (
+        tiling.interpreted(steps, paired=_panels(out) % 3 > 0)
+        if interpreting()
+        else tiling.whole_rows(out.d, steps, _arch(x))
+    )
+    lead = [] if layout == "rows" else [1]
+    columns = out.width * (2 if chosen.paired else 1)
+    left, right = (
+        TensorDescriptor.from_tensor(x, [*lead, chosen.block_k, width])
+        for width in (out.width, columns)
+    )
+    target = out.tiles
+    if chosen.splits > 1:
+        target = _workspace(out, chosen.splits)
+    programs = tiles_to_compute(_panels(out), chosen.paired)
+    second_moment_tiles[programs, chosen.splits](
+        left, right, TensorDescriptor.from_tensor(target, [out.width, out.width]), scale,
+        x.shape[0], length, _panels(out), chosen.splits,
+        TILE=out.width, BLOCK_K=chosen.block_k, PAIRED=chosen.paired, LAYOUT=layout,
+        SPLIT=chosen.splits > 1, UPCAST=interpreting(),
+        num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    if chosen.splits > 1:
+        _add_partial_sums(out, target, scale, chosen.splits)
+
+
+def _chosen_rows(call: MomentRequest) -> None:
+    from curvfast.kernels import tiling
+    from curvfast.kernels.second_moment_rows import second_moment_rows
+    from curvfast.kernels.triangle import tiles_to_compute
+
+    x, out = call.x, call.out
+    precision = "native"
+    if x.dtype == torch.float32:
+        precision = call.precision or DEFAULT_PRECISION
+    total = x.shape[:-1].numel() if call.rows is None else call.rows.numel()
+    two = call.also is not None
+    chosen = (
+        tiling.interpreted(total, parts=2 if two else 1)
+        if interpreting()
+        else tiling.chosen_rows(out.d, total, _arch(x), precision, two)
+    )
+    split = chosen.splits > 1
+    target, also = out.tiles, None if call.also is None else call.also.tiles
+    if split:
+        target = _workspace(out, chosen.splits)
+        also = None if call.also is None else _workspace(out, chosen.splits)
+    strides = x.stride() if x.dim() == 3 else (0, *x.stride())
+    programs = tiles_to_compute(_panels(out), False) * chosen.parts
+    second_moment_rows[programs, chosen.splits](
+        x, call.rows, call.lengths, _flat(call.weights), _flat(call.also_weights), target, also,
+        call.scale, total, x.shape[1] if x.dim() == 3 else 1, out.d, *strides, chosen.splits,
+        _panels(out),
+        TILE=out.width, PARTS=chosen.parts, BLOCK_K=chosen.block_k, SEQUENCES=x.dim() == 3,
+        INDEX=call.rows is not None, LENGTHS=call.lengths is not None,
+        WEIGHTS=call.weights is not None, ALSO=two, PRECISION=precision, SPLIT=split,
+        UPCAST=interpreting(), num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    if split:
+        _add_partial_sums(out, target, call.scale, chosen.splits)
+        if call.also is not None and also is not None:
+            _add_partial_sums(call.also, also, call.scale, chosen.splits)
+
+
+def _workspace(out: TriangularSum, splits: int) -> Tensor:
+    return torch.empty(
+        splits * out.tiles.shape[0], out.width, dtype=torch.float32, device=out.tiles.device
+    )
+
+
+def _add_partial_sums(out: TriangularSum, partial: Tensor, scale: float, splits: int) -> None:
+    from curvfast.kernels.partial_sums import add_partial_sums
+
+    values, block = out.tiles.numel(), 1024
+    add_partial_sums[(-(-values // block),)](
+        partial, out.tiles, scale, values, splits, BLOCK=block
+    )  # fmt: skip
+
+
+def _panels(out: TriangularSum) -> int:
+    return -(-out.d // out.width)
+
+
+def _flat(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.flatten().float().contiguous()
+
+
+def _arch(x: Tensor) -> Any:
+    if x.device.type != "cuda":
+        return 90
+    from curvfast.kernels import tiling
+
+    return tiling.architecture(torch.cuda.get_device_capability(x.device))

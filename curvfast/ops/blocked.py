@@ -1,0 +1,86 @@
+"""Second moments by torch's own GEMMs: only one triangle of blocks is multiplied.
+
+A Gram matrix is symmetric, so a panel of columns needs the rows up to its diagonal alone: with p
+panels that is (1 + 1/p) / 2 of the products of a dense update. Each panel is one of torch's own
+GEMMs, added straight into the running sum. Rows that need a cast, a weight or a choice pass through
+one small buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curvfast.ops.request import MomentRequest
+from curvfast.ops.triangular import TriangularSum
+
+# Rows cast or gathered at a time: large enough for GEMM's full speed, small beside an activation.
+CHUNK_ROWS = 1024
+
+
+def panel_width(d: int) -> int:
+    """Width of a panel of a sum of d features.
+
+    The widths with the best median over interleaved runs against ``addmm_`` on two AVX-512 cores
+    (``benchmarks/bench_second_moment.py``): narrow panels save more products, wide ones feed GEMM
+    better.
+    """
+    if d < 256:
+        return d
+    return 128 if d < 1024 else 256
+
+
+def refusal(call: MomentRequest) -> str | None:
+    """Return why this call cannot run here, or None."""
+    if call.precision not in (None, "ieee"):
+        return f"precision={call.precision!r} is the kernels'; torch's products here are 'ieee'"
+    return None
+
+
+def second_moment_(call: MomentRequest) -> None:
+    """Add the products of the rows that count to the sums of ``call``."""
+    for out, weights in call.sums():
+        for chunk in _chunks(call, weights, out.tiles.dtype):
+            _add(out, chunk, call.scale)
+
+
+def _add(out: TriangularSum, chunk: Tensor, scale: float) -> None:
+    for start, stop, panel in out.panels():
+        panel.addmm_(chunk[:, :stop].T, chunk[:, start:stop], alpha=scale)
+
+
+def _chunks(call: MomentRequest, weights: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield [≤ CHUNK_ROWS, d] pieces in ``dtype``; the input itself where nothing is to be done."""
+    x, rows = call.x, call.index()
+    if x.dim() == 3 and x.stride(0) == x.shape[1] * x.stride(1):
+        x = x.flatten(0, 1)
+    if x.dim() == 2 and rows is None and weights is None and x.dtype == dtype:
+        yield x
+        return
+    total = x.shape[:-1].numel() if rows is None else rows.shape[0]
+    buffer = torch.empty(min(total, CHUNK_ROWS), call.d, dtype=dtype, device=x.device)
+    for start in range(0, total, CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, total)
+        piece = buffer[: stop - start]
+        chosen: Tensor | slice = slice(start, stop) if rows is None else rows[start:stop]
+        _read(x, chosen, piece)
+        if weights is not None:
+            # √w on both sides keeps the product symmetric.
+            piece.mul_(weights.flatten()[chosen].to(dtype).sqrt()[:, None])
+        yield piece
+
+
+def _read(x: Tensor, chosen: Tensor | slice, out: Tensor) -> None:
+    """Copy the chosen rows of x, its leading dimensions flattened, into ``out``."""
+    if x.dim() == 3:
+        if isinstance(chosen, slice):
+            chosen = torch.arange(chosen.start, chosen.stop, device=x.device)
+        out.copy_(x[chosen // x.shape[1], chosen % x.shape[1]])
+    elif isinstance(chosen, slice):
+        out.copy_(x[chosen])
+    elif x.dtype == out.dtype:
+        torch.index_select(x, 0, chosen, out=out)
+    else:
+        out.copy_(x.index_select(0, chosen))

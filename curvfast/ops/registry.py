@@ -1,0 +1,121 @@
+"""Which implementation runs an operation: asked for by name, or the best that can."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from curvfast.errors import BackendUnavailable, InputError
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+_ENVIRONMENT = "CURVFAST_BACKEND"
+_chosen: ContextVar[str | None] = ContextVar("curvfast_backend", default=None)
+_backends: dict[str, Backend] = {}
+_told: set[tuple[str, str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of implementations."""
+
+    name: str
+    operations: Mapping[str, Callable[..., Any]]
+    refusals: Mapping[str, Callable[..., str | None]]
+    """For each operation: (its arguments) -> why it cannot take them, or None."""
+    unavailable: Callable[[], str | None] = field(default=lambda: None)
+    """Why it cannot run on this machine at all, or None."""
+    automatic: Callable[[], bool] = field(default=lambda: True)
+    """Whether "auto" may choose it."""
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known; "auto" prefers those registered first."""
+    _backends[backend.name] = backend
+
+
+def backends() -> dict[str, str]:
+    """Return every backend and ``"available"``, or the reason it is not."""
+    return {name: b.unavailable() or "available" for name, b in _backends.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operations inside the ``with`` block on one backend.
+
+    Args:
+        name: ``"triton"``, ``"torch"``, ``"reference"``, or ``"auto"``. A named one that cannot
+            take an operation raises there; only ``"auto"`` goes on to the next.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: If there is no backend of that name.
+        BackendUnavailable: If it cannot run on this machine.
+    """
+    if name != AUTO:
+        reason = _named(name, "use_backend").unavailable()
+        if reason:
+            raise BackendUnavailable(f"backend {name!r} cannot be used: {reason}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def resolve(operation: str, *arguments: Any) -> Callable[..., Any]:
+    """Return the implementation that will run ``operation`` on ``arguments``.
+
+    Order: :func:`use_backend`, then the environment's CURVFAST_BACKEND, then automatic.
+
+    Raises:
+        InputError: If the environment names no backend.
+        BackendUnavailable: If a named backend cannot take the arguments, or none can.
+    """
+    name = _chosen.get() or os.environ.get(_ENVIRONMENT) or AUTO
+    if name != AUTO:
+        backend = _named(name, _ENVIRONMENT)
+        reason = _refusal(backend, operation, arguments)
+        if reason:
+            raise BackendUnavailable(
+                f"backend {name!r} cannot run {operation}: {reason}; use backend 'auto'"
+            )
+        return backend.operations[operation]
+    reasons = []
+    for backend in _backends.values():
+        if not backend.automatic() or operation not in backend.operations:
+            continue
+        reason = _refusal(backend, operation, arguments)
+        if reason is None:
+            return backend.operations[operation]
+        reasons.append(f"{backend.name}: {reason}")
+        _tell(backend.name, operation, reason)
+    raise BackendUnavailable(f"no backend can run {operation}:\n  " + "\n  ".join(reasons))
+
+
+def _refusal(backend: Backend, operation: str, arguments: tuple[Any, ...]) -> str | None:
+    if operation not in backend.operations:
+        return f"it does not implement {operation}"
+    return backend.unavailable() or backend.refusals[operation](*arguments)
+
+
+def _named(name: str, source: str) -> Backend:
+    if name not in _backends:
+        raise InputError(
+            f"{source}: there is no backend {name!r}; there are {', '.join(_backends)} and auto"
+        )
+    return _backends[name]
+
+
+def _tell(name: str, operation: str, reason: str) -> None:
+    if (name, operation, reason) not in _told:
+        _told.add((name, operation, reason))
+        log.info("%s does not run on backend %r: %s", operation, name, reason)
