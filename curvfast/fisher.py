@@ -11,9 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvfast import ops
 from curvfast.rows import IGNORED_LABEL
 
 _CHUNK_VALUES = 1 << 19
+# What may end a model's head without keeping its output for the backward.
+_FORGETFUL = (
+    "AddmmBackward0", "BmmBackward0", "LinearBackward0", "MmBackward0", "ReshapeAliasBackward0",
+    "ToCopyBackward0", "UnsafeViewBackward0", "ViewBackward0",
+)  # fmt: skip
 
 
 def sampled_gradient(
@@ -22,7 +28,8 @@ def sampled_gradient(
     """Draw a label for every row that counts, from softmax(logits); return the gradient.
 
     Args:
-        logits: [..., classes], any float dtype.
+        logits: [..., classes], any float dtype. Overwritten by the gradient where the backward
+            needs its values no more.
         rows: Indices into the flattened leading dimensions that count, or None for all.
         generator: Draws the labels; on the device of ``logits``.
 
@@ -30,13 +37,12 @@ def sampled_gradient(
         The gradient, of the shape and dtype of ``logits`` and zero in rows that do not count; and
         the number of labels.
     """
-    flat = logits.detach().flatten(0, -2)
-    gradient, index = _start(flat, rows)
-    for chunk in _chunks(index, flat.shape[1]):
-        probabilities = flat[chunk].float().softmax(-1)
-        labels = torch.multinomial(probabilities, 1, generator=generator)
-        gradient[chunk] = _minus_onehot(probabilities, labels).to(flat.dtype)
-    return gradient.view(logits.shape), index.shape[0]
+    values = logits.detach()
+    if type(logits.grad_fn).__name__ not in _FORGETFUL or not values.is_contiguous():
+        values = values.clone(memory_format=torch.contiguous_format)
+    flat = values.flatten(0, -2)
+    ops.sampled_gradient_(flat, rows, generator)
+    return values, flat.shape[0] if rows is None else rows.shape[0]
 
 
 def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -51,21 +57,9 @@ def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         of labels.
     """
     flat, targets = logits.detach().flatten(0, -2), labels.flatten()
-    gradient, index = _start(flat, (targets != IGNORED_LABEL).nonzero().squeeze(1))
-    for chunk in _chunks(index, flat.shape[1]):
+    gradient = torch.zeros_like(flat)
+    index = (targets != IGNORED_LABEL).nonzero().squeeze(1)
+    for chunk in index.split(max(1, _CHUNK_VALUES // flat.shape[1])) if index.numel() else ():
         probabilities = flat[chunk].float().softmax(-1)
-        gradient[chunk] = _minus_onehot(probabilities, targets[chunk, None]).to(flat.dtype)
+        gradient[chunk] = ops.minus_onehot_(probabilities, targets[chunk, None]).to(flat.dtype)
     return gradient.view(logits.shape), index.shape[0]
-
-
-def _start(flat: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    index = torch.arange(flat.shape[0], device=flat.device) if rows is None else rows
-    return torch.zeros_like(flat), index
-
-
-def _chunks(index: Tensor, classes: int) -> tuple[Tensor, ...]:
-    return index.split(max(1, _CHUNK_VALUES // classes)) if index.numel() else ()
-
-
-def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:
-    return probabilities.scatter_add_(1, labels, torch.full_like(probabilities[:, :1], -1.0))

@@ -19,12 +19,16 @@ FLOORS = [
     [
         "ops.triangular",
         "ops.request",
-        "ops.reference",
+        "ops.plan",
         "ops.registry",
+        "ops.reference",
         "ops._native",
-        "ops._triton",
         "ops.blocked",
         "ops.moments",
+        "ops.projection",
+        "ops.energies",
+        "ops.sampling",
+        "ops.launch",
         "ops.staircase",
         "ops",
     ],
@@ -39,7 +43,7 @@ FLOORS = [
 STRANGERS = ["hf", "evals", "baselines", "report"]
 
 OWNERS = {
-    "triton": ["kernels", "ops._triton"],
+    "triton": ["kernels", "ops.launch"],
     "_C": ["ops._native"],
     "torch.library": ["ops._library"],
     "torch.distributed": ["distributed"],

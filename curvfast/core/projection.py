@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
+from curvfast import ops
 from curvfast.core.eigenbasis import LayerBasis
 from curvfast.core.selection import Mask, Staircase
 
@@ -40,8 +43,33 @@ def drop_(coefficients: Tensor, selection: Staircase | Mask) -> Tensor:
 
 
 def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> Tensor:
-    """Return W', the part of W [d_out, d_in] in the selected eigenpairs, in the working dtype."""
-    return rotate_back(drop_(rotate(weight, basis), selection), basis)
+    """Return W', the part of W [d_out, d_in] in the selected eigenpairs, in the working dtype.
+
+    A staircase is evaluated by the cheapest exact plan; a mask of any other form densely.
+    """
+    if isinstance(selection, Mask):
+        return rotate_back(drop_(rotate(weight, basis), selection), basis)
+    dtype = _working_dtype(weight)
+    u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
+    return ops.project(weight.to(dtype), u_g, u_a, selection.widths)
+
+
+def sweep(
+    weight: Tensor, basis: LayerBasis, selections: Iterable[Staircase | Mask]
+) -> Iterator[Tensor]:
+    """Yield W' for each of many selections; the weight is rotated once.
+
+    Args:
+        weight: W, [d_out, d_in], any float dtype.
+        basis: The layer's eigenbasis.
+        selections: What to keep, one after the other.
+
+    Yields:
+        W' in the working dtype.
+    """
+    coefficients = rotate(weight, basis)
+    for selection in selections:
+        yield rotate_back(drop_(coefficients.clone(), selection), basis)
 
 
 def _working_dtype(weight: Tensor) -> torch.dtype:

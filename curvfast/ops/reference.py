@@ -6,13 +6,18 @@ the native core: the same summation order, so equal to it bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from curvfast.ops.request import MomentRequest
+if TYPE_CHECKING:
+    from curvfast.ops.projection import ProjectionRequest
+    from curvfast.ops.request import MomentRequest
 
 Values = npt.NDArray[np.float64]
 Widths = npt.NDArray[np.int32]
@@ -40,6 +45,28 @@ def second_moment_(call: MomentRequest) -> None:
         matrix = call.scale * (x.T @ (x if w is None else w[:, None] * x))
         for start, stop, panel in out.panels():
             panel += matrix[:stop, start:stop]
+
+
+def project(call: ProjectionRequest) -> Tensor:
+    """Evaluate U (M ∘ (Uᵀ W V)) Vᵀ as written, or W minus it where the plan asks for that."""
+    coefficients = call.left.T @ call.weight @ call.right
+    columns = torch.arange(coefficients.shape[1], device=coefficients.device)
+    kept = columns < call.widths.to(coefficients.device)[:, None]
+    projected = call.left @ (kept * coefficients) @ call.right.T
+    return call.weight - projected if call.plan.complement else projected
+
+
+def band_energies(x: Tensor, vectors: Tensor, edges: Sequence[int]) -> Tensor:
+    """Return ‖x_t V_b‖² for each row t of x [rows, d] and band b of columns of V, in float64."""
+    energies = (x.double() @ vectors.double()).square()
+    return torch.stack([energies[:, a:b].sum(1) for a, b in pairwise(edges)], dim=1)
+
+
+def nll_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return softmax(logits) - onehot(label) in float64; zero in rows whose label is negative."""
+    gradient = logits.double().softmax(-1)
+    gradient.scatter_add_(1, labels.clamp_min(0)[:, None], -torch.ones_like(gradient[:, :1]))
+    return gradient * (labels >= 0)[:, None]
 
 
 def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:

@@ -34,15 +34,18 @@ def second_moment_rows(
         place = step * BLOCK_K + tl.arange(0, BLOCK_K)
         counts = place < rows
         if INDEX:
-            row = tl.load(index + place, mask=counts, other=0)
+            row = tl.load(index + place, mask=counts, other=0).to(tl.int32)
         else:
-            row = place.to(tl.int64)
+            row = place
         if SEQUENCES:
-            start = x + (row // length) * stride_sequence + (row % length) * stride_row
+            # In 32 bits: a 64-bit division would take the registers the sum needs.
+            sequence = row // length
+            within = row - sequence * length
+            start = x + sequence.to(tl.int64) * stride_sequence + within.to(tl.int64) * stride_row
             if LENGTHS:
-                counts &= (row % length) < tl.load(lengths + row // length, mask=counts, other=0)
+                counts &= within < tl.load(lengths + sequence, mask=counts, other=0)
         else:
-            start = x + row * stride_row
+            start = x + row.to(tl.int64) * stride_row
         a = _fetch(start, features_j, stride_feature, counts, d)
         b = _fetch(start, features_i, stride_feature, counts, d)
         if ALSO:

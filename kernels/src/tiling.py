@@ -47,8 +47,8 @@ _WHOLE_ROWS = {paired: Tiling(64, 8, 4, paired=paired) for paired in (False, Tru
 # (architecture, precision, two sums): chosen so that no register spills, by compiling each.
 _CHOSEN_ROWS = {
     **{(a, "native", False): Tiling(64, 8, 3) for a in ARCHITECTURES},
-    **{(a, "native", True): Tiling(64, 8, 3, parts=2) for a in (90, 100)},
-    (80, "native", True): Tiling(32, 8, 3, parts=2),
+    **{(a, "native", True): Tiling(32, 8, 3, parts=2) for a in (90, 100)},
+    (80, "native", True): Tiling(32, 8, 3, parts=4),
     **{(a, "bf16x4", False): Tiling(32, 8, 2) for a in (90, 100)},
     (80, "bf16x4", False): Tiling(32, 8, 2, parts=2),
     **{(a, "bf16x4", True): Tiling(32, 8, 2, parts=2) for a in (90, 100)},
@@ -60,6 +60,31 @@ _CHOSEN_ROWS = {
     **{(a, "ieee", True): Tiling(16, 8, 2, parts=2) for a in ARCHITECTURES},
 }
 _INTERPRETED = Tiling(32, 4, 1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a product of two matrices is cut into programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+_STAIRCASE = {
+    **{(a, "tf32x3"): Blocks(128, 128, 32, 8, 2) for a in (90, 100)},
+    (80, "tf32x3"): Blocks(64, 128, 32, 8, 2),
+    **{(a, "tf32"): Blocks(128, 128, 32, 8, 3) for a in ARCHITECTURES},
+    **{(a, "ieee"): Blocks(128, 128, 16, 8, 3) for a in ARCHITECTURES},
+}
+_ENERGIES = {
+    **{(a, "ieee"): Blocks(128, 128, 64, 8, 3) for a in ARCHITECTURES},
+    **{(a, "tf32x3"): Blocks(128, 128, 32, 8, 2) for a in (90, 100)},
+    (80, "tf32x3"): Blocks(64, 128, 32, 8, 2),
+}
+INTERPRETED_STAIRCASE = Blocks(32, 32, 32, 4, 1)
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -99,6 +124,16 @@ def chosen_rows(d: int, rows: int, arch: int, precision: str, two_sums: bool) ->
     return min(candidates, key=lambda t: (seconds(t, d, rows, arch), t.splits))
 
 
+def staircase(arch: int, precision: str) -> Blocks:
+    """Return the blocks of the staircase products."""
+    return _STAIRCASE[arch, precision]
+
+
+def energies(arch: int, precision: str) -> Blocks:
+    """Return the blocks of the band energies; 16-bit activations are "ieee"."""
+    return _ENERGIES[arch, precision]
+
+
 def interpreted(rows: int, *, paired: bool = False, parts: int = 1) -> Tiling:
     """Return a tiling small enough for Triton's interpreter; it splits what is not tiny."""
     splits = 2 if rows > 4 * _INTERPRETED.block_k else 1
@@ -125,6 +160,12 @@ def table() -> list[tuple[str, int, str, bool, Tiling]]:
     whole = [("tiles", a, "native", False, t) for a in (90, 100) for t in _WHOLE_ROWS.values()]
     chosen = [("rows", a, p, two, t) for (a, p, two), t in _CHOSEN_ROWS.items()]
     return whole + chosen
+
+
+def block_table() -> list[tuple[str, int, str, Blocks]]:
+    """Return every entry of the products with bands: kernel, architecture, precision, blocks."""
+    staircases = [(k, a, p, b) for (a, p), b in _STAIRCASE.items() for k in ("expand", "contract")]
+    return staircases + [("band_energies", a, p, b) for (a, p), b in _ENERGIES.items()]
 
 
 def _allowed_splits(rows: int, block_k: int) -> list[int]:

@@ -1,14 +1,11 @@
-"""The kernels' host side: what they can take, and how they are launched."""
+"""Host side of the second-moment kernels: what they can take, and how they are launched."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvfast.ops.launch.availability import arch, interpreting, refuses_device
 from curvfast.ops.request import MomentRequest
 from curvfast.ops.triangular import TriangularSum
 
@@ -17,31 +14,6 @@ _TILES = (16, 32, 64, 128)
 # Rows in one launch: a longer float32 sum in registers loses bits a sum in memory keeps.
 _LAUNCH_ROWS = 1 << 15
 DEFAULT_PRECISION = "bf16x4"
-
-
-def interpreting() -> bool:
-    """Return whether Triton's interpreter is asked for (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def unavailable() -> str | None:
-    """Return why no kernel can run on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'curvfast[gpu]')"
-    if interpreting() or torch.cuda.is_available():
-        return None
-    return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-
-
-def refuses_device(x: Tensor) -> str | None:
-    """Return why the kernels cannot take a tensor where it lies, or None."""
-    if interpreting():
-        return None
-    if x.device.type != "cuda":
-        return f"the kernels need CUDA tensors, this one is on {x.device.type}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the kernels need compute capability 8.0 or later"
-    return None
 
 
 def refusal(call: MomentRequest) -> str | None:
@@ -56,6 +28,8 @@ def refusal(call: MomentRequest) -> str | None:
             )
     if call.precision and call.x.dtype != torch.float32:
         return f"precision={call.precision!r} is of float32 rows, these are {call.x.dtype}"
+    if call.x.shape[:-1].numel() >= 1 << 31:
+        return "the kernels number rows in 32 bits; add fewer than 2^31 of them at a time"
     return refuses_device(call.x)
 
 
@@ -72,7 +46,7 @@ def second_moment_(call: MomentRequest) -> None:
 def _describable(call: MomentRequest) -> bool:
     """Return whether the tensor memory accelerator can fetch x as it lies, every row counting."""
     plain = call.rows is None and call.lengths is None and call.weights is None
-    if not plain or call.also is not None or _arch(call.x) < 90:
+    if not plain or call.also is not None or arch(call.x) < 90:
         return False
     if call.x.dtype == torch.float32:
         # The parts are written anew, aligned; only a width of no whole 16 bytes stands against it.
@@ -109,7 +83,7 @@ def _launch_tiles(out: TriangularSum, x: Tensor, scale: float, layout: str) -> N
     chosen = (
         tiling.interpreted(steps, paired=_panels(out) % 3 > 0)
         if interpreting()
-        else tiling.whole_rows(out.d, steps, _arch(x))
+        else tiling.whole_rows(out.d, steps, arch(x))
     )
     lead = [] if layout == "rows" else [1]
     columns = out.width * (2 if chosen.paired else 1)
@@ -146,7 +120,7 @@ def _chosen_rows(call: MomentRequest) -> None:
     chosen = (
         tiling.interpreted(total, parts=2 if two else 1)
         if interpreting()
-        else tiling.chosen_rows(out.d, total, _arch(x), precision, two)
+        else tiling.chosen_rows(out.d, total, arch(x), precision, two)
     )
     split = chosen.splits > 1
     target, also = out.tiles, None if call.also is None else call.also.tiles
@@ -191,11 +165,3 @@ def _panels(out: TriangularSum) -> int:
 
 def _flat(weights: Tensor | None) -> Tensor | None:
     return None if weights is None else weights.flatten().float().contiguous()
-
-
-def _arch(x: Tensor) -> Any:
-    if x.device.type != "cuda":
-        return 90
-    from curvfast.kernels import tiling
-
-    return tiling.architecture(torch.cuda.get_device_capability(x.device))

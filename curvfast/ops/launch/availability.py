@@ -1,0 +1,47 @@
+"""Whether kernels can run: on this machine, and on a tensor where it lies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_OLDEST = (8, 0)
+# What the interpreter pretends to be: every path of the newest kernels is then taken.
+_INTERPRETED = 90
+
+
+def interpreting() -> bool:
+    """Return whether Triton's interpreter is asked for (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Return why no kernel can run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'curvfast[gpu]')"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+
+
+def refuses_device(x: Tensor) -> str | None:
+    """Return why the kernels cannot take a tensor where it lies, or None."""
+    if interpreting():
+        return None
+    if x.device.type != "cuda":
+        return f"the kernels need CUDA tensors, this one is on {x.device.type}"
+    if torch.cuda.get_device_capability(x.device) < _OLDEST:
+        return "the kernels need compute capability 8.0 or later"
+    return None
+
+
+def arch(x: Tensor) -> int:
+    """Return the entry of the tile tables for the device of x."""
+    if x.device.type != "cuda":
+        return _INTERPRETED
+    from curvfast.kernels.tiling import architecture
+
+    return int(architecture(torch.cuda.get_device_capability(x.device)))

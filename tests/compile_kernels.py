@@ -1,0 +1,63 @@
+"""Compiles kernels for GPUs that are not here; run as a program, without Triton's interpreter.
+
+Reads a list of jobs from standard input as JSON, writes what the machine code holds to standard
+output, one line a job.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compiled(job: dict[str, Any]) -> dict[str, Any]:
+    """Compile one job and count what matters in its machine code."""
+    module = importlib.import_module(f"curvfast.kernels.{job['module']}")
+    function = getattr(module, job["kernel"])
+    names = function.arg_names
+    constants = {(names.index(key),): value for key, value in job["constants"].items()}
+    signature = {**job["types"], **dict.fromkeys(job["constants"], "constexpr")}
+    assert set(signature) == set(names), set(signature) ^ set(names)
+    aligned = {(names.index(key),): [["tt.divisibility", 16]] for key in job["aligned"]}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": job["warps"], "num_stages": job["stages"]}
+    kernel = triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code = tool("-sass", file.name)
+        usage = tool("-res-usage", file.name)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\bSTL\b", code)),
+        "shared": kernel.metadata.shared,
+        "tensor_core": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code)),
+        "untransposed": len(re.findall(r"HGMMA.*tnspA.*tnspB", code)),
+        "bulk_loads": code.count("UTMALDG"),
+    }
+
+
+def tool(option: str, path: str) -> str:
+    done = subprocess.run(
+        [TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    for line in json.load(sys.stdin):
+        sys.stdout.write(json.dumps(compiled(line)) + "\n")
+        sys.stdout.flush()
