@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from curvfast.evals.memorization import Passage as Passage
     from curvfast.evals.suite import EvalReport as EvalReport
     from curvfast.evals.suite import evaluate as evaluate
+    from curvfast.ops.registry import backends as backends
+    from curvfast.ops.registry import use_backend as use_backend
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
@@ -59,6 +61,8 @@ _HOMES = {
     "Passage": "evals.memorization",
     "EvalReport": "evals.suite",
     "evaluate": "evals.suite",
+    "backends": "ops.registry",
+    "use_backend": "ops.registry",
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,6 +28,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     module = importlib.import_module(f"curvfast.kernels.{job['module']}")
     function = getattr(module, job["kernel"])
     names = function.arg_names
+    if "ELEMENT" in job["constants"]:
+        job["constants"]["ELEMENT"] = getattr(tl, job["constants"]["ELEMENT"])
     constants = {(names.index(key),): value for key, value in job["constants"].items()}
     signature = {**job["types"], **dict.fromkeys(job["constants"], "constexpr")}
     assert set(signature) == set(names), set(signature) ^ set(names)

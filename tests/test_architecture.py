@@ -28,6 +28,7 @@ FLOORS = [
         "ops.projection",
         "ops.energies",
         "ops.sampling",
+        "ops._library",
         "ops.launch",
         "ops.staircase",
         "ops",

@@ -74,6 +74,23 @@ def rows_job(
     }  # fmt: skip
 
 
+def group_job(arch: int, t: Tiling, index: bool) -> dict[str, Any]:
+    tables = {
+        "inputs": "*i64", "indices": "*i64", "outs": "*i64", "features": "*i32", "rows": "*i32",
+        "strides": "*i64", "scales": "*fp32", "first_tiles": "*i32", "members": "i32",
+    }  # fmt: skip
+    return {
+        "name": f"group-{arch}-{index=}", "module": "second_moment_group",
+        "kernel": "second_moment_group", "arch": arch, "types": tables,
+        "constants": {
+            "ELEMENT": "bfloat16", "TILE": TILE, "BLOCK_K": t.block_k, "INDEX": index,
+            "UPCAST": False,
+        },
+        "aligned": [], "warps": t.warps, "stages": t.stages, "tensor_core": True,
+        "untransposed": False,
+    }  # fmt: skip
+
+
 def blocks_job(kernel: str, arch: int, precision: str, b: Blocks) -> dict[str, Any]:
     half = kernel == "band_energies" and precision == "ieee"
     element = "bf16" if half else "fp32"
@@ -134,6 +151,8 @@ def jobs() -> list[dict[str, Any]]:
             for layout in ("rows", "sequences", "parts"):
                 found.append(tiles_job(arch, t, layout, "bf16", split=layout == "rows"))
             found.append(tiles_job(arch, t, "rows", "fp16", split=False))
+        elif kernel == "group":
+            found += [group_job(arch, t, index) for index in (False, True)]
         else:
             element = ELEMENT[precision]
             for given, weights in (("index", False), ("lengths", False), ("none", True)):

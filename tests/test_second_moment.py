@@ -228,3 +228,29 @@ def test_wrong_arguments_are_refused(arguments: Any, error: type, message: str) 
 def test_panels_cover_every_column_once(d: int) -> None:
     out = TriangularSum.zeros(d, blocked.panel_width(d))
     assert [i for start, stop, _ in out.panels() for i in range(start, stop)] == list(range(d))
+
+
+@pytest.mark.parametrize("backend", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_sums_in_one_launch_are_many_launches(backend: str, dtype: torch.dtype) -> None:
+    widths = (40, 96, 32, 72, 8)
+    rows = torch.tensor([0, 3, 4, 60])
+    inputs = [integers(65 + i, d, dtype=dtype) for i, d in enumerate(widths)]
+    inputs.append(integers(9, 40, dtype=dtype)[:, ::1])
+    for index in (None, rows):
+        sums = [empty(backend, d) for d in widths]
+        requests = [
+            MomentRequest(out, x, rows=index, scale=2.0)
+            for out, x in zip(sums, inputs[:5], strict=True)
+        ]
+        # A sum may be added to twice, also in one group.
+        requests += [MomentRequest(sums[0], inputs[5]), MomentRequest(sums[3], inputs[3])]
+        with ops.use_backend(backend):
+            ops.second_moments_(requests)
+        for i, (out, x) in enumerate(zip(sums, inputs[:5], strict=True)):
+            expected = defined(x, rows=index, scale=2.0)
+            if i == 0:
+                expected += defined(inputs[5])
+            if i == 3:
+                expected += defined(x)
+            assert torch.equal(out.dense().double(), expected), i

@@ -1,20 +1,25 @@
 """The operations the rest of the library may call, each on the best backend at hand."""
 
+from curvfast.ops import _library as _library
 from curvfast.ops import blocked, energies, projection, reference, registry, sampling
 from curvfast.ops.energies import band_energies as band_energies
 from curvfast.ops.launch import availability as _availability
 from curvfast.ops.launch import energies as _energies
+from curvfast.ops.launch import group as _group
 from curvfast.ops.launch import moments as _moments
 from curvfast.ops.launch import projection as _projection
 from curvfast.ops.launch import sampling as _sampling
 from curvfast.ops.moments import new_sum as new_sum
+from curvfast.ops.moments import one_by_one
 from curvfast.ops.moments import second_moment_ as second_moment_
+from curvfast.ops.moments import second_moments_ as second_moments_
 from curvfast.ops.moments import sum_bytes as sum_bytes
 from curvfast.ops.plan import Plan as Plan
 from curvfast.ops.plan import plan as plan
 from curvfast.ops.projection import project as project
 from curvfast.ops.registry import backends as backends
 from curvfast.ops.registry import use_backend as use_backend
+from curvfast.ops.request import MomentRequest as MomentRequest
 from curvfast.ops.sampling import minus_onehot_ as minus_onehot_
 from curvfast.ops.sampling import sampled_gradient_ as sampled_gradient_
 from curvfast.ops.staircase import native_status as native_status
@@ -28,12 +33,14 @@ registry.register(
         "triton",
         {
             "second_moment_": _moments.second_moment_,
+            "second_moments_": _group.second_moments_,
             "project": _projection.project,
             "band_energies": _energies.band_energies,
             "sampled_gradient_": _sampling.sampled_gradient_,
         },
         {
             "second_moment_": _moments.refusal,
+            "second_moments_": _moments.refusal,
             "project": _projection.refusal,
             "band_energies": _energies.refusal,
             "sampled_gradient_": _sampling.refusal,
@@ -48,12 +55,14 @@ registry.register(
         "torch",
         {
             "second_moment_": blocked.second_moment_,
+            "second_moments_": one_by_one(blocked.second_moment_),
             "project": projection.banded,
             "band_energies": energies.by_columns,
             "sampled_gradient_": sampling.in_chunks,
         },
         {
             "second_moment_": blocked.refusal,
+            "second_moments_": blocked.refusal,
             "project": projection.refusal,
             "band_energies": energies.refusal,
             "sampled_gradient_": sampling.refusal,
@@ -65,10 +74,13 @@ registry.register(
         "reference",
         {
             "second_moment_": reference.second_moment_,
+            "second_moments_": one_by_one(reference.second_moment_),
             "project": reference.project,
             "band_energies": reference.band_energies,
         },
-        dict.fromkeys(("second_moment_", "project", "band_energies"), lambda *_: None),
+        dict.fromkeys(
+            ("second_moment_", "second_moments_", "project", "band_energies"), lambda *_: None
+        ),
         automatic=lambda: False,
     )
 )

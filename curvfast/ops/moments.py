@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,41 @@ def second_moment_(
         InputError: If arguments contradict each other.
         BackendUnavailable: If a backend was named that cannot do this.
     """
+    if torch.compiler.is_compiling():
+        torch.ops.curvfast.second_moment_(
+            out.tiles, x, out.d, rows, lengths, weights, scale,
+            None if also is None else also.tiles, also_weights, precision,
+        )  # fmt: skip
+        return
     request = MomentRequest(out, x, rows, lengths, weights, scale, also, also_weights, precision)
     registry.resolve("second_moment_", request)(request)
+
+
+def second_moments_(requests: Sequence[MomentRequest]) -> None:
+    """Run many second moments, those of small sums in one launch where a backend can.
+
+    Args:
+        requests: As the arguments of :func:`second_moment_`. The tensors must not change before
+            this returns.
+
+    Raises:
+        BackendUnavailable: If a backend was named that cannot do this.
+    """
+    together: dict[Callable[..., None], list[MomentRequest]] = {}
+    for request in requests:
+        together.setdefault(registry.resolve("second_moments_", request), []).append(request)
+    for run, batch in together.items():
+        run(batch)
+
+
+def one_by_one(run: Callable[[MomentRequest], None]) -> Callable[[Sequence[MomentRequest]], None]:
+    """Return the grouped form of an implementation that knows no groups."""
+
+    def run_all(requests: Sequence[MomentRequest]) -> None:
+        for request in requests:
+            run(request)
+
+    return run_all
 
 
 def _tile_width(d: int, device: torch.device | None) -> int:

@@ -65,6 +65,10 @@ def project(
         InputError: If ``precision`` is unknown.
         BackendUnavailable: If a backend was named that cannot do this.
     """
+    if torch.compiler.is_compiling():
+        out = torch.empty_like(weight)
+        torch.ops.curvfast.project_(out, weight, left, right, widths, residual, precision)
+        return out
     rows, columns = weight.shape
     if left.shape != (rows, rows) or right.shape != (columns, columns) or len(widths) != rows:
         raise ShapeError(

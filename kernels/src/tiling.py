@@ -59,6 +59,7 @@ _CHOSEN_ROWS = {
     **{(a, "ieee", False): Tiling(16, 8, 3) for a in ARCHITECTURES},
     **{(a, "ieee", True): Tiling(16, 8, 2, parts=2) for a in ARCHITECTURES},
 }
+_GROUP = {a: Tiling(64, 8, 3) for a in ARCHITECTURES}
 _INTERPRETED = Tiling(32, 4, 1)
 
 
@@ -124,6 +125,11 @@ def chosen_rows(d: int, rows: int, arch: int, precision: str, two_sums: bool) ->
     return min(candidates, key=lambda t: (seconds(t, d, rows, arch), t.splits))
 
 
+def group(arch: int) -> Tiling:
+    """Return the tiling of the grouped launch."""
+    return _GROUP[arch]
+
+
 def staircase(arch: int, precision: str) -> Blocks:
     """Return the blocks of the staircase products."""
     return _STAIRCASE[arch, precision]
@@ -159,7 +165,7 @@ def table() -> list[tuple[str, int, str, bool, Tiling]]:
     """Return every entry: kernel, architecture, precision, whether two sums, tiling."""
     whole = [("tiles", a, "native", False, t) for a in (90, 100) for t in _WHOLE_ROWS.values()]
     chosen = [("rows", a, p, two, t) for (a, p, two), t in _CHOSEN_ROWS.items()]
-    return whole + chosen
+    return whole + chosen + [("group", a, "native", False, t) for a, t in _GROUP.items()]
 
 
 def block_table() -> list[tuple[str, int, str, Blocks]]:
