@@ -10,7 +10,8 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.capture import SharedInput
 from curvfast.layers import LinearLayer
-from curvfast.ops import TriangularSum
+from curvfast.ops import MomentRequest, TriangularSum
+from curvfast.pending import PendingMoments
 from curvfast.rows import Batch, Rows
 
 
@@ -21,21 +22,48 @@ class Moment:
     sum: TriangularSum
     rows: int = 0
     members: set[str] = field(default_factory=set)
+    spilled: TriangularSum | None = None
+    """What earlier calls summed, in float64, where float32 is spilled."""
+    calls: int = 0
+    """Calls since the last spill."""
 
-    def add(self, x: Tensor, rows: Rows, scale: float = 1.0) -> None:
-        """Add the rows of x [..., d] that count."""
-        if rows.count:
-            ops.second_moment_(self.sum, x.flatten(0, -2), rows=rows.index, scale=scale)
-            self.rows += rows.count
+    def request(self, x: Tensor, rows: Rows, scale: float) -> MomentRequest:
+        """Count the rows of x [..., d] that count; return the call that adds them."""
+        self.rows += rows.count
+        self.calls += 1
+        if rows.kept is not None:
+            sequences, length, first = rows.kept
+            x = x.reshape(sequences, length, x.shape[-1])[:, :first]
+            return MomentRequest(self.sum, x, scale=scale)
+        return MomentRequest(self.sum, x.flatten(0, -2), rows=rows.index, scale=scale)
+
+    def spill(self) -> None:
+        """Move the float32 sum into float64."""
+        if self.spilled is None:
+            self.spilled = TriangularSum(
+                torch.zeros_like(self.sum.tiles, dtype=torch.float64), self.sum.d
+            )
+        self.spilled.tiles.add_(self.sum.tiles)
+        self.sum.tiles.zero_()
+        self.calls = 0
+
+    def dense(self) -> Tensor:
+        """Return the sum as a matrix [d, d], float32."""
+        if self.spilled is None:
+            return self.sum.dense()
+        total = TriangularSum(self.spilled.tiles + self.sum.tiles, self.sum.d)
+        return total.dense().float()
 
     def release(self) -> None:
         """Let go of the sum; the count stays."""
         self.sum = TriangularSum(self.sum.tiles.new_empty(0, self.sum.width), self.sum.d)
+        self.spilled = None
 
     def split(self, leaving: set[str]) -> Moment:
         """Give ``leaving`` a moment of their own that starts from the sum so far."""
         self.members -= leaving
-        return Moment(self.sum.clone(), self.rows, set(leaving))
+        spilled = None if self.spilled is None else self.spilled.clone()
+        return Moment(self.sum.clone(), self.rows, set(leaving), spilled, self.calls)
 
 
 class Accumulator:
@@ -45,9 +73,11 @@ class Accumulator:
     member of a shared moment did not read this tensor, those that did part with a copy.
     """
 
-    def __init__(self, layers: dict[str, LinearLayer]) -> None:
+    def __init__(self, layers: dict[str, LinearLayer], spill_every: int | None = None) -> None:
         """Start with nothing allocated; each sum is made when its first rows come."""
         self._layers = layers
+        self._spill_every = spill_every
+        self._pending = PendingMoments()
         self.inputs: dict[str, Moment] = {}
         self.gradients: dict[str, Moment] = {}
 
@@ -62,7 +92,7 @@ class Accumulator:
         """
         rows = batch.rows(name, x.shape[:-1], x.device)
         for moment in self._moments_of(shared.readers, self._layers[name].d_in, x.device):
-            moment.add(x, rows)
+            self._add(moment, x, rows, 1.0)
 
     def add_gradient(self, name: str, batch: Batch, g: Tensor, unit: float) -> None:
         """Add the rows of an output gradient g [..., d_out] to the G of its layer.
@@ -76,7 +106,19 @@ class Accumulator:
         moment = self.gradients.get(name)
         if moment is None:
             moment = self.gradients[name] = _empty({name}, self._layers[name].d_out, g.device)
-        moment.add(g, batch.rows(name, g.shape[:-1], g.device), scale=unit * unit)
+        self._add(moment, g, batch.rows(name, g.shape[:-1], g.device), unit * unit)
+
+    def flush(self) -> None:
+        """Finish what waits for company; needed before a sum is read."""
+        self._pending.flush()
+
+    def _add(self, moment: Moment, x: Tensor, rows: Rows, scale: float) -> None:
+        if not rows.count:
+            return
+        self._pending.run(moment.request(x, rows, scale))
+        if self._spill_every is not None and moment.calls >= self._spill_every:
+            self.flush()
+            moment.spill()
 
     def release(self) -> None:
         """Let go of every sum; the counts stay."""
@@ -89,6 +131,7 @@ class Accumulator:
         result = []
         for moment in moments.values():
             if not moment.members <= readers:
+                self.flush()
                 moment = moment.split(moment.members & readers)
                 self.inputs.update(dict.fromkeys(moment.members, moment))
             result.append(moment)

@@ -48,7 +48,7 @@ class Curvature:
         self._facts = dict(facts or {})
         self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
         self._layers = select(model, layers)
-        self._sums = Accumulator(self._layers)
+        self._sums = Accumulator(self._layers, config.spill_every)
         self._skipped = dict.fromkeys(self._layers, 0)
         self._next = self._new_batch()
         self._forward: Batch | None = None
@@ -116,6 +116,7 @@ class Curvature:
         """
         if self._result is not None:
             return self._result
+        self._sums.flush()
         require_rows(self._layers, self._sums, self._capture.calls, self._skipped)
         sums: dict[int, Tensor] = {}
         layers = {}
@@ -123,7 +124,7 @@ class Curvature:
             a, g = self._sums.inputs[name], self._sums.gradients[name]
             for moment in (a, g):
                 if id(moment) not in sums:
-                    sums[id(moment)] = moment.sum.dense()
+                    sums[id(moment)] = moment.dense()
             layers[name] = LayerFactors(sums[id(a)], sums[id(g)], a.rows, g.rows)
         warn_few_rows(layers)
         provenance = {
@@ -205,6 +206,7 @@ def collect(
     skip_last: bool | None = None,
     rows: RowRule | None = None,
     share_inputs: bool = True,
+    spill_every: int | None = None,
 ) -> Iterator[Curvature]:
     """Measure A = E[a aᵀ] and G = E[g gᵀ] of linear layers while the caller trains.
 
@@ -225,6 +227,8 @@ def collect(
         rows: ``(layer name, leading shape) -> bool tensor``, replaces both rules for what else
             counts, such as the CLS token of a vision transformer.
         share_inputs: Whether layers fed by one tensor share one A.
+        spill_every: After so many calls of a layer its float32 sum moves into a float64 one: for
+            millions of rows, at three times the memory. None keeps float32.
 
     Yields:
         The measurement: ``factors()``, ``coverage()``, ``mask()``, ``labels()``.
@@ -239,6 +243,7 @@ def collect(
         loss_scale=loss_scale,
         skip_last=skip_last,
         share_inputs=share_inputs,
+        spill_every=spill_every,
     )
     curvature = Curvature(
         model, config, layers, rows=rows, grad_scaler=grad_scaler, facts={"labels": "caller's loss"}

@@ -25,6 +25,8 @@ class CollectConfig:
     """Whether a sequence's last real position is left out; None: for causal language models."""
     share_inputs: bool = True
     """Whether layers fed by one tensor share one A."""
+    spill_every: int | None = None
+    """After how many calls a float32 sum is moved into a float64 one; None: never."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -41,6 +43,11 @@ class CollectConfig:
             raise InputError(
                 f"loss_scale={self.loss_scale}: pass the positive factor the loss is multiplied "
                 "by, such as 1/4 when four accumulated batches are averaged"
+            )
+        if self.spill_every is not None and self.spill_every < 1:
+            raise InputError(
+                f"spill_every={self.spill_every}: pass after how many calls a float32 sum moves "
+                "into float64, such as 64, or None to keep float32"
             )
 
     def to_dict(self) -> dict[str, Any]:

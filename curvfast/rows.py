@@ -27,8 +27,10 @@ class Rows:
     """The rows of a flattened activation that count."""
 
     index: Tensor | None
-    """int64 indices, or None where every row counts."""
+    """int64 indices, or None where every row counts, or ``kept`` says which."""
     count: int
+    kept: tuple[int, int, int] | None = None
+    """(sequences, length, first): of each sequence the first so many, a view without a copy."""
 
 
 @dataclass(eq=False)
@@ -55,9 +57,18 @@ class Batch:
         """
         key = (name if self.rule else None, shape)
         if key not in self._rows:
-            keep = self.rule(name, shape) if self.rule else self._real(name, shape)
-            self._rows[key] = _as_rows(name, keep, shape, device)
+            self._rows[key] = self._find(name, shape, device)
         return self._rows[key]
+
+    def _find(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
+        if self.rule:
+            return _as_rows(name, self.rule(name, shape), shape, device)
+        grid = self._grid(name, shape)
+        if grid is not None and self.mask is None and device.type != "cpu":
+            # Unpadded: a view says it all, and no index has to be found on the device.
+            sequences, length = grid[:-1].numel(), grid[-1]
+            return Rows(None, sequences * (length - 1), kept=(sequences, length, length - 1))
+        return _as_rows(name, self._real(name, shape), shape, device)
 
     def label_count(self) -> int:
         """Return how many labels a mean loss of this batch was divided by.
@@ -79,7 +90,8 @@ class Batch:
             self.labels = shape.numel() if keep is None else int(keep.sum())
         return max(1, self.labels)
 
-    def _real(self, name: str, shape: torch.Size) -> Tensor | None:
+    def _grid(self, name: str, shape: torch.Size) -> torch.Size | None:
+        """Return the positions that ``shape`` flattens, or None where every row counts."""
         grid = self.positions if self.mask is None else self.mask.shape
         if self.mask is None and not self.skip_last:
             return None
@@ -91,6 +103,12 @@ class Batch:
                 "does not describe; say which of its rows count by rows=(name, shape) -> bool "
                 "mask, or leave the layer out"
             )
+        return grid
+
+    def _real(self, name: str, shape: torch.Size) -> Tensor | None:
+        grid = self._grid(name, shape)
+        if grid is None:
+            return None
         real = torch.ones(grid, dtype=torch.bool) if self.mask is None else self.mask
         return (drop_last(real) if self.skip_last else real).reshape(shape)
 

@@ -35,7 +35,7 @@ FLOORS = [
     ],
     ["storage", "distributed"],
     ["core.factors", "core.selection", "core.eigenbasis", "core.projection"],
-    ["layers", "rows", "provenance", "capture", "accumulate", "coverage"],
+    ["layers", "rows", "provenance", "capture", "pending", "accumulate", "coverage"],
     ["diagnosis", "collection", "fisher", "driver", "editing"],
     ["hf", "evals", "baselines", "report"],
     ["demo", "cli"],

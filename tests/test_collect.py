@@ -12,7 +12,11 @@ from cases import VOCABULARY, gpt2, llama, token_batches, vit
 from torch import nn
 
 import curvfast
+from curvfast import pending
+from curvfast.accumulate import Moment
 from curvfast.errors import CoverageError, InputError, LayerNotFound, NumericalWarning, ShapeError
+from curvfast.ops import MomentRequest, TriangularSum
+from curvfast.rows import Batch, Rows
 
 quiet = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
@@ -523,3 +527,75 @@ def test_merging_adds_sums_and_rows() -> None:
     assert merged["model.layers.0.mlp.gate_proj"].a_sum is (
         merged["model.layers.0.mlp.up_proj"].a_sum
     )
+
+
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_that_wait_for_company_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model, batches = llama().to(dtype), token_batches()
+    plain = curvfast.collect_from(model, batches, "all", labels="gold", progress=False)
+    monkeypatch.setattr(pending, "DEVICES", ("cpu",))
+    monkeypatch.setattr(pending, "MOST_CALLS", 5)
+    waiting = curvfast.collect_from(model, batches, "all", labels="gold", progress=False)
+    for name, layer in plain.items():
+        assert torch.equal(waiting[name].a_sum, layer.a_sum)
+        assert torch.equal(waiting[name].g_sum, layer.g_sum)
+
+
+def test_a_tensor_changed_while_it_waits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pending, "DEVICES", ("cpu",))
+    queue = pending.PendingMoments()
+    x = torch.ones(3, 4, dtype=torch.bfloat16)
+    queue.run(MomentRequest(TriangularSum.zeros(4, 16), x))
+    x.zero_()
+    with pytest.raises(CoverageError, match="modified in place"):
+        queue.flush()
+
+
+@quiet
+def test_spilling_into_float64_changes_only_rounding() -> None:
+    model, batches = llama(), token_batches()
+    found = {}
+    for every in (None, 1, 2):
+        with curvfast.collect(model, spill_every=every) as curvature:
+            for batch in batches:
+                model(**batch).loss.backward()
+                curvature.factors()
+        found[every] = curvature.factors()
+    for name, layer in found[None].items():
+        for every in (1, 2):
+            assert found[every][name].rows_g == layer.rows_g
+            torch.testing.assert_close(found[every][name].a_sum, layer.a_sum, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[every][name].g_sum, layer.g_sum, rtol=1e-5, atol=1e-8)
+
+
+def test_what_is_spilled_no_longer_swallows_small_rows() -> None:
+    """Added to 2^24, a float32 1 is lost."""
+    moments = [Moment(TriangularSum.zeros(1, 1)) for _ in range(2)]
+    for moment in moments:
+        moment.sum.tiles.fill_(2.0**24)
+    moments[0].spill()
+    for _ in range(4):
+        for moment in moments:
+            pending.PendingMoments().run(moment.request(torch.ones(1, 1), Rows(None, 1), 1.0))
+    assert moments[0].dense().item() == 2**24 + 4
+    assert moments[1].dense().item() == 2**24
+
+
+def test_unpadded_sequences_need_no_index_off_the_cpu() -> None:
+    batch = Batch(skip_last=True, positions=torch.Size([3, 7]))
+    rows = batch.rows("layer", torch.Size([3, 7]), torch.device("meta"))
+    assert rows.index is None
+    x = torch.randint(-3, 4, (3, 7, 4)).float()
+    indexed = Batch(skip_last=True, positions=torch.Size([3, 7])).rows(
+        "layer", torch.Size([3, 7]), torch.device("cpu")
+    )
+    assert indexed.index is not None
+    moments = []
+    for kind in (rows, indexed):
+        moments.append(Moment(TriangularSum.zeros(4, 4)))
+        pending.PendingMoments().run(moments[-1].request(x, kind, 1.0))
+    assert torch.equal(moments[0].dense(), moments[1].dense())
+    assert moments[0].rows == moments[1].rows == 18
