@@ -1,0 +1,76 @@
+"""Measures every tiling of whole rows on this GPU and prints the rates for kernels/src/tiling.py.
+
+    python benchmarks/tune.py [--dry-run]
+
+Each line gives what the wave model predicted and what was measured: where they differ by much, it
+is the model that has to be mended.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    dry_run = "--dry-run" in sys.argv[1:]
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    import torch
+    from gpu_timing import DEVICE, REAL, medians
+
+    if not REAL and not dry_run:
+        sys.stderr.write("no CUDA device here: pass --dry-run to exercise the host side\n")
+        return 2
+    from curvfast import ops
+    from curvfast.kernels import tiling
+    from curvfast.ops import TriangularSum
+    from curvfast.ops.launch import moments
+
+    arch = tiling.architecture(torch.cuda.get_device_capability()) if REAL else 90
+    rows = 16384 if REAL else 64
+    best: dict[bool, float] = {}
+    for d in (768, 2048, 4096, 8192, 14336) if REAL else (40,):
+        x = torch.randn(rows, d, device=DEVICE).bfloat16()
+        out = TriangularSum.zeros(d, tiling.TILE if REAL else 32, device=DEVICE)
+        for candidate in _candidates(tiling, d, REAL):
+            kept = tiling.whole_rows, tiling.interpreted
+            tiling.whole_rows = lambda *_, c=candidate: c
+            tiling.interpreted = lambda *_, c=candidate, **__: c
+            try:
+                with ops.use_backend("triton"):
+                    request = ops.MomentRequest(out, x)
+                    found = medians({"ours": lambda r=request: moments.second_moment_(r)})["ours"]
+            finally:
+                tiling.whole_rows, tiling.interpreted = kept
+            model = 1e3 * tiling.seconds(candidate, d, rows, arch)
+            # What whole waves would do at this time is the rate the model wants.
+            rate = model * tiling._RATES[arch, candidate.paired] / found
+            best[candidate.paired] = max(best.get(candidate.paired, 0.0), rate)
+            sys.stdout.write(f"d={d} {candidate}: model {model:.4f} ms, measured {found:.4f} ms\n")
+    for paired, rate in best.items():
+        sys.stdout.write(f"    ({arch}, {paired}): {rate / 1e12:.0f}e12,\n")
+    return 0
+
+
+def _candidates(tiling: Any, d: int, real: bool) -> list[Any]:
+    if not real:
+        return [tiling.interpreted(0, paired=paired) for paired in (False, True)]
+    bases = [
+        tiling.Tiling(64, warps, stages, paired=paired)
+        for paired, warps, stages in (
+            (False, 8, 4), (False, 8, 3), (False, 4, 4), (True, 8, 4), (True, 8, 3),
+        )
+    ]  # fmt: skip
+    splits = (1, 2, 4, 8, 16) if d < 3000 else (1, 2)
+    return [replace(base, splits=s) for base in bases for s in splits]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
