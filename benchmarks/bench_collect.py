@@ -116,6 +116,7 @@ def live_bytes(run: Callable[[], Any]) -> int:
     return max(itertools.accumulate(change for _, change in changes))
 
 
+@pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 def test_collect_from(race: Any, benchmark: Any) -> None:
     """Time against a plain step that computes every gradient and no curvature."""
     net, data = model(), batches()

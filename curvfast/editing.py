@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.projection import project
+from curvfast.core.projection import project, work
 from curvfast.core.selection import Mask, Selection, Staircase
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
 from curvfast.layers import LayerSpec, LinearLayer, linear_layers, matches
@@ -33,6 +33,8 @@ class LayerEdit:
     """Kept share of the layer's curvature mass."""
     relative_change: float
     """‖W' − W‖ / ‖W‖ in Frobenius norm."""
+    work: float
+    """Executed share of a dense projection's FLOPs."""
     seconds: float
 
 
@@ -59,10 +61,10 @@ class EditReport:
     def __str__(self) -> str:
         """Return the report as an aligned table."""
         width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'pairs':>10}  kept %  mass %  change %  seconds"]
+        lines = [f"{'layer':<{width}}  {'pairs':>10}  kept %  mass %  change %  work %  seconds"]
         lines += [
             f"{e.name:<{width}}  {e.pairs:>10}  {100 * e.fraction:6.2f}  {100 * e.mass:6.2f}  "
-            f"{100 * e.relative_change:8.2f}  {e.seconds:7.3f}"
+            f"{100 * e.relative_change:8.2f}  {100 * e.work:6.2f}  {e.seconds:7.3f}"
             for e in self.layers
         ]
         return "\n".join(lines)
@@ -214,7 +216,11 @@ def _apply(plan: _Plan) -> EditReport:
         change = _write(weight, project(weight, basis[layer.name], kept))
         total += weight.numel()
         seconds = time.perf_counter() - started
-        reports.append(LayerEdit(layer.name, kept.pairs, kept.fraction, kept.mass, change, seconds))
+        reports.append(
+            LayerEdit(
+                layer.name, kept.pairs, kept.fraction, kept.mass, change, work(kept), seconds
+            )
+        )  # fmt: skip
     return EditReport(tuple(reports), total)
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 import curvfast
 from curvfast import pending
-from curvfast.accumulate import Moment
+from curvfast.accumulate import Accumulator, Moment
+from curvfast.capture import SharedInput
 from curvfast.errors import CoverageError, InputError, LayerNotFound, NumericalWarning, ShapeError
+from curvfast.layers import LinearLayer
 from curvfast.ops import MomentRequest, TriangularSum
 from curvfast.rows import Batch, Rows
 
@@ -599,3 +601,30 @@ def test_unpadded_sequences_need_no_index_off_the_cpu() -> None:
         pending.PendingMoments().run(moments[-1].request(x, kind, 1.0))
     assert torch.equal(moments[0].dense(), moments[1].dense())
     assert moments[0].rows == moments[1].rows == 18
+
+
+def test_sums_part_only_when_nothing_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pending, "DEVICES", ("cpu",))
+    layers = {name: LinearLayer(name, nn.Linear(4, 4), 4, 4, transposed=False) for name in "ab"}
+    sums = Accumulator(layers)
+    x = torch.ones(3, 4, dtype=torch.bfloat16)
+    batch = Batch(skip_last=False)
+    sums.add_input("a", batch, SharedInput({"a", "b"}), x)
+    sums.add_input("a", batch, SharedInput({"a"}), x)
+    sums.flush()
+    assert sums.inputs["a"].dense()[0, 0] == 6
+    assert sums.inputs["b"].dense()[0, 0] == 3
+
+
+def test_logits_that_the_backward_needs_are_not_overwritten() -> None:
+    class Capped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.mlp(x))
+
+    factors = curvfast.collect_from(Capped(), [torch.randn(90, 4)], "all", progress=False)
+    assert factors["mlp"].rows_g == 90
+    assert factors["mlp"].G.trace() > 0

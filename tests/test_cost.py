@@ -72,6 +72,7 @@ def test_rows_are_cast_a_chunk_at_a_time(dtype: torch.dtype, monkeypatch: Any) -
         return made
 
     monkeypatch.setattr(torch, "empty", empty)
-    x = torch.ones(5000, 40, dtype=dtype)
-    ops.second_moment_(TriangularSum.zeros(40, 40), x, rows=torch.arange(0, 5000, 2))
-    assert sizes == [blocked.CHUNK_ROWS * 40]
+    x = torch.ones(9000, 300, dtype=dtype)
+    ops.second_moment_(TriangularSum.zeros(300, 128), x, rows=torch.arange(0, 9000, 2))
+    assert sizes == [blocked.chunk_rows(300) * 300]
+    assert sizes[0] < 9000 * 300 / 4

@@ -9,8 +9,9 @@ from cases import gpt2, llama, token_batches
 import curvfast
 from curvfast.baselines.selections import random_selection
 from curvfast.baselines.svd import svd_basis, svd_selection
-from curvfast.core.projection import drop_, project, rotate, rotate_back
-from curvfast.core.selection import Selection, staircase_by_mass
+from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
+from curvfast.core.projection import drop_, project, rotate, rotate_back, sweep, work
+from curvfast.core.selection import Selection, random_mask, staircase_by_mass
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
@@ -195,3 +196,18 @@ class TestNothingIsWrittenOnAnError:
         wrong = Selection({n: staircase_by_mass([1.0], [1.0], 1.0) for n in basis})
         with pytest.raises(BasisMismatch, match=name):
             curvfast.edit(model, basis, selection=wrong)
+
+
+def test_a_sweep_rotates_once_and_gives_each_projection() -> None:
+    basis = LayerBasis(
+        torch.rand(6, dtype=torch.float64).sort(descending=True).values,
+        torch.linalg.qr(torch.randn(6, 6))[0],
+        torch.rand(9, dtype=torch.float64).sort(descending=True).values,
+        torch.linalg.qr(torch.randn(9, 9))[0],
+    )
+    weight = torch.randn(9, 6)
+    kept = [Eigenbasis({"w": basis}).keep(mass=mass)["w"] for mass in (0.3, 0.7, 1.0)]
+    kept.append(random_mask(9, 6, 20, seed=0))
+    for found, selection in zip(sweep(weight, basis, kept), kept, strict=True):
+        torch.testing.assert_close(found, project(weight, basis, selection), rtol=0, atol=1e-5)
+        assert 0 <= work(selection) <= 1

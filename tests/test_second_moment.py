@@ -16,6 +16,7 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
 from curvfast.ops import TriangularSum, blocked, pack, reference
+from curvfast.ops.launch import group
 from curvfast.ops.request import MomentRequest
 
 # Ragged on purpose: around a panel's width (128, 256), a tile's (32), and tiny.
@@ -254,3 +255,18 @@ def test_many_sums_in_one_launch_are_many_launches(backend: str, dtype: torch.dt
             if i == 3:
                 expected += defined(x)
             assert torch.equal(out.dense().double(), expected), i
+
+
+def test_no_launch_adds_to_one_sum_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs of one launch may run at once, which the interpreter never does."""
+    launches = []
+    original = group._launch
+    monkeypatch.setattr(group, "_launch", lambda calls: (launches.append(calls), original(calls)))
+    sums = [empty("triton", 32) for _ in range(3)]
+    x = integers(9, 32, dtype=torch.bfloat16)
+    with ops.use_backend("triton"):
+        ops.second_moments_([MomentRequest(sums[i], x) for i in (0, 1, 0, 2, 1, 0)])
+    assert launches
+    for calls in launches:
+        assert len({id(call.out) for call in calls}) == len(calls)
+    assert [int(s.dense()[0, 0] / defined(x)[0, 0]) for s in sums] == [3, 2, 1]

@@ -54,6 +54,13 @@ def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> T
     return ops.project(weight.to(dtype), u_g, u_a, selection.widths)
 
 
+def work(selection: Staircase | Mask) -> float:
+    """Return the share of a dense projection's FLOPs that :func:`project` executes."""
+    if isinstance(selection, Mask):
+        return 1.0
+    return ops.plan(selection.widths.cpu().numpy(), selection.columns).share
+
+
 def sweep(
     weight: Tensor, basis: LayerBasis, selections: Iterable[Staircase | Mask]
 ) -> Iterator[Tensor]:

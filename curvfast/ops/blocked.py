@@ -16,8 +16,8 @@ from torch import Tensor
 from curvfast.ops.request import MomentRequest
 from curvfast.ops.triangular import TriangularSum
 
-# Rows cast or gathered at a time: large enough for GEMM's full speed, small beside an activation.
-CHUNK_ROWS = 1024
+# Cast or gathered at a time: large enough for GEMM's full speed, small beside an activation.
+CHUNK_ROWS, CHUNK_VALUES = 1024, 1 << 19
 
 
 def panel_width(d: int) -> int:
@@ -32,6 +32,11 @@ def panel_width(d: int) -> int:
     return 128 if d < 1024 else 256
 
 
+def chunk_rows(d: int) -> int:
+    """Return how many rows of d features are cast or gathered at a time."""
+    return max(CHUNK_ROWS, CHUNK_VALUES // d)
+
+
 def refusal(call: MomentRequest) -> str | None:
     """Return why this call cannot run here, or None."""
     if call.precision not in (None, "ieee"):
@@ -41,12 +46,21 @@ def refusal(call: MomentRequest) -> str | None:
 
 def second_moment_(call: MomentRequest) -> None:
     """Add the products of the rows that count to the sums of ``call``."""
+    x, out = call.x, call.out
+    whole = call.rows is None and call.lengths is None and call.weights is None
+    if whole and call.also is None and x.dim() == 2 and x.dtype == out.tiles.dtype:
+        # The usual call of a small layer, spared what the others need.
+        _add(out, x, call.scale)
+        return
     for out, weights in call.sums():
         for chunk in _chunks(call, weights, out.tiles.dtype):
             _add(out, chunk, call.scale)
 
 
 def _add(out: TriangularSum, chunk: Tensor, scale: float) -> None:
+    if out.width == out.d:
+        out.tiles.addmm_(chunk.T, chunk, alpha=scale)
+        return
     for start, stop, panel in out.panels():
         panel.addmm_(chunk[:, :stop].T, chunk[:, start:stop], alpha=scale)
 
@@ -60,9 +74,10 @@ def _chunks(call: MomentRequest, weights: Tensor | None, dtype: torch.dtype) -> 
         yield x
         return
     total = x.shape[:-1].numel() if rows is None else rows.shape[0]
-    buffer = torch.empty(min(total, CHUNK_ROWS), call.d, dtype=dtype, device=x.device)
-    for start in range(0, total, CHUNK_ROWS):
-        stop = min(start + CHUNK_ROWS, total)
+    step = min(total, chunk_rows(call.d))
+    buffer = torch.empty(step, call.d, dtype=dtype, device=x.device)
+    for start in range(0, total, max(1, step)):
+        stop = min(start + step, total)
         piece = buffer[: stop - start]
         chosen: Tensor | slice = slice(start, stop) if rows is None else rows[start:stop]
         _read(x, chosen, piece)

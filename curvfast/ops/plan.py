@@ -43,7 +43,7 @@ class Plan:
     @property
     def share(self) -> float:
         """Executed FLOPs over those of a dense evaluation."""
-        return self.flops / dense_flops(self.rows, self.columns)
+        return self.flops / max(1, dense_flops(self.rows, self.columns))
 
 
 def dense_flops(rows: int, columns: int) -> int:

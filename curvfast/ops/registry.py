@@ -104,7 +104,7 @@ def resolve(operation: str, *arguments: Any) -> Callable[..., Any]:
 def _refusal(backend: Backend, operation: str, arguments: tuple[Any, ...]) -> str | None:
     if operation not in backend.operations:
         return f"it does not implement {operation}"
-    return backend.unavailable() or backend.refusals[operation](*arguments)
+    return backend.refusals[operation](*arguments) or backend.unavailable()
 
 
 def _named(name: str, source: str) -> Backend:

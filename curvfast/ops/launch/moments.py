@@ -18,6 +18,9 @@ DEFAULT_PRECISION = "bf16x4"
 
 def refusal(call: MomentRequest) -> str | None:
     """Return why the kernels cannot take this second moment, or None."""
+    elsewhere = refuses_device(call.x)
+    if elsewhere:
+        return elsewhere
     if call.x.dtype not in (*_HALF, torch.float32):
         return f"the kernels take bfloat16, float16 and float32 rows, not {call.x.dtype}"
     for out, _ in call.sums():
@@ -30,7 +33,7 @@ def refusal(call: MomentRequest) -> str | None:
         return f"precision={call.precision!r} is of float32 rows, these are {call.x.dtype}"
     if call.x.shape[:-1].numel() >= 1 << 31:
         return "the kernels number rows in 32 bits; add fewer than 2^31 of them at a time"
-    return refuses_device(call.x)
+    return None
 
 
 def second_moment_(call: MomentRequest) -> None:
