@@ -96,6 +96,7 @@ def _environment() -> dict[str, Any]:
     import triton
 
     facts = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "gpu": _gpu(), "torch": torch.__version__, "triton": triton.__version__,
         "cuda": torch.version.cuda, "python": platform.python_version(),
         "commit": _said(["git", "-C", str(ROOT), "rev-parse", "HEAD"]) or "unknown",

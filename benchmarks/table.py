@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "demo"
+_OTHERS = ("demo", "dry-run")
 METHODS = (
     ("base", "unedited"),
     ("kfac", "**K-FAC edit**"),
@@ -63,6 +64,35 @@ def pretrained() -> str:
     return markdown([["", *(heading for _, heading, _ in columns)], *rows])
 
 
+def gpu(results: Mapping[str, Any]) -> str:
+    """Second moments and projections on a GPU, from what benchmarks/gpu.py wrote."""
+    head = ["", "rows × d", "ms", "of the best of cuBLAS", "dense-equivalent TFLOP/s", "error"]
+    rows = [
+        [
+            f"second moment, {row['dtype']}", f"{row['rows']} × {row['d']}", f"{row['ms']:.3f}",
+            f"{row['ratio_best_cublas']:.2f}×", f"{row['tflops_dense_equivalent']:.0f}",
+            f"{row['error']:.0e}",
+        ]
+        for row in results.get("second_moment", []) if "ms" in row
+    ]  # fmt: skip
+    rows += [
+        [
+            f"projection, ρ = {row['mass']}", f"{row['rows']} × {row['columns']}",
+            f"{row['ours']:.3f}", f"{row['ratio']:.2f}×", "", f"{row['error']:.0e}",
+        ]
+        for row in results.get("projection", []) if "ours" in row
+    ]  # fmt: skip
+    facts = results["environment"]
+    return f"{facts['gpu']}, torch {facts['torch']}:\n\n{markdown([head, *rows])}"
+
+
+def newest_gpu() -> Mapping[str, Any] | None:
+    """Return the latest results of a GPU, or None if none ever ran."""
+    folders = [f for f in DEMO.parent.iterdir() if f.is_dir() and f.name not in _OTHERS]
+    runs = [load(path) for folder in folders for path in folder.glob("*.json")]
+    return max(runs, key=lambda run: run["environment"]["time"], default=None)
+
+
 def load(path: Path) -> Mapping[str, Any]:
     """Read one run."""
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +101,11 @@ def load(path: Path) -> Mapping[str, Any]:
 
 def filled(readme: str) -> str:
     """Return the README with its tables as the runs say."""
-    for name, table in (("trained", trained()), ("pretrained", pretrained())):
+    tables = {"trained": trained(), "pretrained": pretrained()}
+    measured = newest_gpu()
+    if measured is not None:
+        tables["gpu"] = gpu(measured)
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(
             pattern, lambda m, t=table: m[1] + t + "\n" + m[2], readme, flags=re.S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -43,6 +44,12 @@ def test_a_dry_run_takes_every_path_and_writes_every_figure(tmp_path: Path) -> N
         assert found[case], case
         assert all(names <= set(row) for row in found[case]), case
     assert found["environment"]["triton"]
+    spec = importlib.util.spec_from_file_location("table", BENCHMARKS / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    lines = table.gpu(found).splitlines()
+    assert len(lines) == 4 + len(found["second_moment"]) + len(found["projection"])
+    assert len({line.count("|") for line in lines[2:]}) == 1
 
 
 def test_tuning_prints_rates_for_the_table() -> None:

@@ -159,7 +159,16 @@ def jobs() -> list[dict[str, Any]]:
                 found.append(
                     rows_job(arch, precision, two, t, given=given, weights=weights, element=element)
                 )
+    found += [specialised(job) for job in found if job["kernel"].startswith("second_moment")]
     return found + [blocks_job(*entry) for entry in tiling.block_table()]
+
+
+def specialised(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the job as Triton compiles it for arguments that are 1: they become constants."""
+    ones = [n for n in ("splits", "panels", "sequences", "members") if n in job["types"]]
+    types = {name: kind for name, kind in job["types"].items() if name not in ones}
+    constants = {**job["constants"], **dict.fromkeys(ones, 1)}
+    return {**job, "name": f"{job['name']}-ones", "types": types, "constants": constants}
 
 
 JOBS = jobs()

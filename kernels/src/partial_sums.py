@@ -10,6 +10,8 @@ def add_partial_sums(partial, out, scale, values, splits, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < values
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + split * values + at, mask=inside, other=0.0)
+    place = at
+    for _ in range(splits):
+        total += tl.load(partial + place, mask=inside, other=0.0)
+        place += values
     tl.store(out + at, tl.load(out + at, mask=inside) + scale * total, mask=inside)

@@ -47,11 +47,13 @@ _WHOLE_ROWS = {paired: Tiling(64, 8, 4, paired=paired) for paired in (False, Tru
 # (architecture, precision, two sums): chosen so that no register spills, by compiling each.
 _CHOSEN_ROWS = {
     **{(a, "native", False): Tiling(64, 8, 3) for a in ARCHITECTURES},
-    **{(a, "native", True): Tiling(32, 8, 3, parts=2) for a in (90, 100)},
+    (90, "native", True): Tiling(32, 8, 2, parts=2),
+    (100, "native", True): Tiling(32, 8, 3, parts=2),
     (80, "native", True): Tiling(32, 8, 3, parts=4),
     **{(a, "bf16x4", False): Tiling(32, 8, 2) for a in (90, 100)},
     (80, "bf16x4", False): Tiling(32, 8, 2, parts=2),
-    **{(a, "bf16x4", True): Tiling(32, 8, 2, parts=2) for a in (90, 100)},
+    (90, "bf16x4", True): Tiling(32, 8, 2, parts=2),
+    (100, "bf16x4", True): Tiling(32, 8, 1, parts=2),
     (80, "bf16x4", True): Tiling(32, 8, 1, parts=4),
     **{(a, "tf32", False): Tiling(32, 8, 3) for a in ARCHITECTURES},
     **{(a, "tf32", True): Tiling(32, 8, 2, parts=2) for a in (90, 100)},

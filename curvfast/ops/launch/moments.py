@@ -55,7 +55,7 @@ def _describable(call: MomentRequest) -> bool:
         # The parts are written anew, aligned; only a width of no whole 16 bytes stands against it.
         return (call.precision or DEFAULT_PRECISION) == "bf16x4" and call.d % 8 == 0
     strides = call.x.stride()
-    aligned = all(s * call.x.element_size() % 16 == 0 for s in strides[:-1])
+    aligned = all(s > 0 and s * call.x.element_size() % 16 == 0 for s in strides[:-1])
     return strides[-1] == 1 and aligned and call.x.data_ptr() % 16 == 0
 
 
