@@ -14,8 +14,9 @@ _OLDEST = (8, 0)
 _INTERPRETED = 90
 
 
+@cache
 def interpreting() -> bool:
-    """Return whether Triton's interpreter is asked for (TRITON_INTERPRET=1)."""
+    """Return whether Triton's interpreter was asked for (TRITON_INTERPRET=1) at the first look."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
