@@ -25,6 +25,10 @@ class NonFiniteError(CurvfastError, ValueError):
     """A factor holds NaN or infinity."""
 
 
+class DecompositionError(CurvfastError, RuntimeError):
+    """No solver could decompose a factor."""
+
+
 class BasisMismatch(CurvfastError, ValueError):
     """A basis or selection does not belong to the model."""
 

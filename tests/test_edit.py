@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from cases import gpt2, llama, token_batches
 
 import curvfast
+from curvfast import storage
 from curvfast.baselines.selections import random_selection
 from curvfast.baselines.svd import svd_basis, svd_selection
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
@@ -211,3 +216,32 @@ def test_a_sweep_rotates_once_and_gives_each_projection() -> None:
     for found, selection in zip(sweep(weight, basis, kept), kept, strict=True):
         torch.testing.assert_close(found, project(weight, basis, selection), rtol=0, atol=1e-5)
         assert 0 <= work(selection) <= 1
+
+
+def test_editing_with_a_streamed_basis_holds_one_layer_at_a_time(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(num_hidden_layers=12)
+    twin = copy.deepcopy(model)
+    factors = curvfast.collect_from(model, token_batches(sizes=(40,)), progress=False)
+    basis = factors.eigh(directory=tmp_path)
+    alive: dict[int, int] = {}
+    peaks = []
+    original = storage.StoredTensors.__getitem__
+
+    def read(self: Any, key: str) -> torch.Tensor:
+        tensor = original(self, key)
+        alive[id(tensor)] = tensor.numel() * tensor.element_size()
+        weakref.finalize(tensor, alive.pop, id(tensor))
+        peaks.append(sum(alive.values()))
+        return tensor
+
+    monkeypatch.setattr(storage.StoredTensors, "__getitem__", read)
+    report = curvfast.edit(model, basis, mass=0.8)
+    monkeypatch.undo()
+    largest = max(4 * (len(f.a_sum) ** 2 + len(f.g_sum) ** 2) for f in factors.values())
+    assert len(report.layers) == 36
+    assert 0 < max(peaks) < 2 * largest
+    curvfast.edit(twin, factors.eigh(), mass=0.8)
+    for (name, found), exact in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(found, exact), name

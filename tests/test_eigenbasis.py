@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from curvfast import Eigenbasis, Factors, LayerFactors
-from curvfast.errors import InputError, LayerNotFound, NonFiniteError, NumericalWarning
+from curvfast.core import decomposition
+from curvfast.core.decomposition import decompose_factor
+from curvfast.errors import (
+    DecompositionError,
+    InputError,
+    LayerNotFound,
+    NonFiniteError,
+    NumericalWarning,
+    PerformanceWarning,
+)
 
 
 def factors(d_in: int = 12, d_out: int = 7, rows: int = 400, layers: int = 1) -> Factors:
@@ -128,3 +139,146 @@ def test_factors_of_other_layers_or_widths_do_not_add() -> None:
         factors() + factors(layers=2)
     with pytest.raises(ValueError, match="different models"):
         factors() + factors(d_in=5)
+
+
+def matrices() -> dict[str, torch.Tensor]:
+    """Factors that are hard on a solver, float32 as they are collected."""
+    d = 40
+    vectors = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
+
+    def of(spectrum: torch.Tensor) -> torch.Tensor:
+        return ((vectors * spectrum) @ vectors.T).float()
+
+    ones = torch.ones(d, dtype=torch.float64)
+    x = torch.randn(7, d)
+    return {
+        "zero": torch.zeros(d, d),
+        "identity": torch.eye(d),
+        "rank-deficient": x.T @ x,
+        "repeated": of(torch.cat([3 * ones[:20], ones[20:]])),
+        "ill-conditioned": of(torch.logspace(0, -12, d, dtype=torch.float64)),
+        "huge": 1e20 * of(torch.logspace(0, -3, d, dtype=torch.float64)),
+        "tiny": 1e-20 * of(torch.logspace(0, -3, d, dtype=torch.float64)),
+        "denormal": 1e-42 * torch.eye(d),
+        "largest": torch.full((d, d), 3e38),
+        "one": torch.tensor([[2.0]]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", matrices())
+def test_hard_factors_are_decomposed_within_the_floor(name: str, dtype: torch.dtype) -> None:
+    matrix = matrices()[name]
+    found = decompose_factor(matrix, dtype=dtype, title=name)
+    exact = torch.linalg.eigvalsh(matrix.double()).flip(0)
+    floor = {torch.float64: 4e-8, torch.float32: 2e-5}[dtype]
+    assert ((found.values - exact).abs() <= floor * exact[0].abs() + 1e-44).all()
+    rebuilt = found.vectors.double() @ found.values.diag() @ found.vectors.double().T
+    assert (rebuilt - matrix.double()).norm() <= 2e-5 * matrix.double().norm() + 1e-42
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, **solvers: Any) -> None:
+    for name, function in solvers.items():
+        monkeypatch.setattr(decomposition, name, function)
+
+
+def test_a_failed_solver_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(matrix: torch.Tensor) -> Any:
+        # A solver may spoil its input before it fails.
+        matrix.fill_(float("nan"))
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    matrix = torch.diag(torch.tensor([1.0, 3.0, 2.0]))
+    failing(monkeypatch, _by_torch=broken)
+    with pytest.warns(NumericalWarning, match="failed to converge"):
+        found = decompose_factor(matrix, dtype=torch.float64, title="A of layer 'x'")
+    torch.testing.assert_close(found.values, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+    failing(monkeypatch, _by_numpy=broken)
+    with (
+        pytest.warns(NumericalWarning),
+        pytest.raises(DecompositionError, match=r"(?s)A of layer 'x'.*cpu float32.*numpy float64"),
+    ):
+        decompose_factor(matrix, dtype=torch.float32, title="A of layer 'x'")
+
+
+def test_out_of_memory_goes_to_the_cpu_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = decomposition._by_torch
+    calls = []
+
+    def full(matrix: torch.Tensor) -> Any:
+        calls.append(matrix.dtype)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        return original(matrix)
+
+    failing(monkeypatch, _by_torch=full)
+    with pytest.warns(PerformanceWarning, match="9 GiB"):
+        found = decompose_factor(torch.eye(3), dtype=torch.float32, title="x")
+    assert calls == [torch.float32, torch.float64]
+    assert torch.equal(found.values, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda values, vectors: (values * 1.001, vectors), "residual"),
+        (lambda values, vectors: (values, vectors[:, [0, 0, 2]]), "residual|orthonormal"),
+        (lambda values, vectors: (values * float("nan"), vectors), "residual"),
+    ],
+)
+def test_a_wrong_result_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, spoil: Any, message: str
+) -> None:
+    original = decomposition._by_torch
+    failing(monkeypatch, _by_torch=lambda m: spoil(*original(m)))
+    matrix = torch.diag(torch.tensor([1.0, 3.0, 2.0]))
+    with pytest.warns(NumericalWarning, match=message):
+        found = decompose_factor(matrix, dtype=torch.float64, title="x")
+    assert found.values.tolist() == [3.0, 2.0, 1.0]
+
+
+def test_workers_change_nothing() -> None:
+    measured = factors(layers=4)
+    one, three = measured.eigh(), measured.eigh(workers=3)
+    for name in one:
+        assert torch.equal(one[name].vectors_g, three[name].vectors_g)
+        assert torch.equal(one[name].values_a, three[name].values_a)
+    with pytest.raises(InputError, match="workers=0"):
+        measured.eigh(workers=0)
+
+
+def test_a_streamed_basis_is_the_same_and_reads_what_it_is_asked_for(tmp_path: Any) -> None:
+    measured = factors(layers=3)
+    basis, streamed = measured.eigh(), measured.eigh(directory=tmp_path / "basis")
+    assert list(streamed) == list(basis)
+    for name in basis:
+        for field in ("values_a", "vectors_a", "values_g", "vectors_g"):
+            assert torch.equal(getattr(streamed[name], field), getattr(basis[name], field))
+    # The shared A is stored once: three G and one A.
+    assert len(list((tmp_path / "basis").glob("*.safetensors"))) == 4
+    again = Eigenbasis.from_pretrained(tmp_path / "basis")
+    assert torch.equal(again["layer1"].vectors_g, basis["layer1"].vectors_g)
+    streamed.save_pretrained(tmp_path / "copy")
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) == 4
+
+
+def test_an_interrupted_stream_leaves_the_old_state(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors(layers=2).eigh(directory=tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    original = decomposition._by_torch
+    calls = []
+
+    def interrupted(matrix: torch.Tensor) -> Any:
+        calls.append(matrix)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(matrix)
+
+    failing(monkeypatch, _by_torch=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        factors(layers=2).eigh(directory=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert list(Eigenbasis.from_pretrained(tmp_path)) == ["layer0", "layer1"]

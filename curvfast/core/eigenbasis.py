@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 
-import torch
 from torch import Tensor
 
 from curvfast import storage
-from curvfast.core.factors import Factors
 from curvfast.core.selection import (
     Selection,
     staircase_by_fraction,
     staircase_by_mass,
     staircase_by_pairs,
 )
-from curvfast.errors import InputError, LayerNotFound, NonFiniteError, NumericalWarning
-from curvfast.progress import Bar
+from curvfast.errors import InputError, LayerNotFound
 
-_KIND = "curvfast-eigenbasis"
-_DTYPES = (torch.float64, torch.float32)
+KIND = "curvfast-eigenbasis"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +32,44 @@ class LayerBasis:
     """Eigenvalues λ of G, [d_out] float64, non-negative."""
     vectors_g: Tensor
     """U_G, [d_out, d_out] float32."""
+
+
+class StoredBasis(LayerBasis):
+    """A layer's eigenpairs on disk: read when used, and not kept."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], a: str, g: str) -> None:
+        """Note where they are.
+
+        Args:
+            tensors: The folder's.
+            a: Name of the basis of A.
+            g: Name of the basis of G.
+        """
+        object.__setattr__(self, "_tensors", tensors)
+        object.__setattr__(self, "_names", (a, g))
+
+    _tensors: Mapping[str, Tensor]
+    _names: tuple[str, str]
+
+    @property
+    def values_a(self) -> Tensor:  # type: ignore[override]
+        """As of :class:`LayerBasis`."""
+        return self._tensors[f"{self._names[0]}.values"]
+
+    @property
+    def vectors_a(self) -> Tensor:  # type: ignore[override]
+        """As of :class:`LayerBasis`."""
+        return self._tensors[f"{self._names[0]}.vectors"]
+
+    @property
+    def values_g(self) -> Tensor:  # type: ignore[override]
+        """As of :class:`LayerBasis`."""
+        return self._tensors[f"{self._names[1]}.values"]
+
+    @property
+    def vectors_g(self) -> Tensor:  # type: ignore[override]
+        """As of :class:`LayerBasis`."""
+        return self._tensors[f"{self._names[1]}.vectors"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,24 +137,38 @@ class Eigenbasis(Mapping[str, LayerBasis]):
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write eigenvalues and eigenvectors to ``directory``; shared ones are stored once."""
-        tensors: dict[str, Tensor] = {}
-        keys: dict[int, str] = {}
-        layers = {}
-        for name, basis in self.items():
-            key = keys.setdefault(id(basis.vectors_a), f"a.{name}")
-            tensors |= {f"{key}.values": basis.values_a, f"{key}.vectors": basis.vectors_a}
-            tensors |= {f"g.{name}.values": basis.values_g, f"g.{name}.vectors": basis.vectors_g}
-            layers[name] = {"a": key, "g": f"g.{name}"}
-        storage.write_folder(directory, kind=_KIND, meta={"layers": layers}, tensors=tensors)
+        with storage.FolderWriter(directory, KIND) as writer:
+            keys: dict[int, str] = {}
+            layers = {}
+            for name, basis in self.items():
+                # A stored basis reads anew each time: its names say what is shared.
+                shared = getattr(basis, "_names", (None,))[0] or id(basis.vectors_a)
+                if shared not in keys:
+                    keys[shared] = f"a.{name}"
+                    writer.add(stored_part(f"a.{name}", basis.values_a, basis.vectors_a))
+                writer.add(stored_part(f"g.{name}", basis.values_g, basis.vectors_g))
+                layers[name] = {"a": keys[shared], "g": f"g.{name}"}
+            writer.finish({"layers": layers})
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str]) -> Eigenbasis:
-        """Read what :meth:`save_pretrained` wrote.
+    def from_pretrained(cls, directory: str | PathLike[str], *, lazy: bool = False) -> Eigenbasis:
+        """Read what :meth:`save_pretrained`, or :meth:`Factors.eigh` with a directory, wrote.
+
+        Args:
+            directory: The folder.
+            lazy: Whether a layer is read from disk each time it is used, and none is kept: for
+                bases larger than memory.
+
+        Returns:
+            The eigenbasis.
 
         Raises:
             StorageError: If the folder is missing, foreign, damaged, or of a newer format.
         """
-        meta, tensors = storage.read_folder(directory, kind=_KIND)
+        meta, stored = storage.open_folder(directory, kind=KIND)
+        if lazy:
+            return cls({n: StoredBasis(stored, e["a"], e["g"]) for n, e in meta["layers"].items()})
+        tensors = dict(stored.items())
         layers = {}
         for name, entry in meta["layers"].items():
             a, g = entry["a"], entry["g"]
@@ -132,61 +179,6 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         return cls(layers)
 
 
-def decompose(factors: Factors, *, dtype: torch.dtype, progress: bool) -> Eigenbasis:
-    """Eigendecompose ``factors``; see :meth:`Factors.eigh`."""
-    if dtype not in _DTYPES:
-        raise InputError(f"eigh works in float64 (default) or float32, not {dtype}")
-    done: dict[int, tuple[Tensor, Tensor]] = {}
-    negative: dict[str, float] = {}
-    layers = {}
-    with Bar("eigendecompositions", 2 * len(factors), "factor", progress) as bar:
-        for name, layer in factors.items():
-            if id(layer.a_sum) not in done:
-                title = f"A of layer {name!r}"
-                done[id(layer.a_sum)] = _eigh(title, layer.A, dtype, negative)
-            values_a, vectors_a = done[id(layer.a_sum)]
-            bar.advance(1)
-            values_g, vectors_g = _eigh(f"G of layer {name!r}", layer.G, dtype, negative)
-            bar.advance(1)
-            layers[name] = LayerBasis(values_a, vectors_a, values_g, vectors_g)
-    _warn_negative(negative, factors.rows)
-    return Eigenbasis(layers)
-
-
-def _eigh(
-    title: str, factor: Tensor, dtype: torch.dtype, negative: dict[str, float]
-) -> tuple[Tensor, Tensor]:
-    if not torch.isfinite(factor).all():
-        raise NonFiniteError(
-            f"{title} holds NaN or infinity: a loss or gradient overflowed while it was collected. "
-            "Collect again; under fp16 autocast pass grad_scaler= so that skipped steps are left "
-            "out"
-        )
-    matrix = factor.to(dtype)
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    values, vectors = values.flip(0).double(), vectors.flip(1)
-    if values[-1] < 0:
-        top = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
-        negative[title] = float(-values[-1] / top)
-    # Signs are free; the largest entry of each vector made positive, one input has one answer.
-    largest = vectors.abs().argmax(0, keepdim=True)
-    vectors = vectors * vectors.gather(0, largest).sign()
-    return values.clamp_min(0), vectors.float().contiguous()
-
-
-def _warn_negative(negative: dict[str, float], rows: int) -> None:
-    if not negative:
-        return
-    worst = max(negative, key=negative.__getitem__)
-    size = negative[worst]
-    verdict = (
-        "that is the rounding of float32 sums"
-        if size < 1e-5
-        else f"far beyond rounding: is this a second moment, and are {rows} rows of it enough?"
-    )
-    warnings.warn(
-        f"{len(negative)} factor(s) have negative eigenvalues, set to 0; the most negative is "
-        f"-{size:.1e} of the largest, in {worst}: {verdict}",
-        NumericalWarning,
-        stacklevel=4,
-    )
+def stored_part(key: str, values: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of one basis as they are named on disk."""
+    return {f"{key}.values": values, f"{key}.vectors": vectors}

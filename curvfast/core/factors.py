@@ -102,23 +102,40 @@ class Factors(Mapping[str, LayerFactors]):
         """The fewest rows any layer saw."""
         return min((layer.rows_g for layer in self.values()), default=0)
 
-    def eigh(self, *, dtype: torch.dtype = torch.float64, progress: bool = False) -> Eigenbasis:
+    def eigh(
+        self,
+        *,
+        dtype: torch.dtype = torch.float64,
+        progress: bool = False,
+        workers: int = 1,
+        directory: str | PathLike[str] | None = None,
+    ) -> Eigenbasis:
         """Eigendecompose both factors of every layer; an A that layers share is decomposed once.
+
+        A factor of d features needs some 5 d² numbers of ``dtype`` while it is decomposed. A solver
+        that fails, or whose result does not pass its check, is followed by the next, with a
+        warning: on the factor's device, then on the CPU in float64.
 
         Args:
             dtype: Precision of the decomposition. float32 is faster and resolves eigenvalues down
                 to about 2e-5 of the largest, float64 to about 4e-8 of float32 sums.
             progress: Whether a bar counts the factors.
+            workers: How many factors are decomposed at a time, the largest first.
+            directory: Where to write each basis as it is found; the result then reads a layer from
+                there when it is used, so that the bases never sit in memory together.
 
         Returns:
             Eigenvalues (float64) and eigenvectors (float32) in descending order.
 
         Raises:
             NonFiniteError: If a factor holds NaN or infinity.
+            DecompositionError: If no solver could decompose a factor.
+            InputError: If ``dtype`` or ``workers`` is out of range.
+            StorageError: If ``directory`` cannot be written.
         """
-        from curvfast.core.eigenbasis import decompose
+        from curvfast.core.eigh import decompose
 
-        return decompose(self, dtype=dtype, progress=progress)
+        return decompose(self, dtype=dtype, progress=progress, workers=workers, directory=directory)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write sums and provenance to ``directory``: safetensors and JSON, atomically."""
