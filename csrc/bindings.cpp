@@ -1,12 +1,15 @@
 // The border to Python: addresses and sizes in, plain numbers out. No tensor type crosses it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "scores.h"
 #include "staircase.h"
 
 namespace py = pybind11;
@@ -39,6 +42,48 @@ auto search(curvfast::Staircase (*select)(std::span<const double>, std::span<con
   };
 }
 
+// (address of g, rows, address of a, columns, address of widths)
+using Table = std::vector<
+    std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t>>;
+
+std::vector<curvfast::Layer> layers_of(const Table& table, std::size_t masses) {
+  std::vector<curvfast::Layer> layers;
+  for (const auto& [g, rows, a, columns, widths] : table) {
+    const auto values_g = view<const double>(g, rows, "values_g");
+    if (rows > (std::int64_t{1} << 31)) throw std::invalid_argument("values_g is too long");
+    const auto size = rows * static_cast<std::int64_t>(masses);
+    layers.push_back({values_g, view<const double>(a, columns, "values_a"),
+                      view<std::int32_t>(widths, size, "widths")});
+  }
+  return layers;
+}
+
+std::vector<Result> search_many(const Table& table, const std::vector<double>& masses,
+                                int workers) {
+  if (masses.empty()) throw std::invalid_argument("masses is empty");
+  const auto layers = layers_of(table, masses.size());
+  std::vector<Result> results;
+  const py::gil_scoped_release release;
+  for (const auto& found : curvfast::staircases_by_mass(layers, masses, workers))
+    results.emplace_back(found.threshold, found.pairs, found.kept);
+  return results;
+}
+
+double search_common(const Table& table, double mass) {
+  const auto layers = layers_of(table, 1);
+  const py::gil_scoped_release release;
+  return curvfast::staircases_by_common_mass(layers, mass);
+}
+
+Result select_scores(std::uintptr_t scores, std::int64_t size, double mass, std::uintptr_t mask,
+                     std::int64_t bytes, int workers) {
+  const auto values = view<const float>(scores, size, "scores");
+  const auto out = view<std::uint8_t>(mask, bytes, "mask");
+  const py::gil_scoped_release release;
+  const curvfast::Kept kept = curvfast::scores_by_mass(values, mass, out, workers);
+  return {static_cast<double>(kept.threshold), kept.count, kept.mass};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -48,4 +93,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("staircase_by_pairs", search<std::int64_t>(&curvfast::staircase_by_pairs),
              py::arg("g"), py::arg("rows"), py::arg("a"), py::arg("columns"), py::arg("pairs"),
              py::arg("widths"));
+  module.def("staircases_by_mass", &search_many, py::arg("layers"), py::arg("masses"),
+             py::arg("workers"));
+  module.def("staircases_by_common_mass", &search_common, py::arg("layers"), py::arg("mass"));
+  module.def("scores_by_mass", &select_scores, py::arg("scores"), py::arg("size"), py::arg("mass"),
+             py::arg("mask"), py::arg("bytes"), py::arg("workers"));
 }

@@ -1,107 +1,17 @@
 #include "staircase.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
+#include <exception>
 #include <limits>
 #include <stdexcept>
-#include <string>
 #include <vector>
+
+#include "parallel.h"
+#include "products.h"
 
 namespace curvfast {
 namespace {
-
-void check(std::span<const double> values, const char* name) {
-  const std::string who(name);
-  if (values.empty()) throw std::invalid_argument(who + " is empty");
-  if (values.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()))
-    throw std::invalid_argument(who + " is longer than 2^31 - 1");
-  double last = std::numeric_limits<double>::infinity();
-  for (double value : values) {
-    if (!std::isfinite(value)) throw std::invalid_argument(who + " holds NaN or infinity");
-    if (value < 0) throw std::invalid_argument(who + " holds a negative eigenvalue");
-    if (value > last) throw std::invalid_argument(who + " is not in descending order");
-    last = value;
-  }
-}
-
-// Scaling by a power of two keeps ties ties; dividing by the largest value would round them apart.
-int exponent_of(std::span<const double> values) {
-  int exponent = 0;
-  std::frexp(values.front(), &exponent);
-  return values.front() > 0 ? exponent : 0;
-}
-
-std::vector<double> scaled(std::span<const double> values, int exponent) {
-  std::vector<double> result(values.size());
-  std::transform(values.begin(), values.end(), result.begin(),
-                 [exponent](double value) { return std::ldexp(value, -exponent); });
-  return result;
-}
-
-// The two lists, scaled, with prefix sums: what every step of the bisection walks over.
-class Products {
- public:
-  Products(std::span<const double> g, std::span<const double> a)
-      : exponent_(exponent_of(g) + exponent_of(a)),
-        g_(scaled(g, exponent_of(g))),
-        a_(scaled(a, exponent_of(a))),
-        prefix_(a.size() + 1, 0.0) {
-    for (std::size_t j = 0; j < a_.size(); ++j) prefix_[j + 1] = prefix_[j] + a_[j];
-  }
-
-  std::size_t rows() const { return g_.size(); }
-  std::int64_t size() const {
-    return static_cast<std::int64_t>(g_.size()) * static_cast<std::int64_t>(a_.size());
-  }
-  std::uint64_t top() const { return std::bit_cast<std::uint64_t>(g_.front() * a_.front()); }
-  double at(std::size_t i, std::size_t j) const { return g_[i] * a_[j]; }
-  double unscaled(double product) const { return std::ldexp(product, exponent_); }
-
-  // Calls visit(row, width) for every row, width being the number of products at least tau in it.
-  template <class Visit>
-  void walk(double tau, Visit visit) const {
-    std::size_t width = a_.size();
-    for (std::size_t i = 0; i < g_.size(); ++i) {
-      while (width > 0 && g_[i] * a_[width - 1] < tau) --width;
-      visit(i, width);
-    }
-  }
-
-  double mass(double tau) const {
-    double sum = 0.0;
-    walk(tau, [&](std::size_t i, std::size_t width) { sum += g_[i] * prefix_[width]; });
-    return sum;
-  }
-
-  std::int64_t count(double tau) const {
-    std::int64_t sum = 0;
-    walk(tau, [&](std::size_t, std::size_t width) { sum += static_cast<std::int64_t>(width); });
-    return sum;
-  }
-
-  double mass_of(std::span<const std::int32_t> widths) const {
-    double sum = 0.0;
-    for (std::size_t i = 0; i < g_.size(); ++i) sum += g_[i] * prefix_[widths[i]];
-    return sum;
-  }
-
- private:
-  int exponent_;
-  std::vector<double> g_, a_, prefix_;
-};
-
-// Non-negative doubles are ordered like their bit patterns, so the largest tau that satisfies a
-// monotone condition is found by bisecting integers; it always is one of the products.
-template <class Enough>
-double largest(std::uint64_t top, Enough enough) {
-  std::uint64_t low = 0, high = top + 1;
-  while (high - low > 1) {
-    const std::uint64_t middle = low + (high - low) / 2;
-    (enough(std::bit_cast<double>(middle)) ? low : high) = middle;
-  }
-  return std::bit_cast<double>(low);
-}
 
 Staircase finish(const Products& products, double tau, std::span<const std::int32_t> widths) {
   std::int64_t pairs = 0;
@@ -118,18 +28,17 @@ void check_all(std::span<const double> g, std::span<const double> a,
     throw std::invalid_argument("widths must have one entry a value of g");
 }
 
-}  // namespace
-
-Staircase staircase_by_mass(std::span<const double> g, std::span<const double> a, double mass,
-                            std::span<std::int32_t> widths) {
-  check_all(g, a, widths);
+void check_mass(double mass) {
   if (!(mass > 0 && mass <= 1)) throw std::invalid_argument("mass must be in (0, 1]");
-  const Products products(g, a);
-  const double total = products.mass(0.0);
-  if (!(total > 0)) throw std::invalid_argument("the curvature mass is zero");
-  // All of the mass is every product above zero: a sum that rounds must not drop the smallest.
+}
+
+// All of the mass is every product above zero: a sum that rounds must not drop the smallest.
+constexpr double kEverything = std::numeric_limits<double>::denorm_min();
+
+Staircase by_mass(const Products& products, double total, double mass,
+                  std::span<std::int32_t> widths) {
   const double tau =
-      mass == 1.0 ? std::numeric_limits<double>::denorm_min()
+      mass == 1.0 ? kEverything
                   : largest(products.top(), [&](double t) { return products.mass(t) >= mass * total; });
   double smallest = std::numeric_limits<double>::infinity();
   products.walk(tau, [&](std::size_t i, std::size_t width) {
@@ -137,6 +46,79 @@ Staircase staircase_by_mass(std::span<const double> g, std::span<const double> a
     if (width > 0) smallest = std::min(smallest, products.at(i, width - 1));
   });
   return finish(products, smallest, widths);
+}
+
+double total_of(const Products& products) {
+  const double total = products.mass(0.0);
+  if (!(total > 0)) throw std::invalid_argument("the curvature mass is zero");
+  return total;
+}
+
+}  // namespace
+
+Staircase staircase_by_mass(std::span<const double> g, std::span<const double> a, double mass,
+                            std::span<std::int32_t> widths) {
+  check_all(g, a, widths);
+  check_mass(mass);
+  const Products products(g, a);
+  return by_mass(products, total_of(products), mass, widths);
+}
+
+std::vector<Staircase> staircases_by_mass(std::span<const Layer> layers,
+                                          std::span<const double> masses, int workers) {
+  for (double mass : masses) check_mass(mass);
+  for (const Layer& layer : layers) {
+    check_all(layer.g, layer.a, layer.widths.subspan(0, layer.g.size()));
+    if (layer.widths.size() != layer.g.size() * masses.size())
+      throw std::invalid_argument("widths must have one entry a value of g and mass");
+  }
+  std::vector<Staircase> found(layers.size() * masses.size());
+  parallel_for(layers.size(), workers, [&](std::size_t l) {
+    const Layer& layer = layers[l];
+    const Products products(layer.g, layer.a);
+    const double total = total_of(products);
+    for (std::size_t m = 0; m < masses.size(); ++m)
+      found[l * masses.size() + m] =
+          by_mass(products, total, masses[m],
+                  layer.widths.subspan(m * layer.g.size(), layer.g.size()));
+  });
+  return found;
+}
+
+double staircases_by_common_mass(std::span<const Layer> layers, double mass) {
+  check_mass(mass);
+  if (layers.empty()) throw std::invalid_argument("there is no layer");
+  std::vector<Products> all;
+  int unit = std::numeric_limits<int>::min();
+  for (const Layer& layer : layers) {
+    check_all(layer.g, layer.a, layer.widths);
+    all.emplace_back(layer.g, layer.a);
+    if (all.back().mass(0.0) > 0) unit = std::max(unit, all.back().exponent());
+  }
+  // Layers are scaled apart; a common threshold is in units of the largest scale.
+  const auto own = [&](const Products& p, double tau) {
+    return std::ldexp(tau, unit - p.exponent());
+  };
+  const auto sum = [&](double tau) {
+    double total = 0.0;
+    for (const Products& p : all) total += std::ldexp(p.mass(own(p, tau)), p.exponent() - unit);
+    return total;
+  };
+  const double total = unit == std::numeric_limits<int>::min() ? 0.0 : sum(0.0);
+  if (!(total > 0)) throw std::invalid_argument("the curvature mass is zero");
+  double top = 0.0;
+  for (const Products& p : all)
+    top = std::max(top, std::ldexp(std::bit_cast<double>(p.top()), p.exponent() - unit));
+  const double tau = mass == 1.0 ? 0.0
+                                 : largest(std::bit_cast<std::uint64_t>(top),
+                                           [&](double t) { return sum(t) >= mass * total; });
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    const double least = mass == 1.0 ? kEverything : own(all[l], tau);
+    all[l].walk(least, [&](std::size_t i, std::size_t width) {
+      layers[l].widths[i] = static_cast<std::int32_t>(width);
+    });
+  }
+  return std::ldexp(tau, unit);
 }
 
 Staircase staircase_by_pairs(std::span<const double> g, std::span<const double> a,

@@ -37,6 +37,7 @@ FLOORS = [
     [
         "core.factors",
         "core.selection",
+        "core.search",
         "core.decomposition",
         "core.eigenbasis",
         "core.eigh",

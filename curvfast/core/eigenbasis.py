@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
 from torch import Tensor
 
 from curvfast import storage
-from curvfast.core.selection import (
-    Selection,
-    staircase_by_fraction,
-    staircase_by_mass,
-    staircase_by_pairs,
-)
+from curvfast.core.search import staircases_by_common_mass, staircases_by_mass
+from curvfast.core.selection import Selection, staircase_by_fraction, staircase_by_pairs
 from curvfast.errors import InputError, LayerNotFound
 
 KIND = "curvfast-eigenbasis"
@@ -108,6 +104,7 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         mass: float | None = None,
         pairs: int | None = None,
         fraction: float | None = None,
+        globally: bool = False,
     ) -> Selection:
         """Select eigenpair products λᵢμⱼ of every layer, the largest first; pass exactly one rule.
 
@@ -116,6 +113,8 @@ class Eigenbasis(Mapping[str, LayerBasis]):
                 ties with the one that reaches it is kept as well.
             pairs: Exactly so many pairs a layer; ties are broken in row order.
             fraction: Exactly this share of each layer's d_out · d_in pairs, rounded.
+            globally: With ``mass``: one threshold for all layers, and ρ of their mass together; a
+                layer of little curvature then keeps little.
 
         Returns:
             A staircase for each layer.
@@ -125,15 +124,39 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         """
         if sum(rule is not None for rule in (mass, pairs, fraction)) != 1:
             raise InputError("pass exactly one of mass=, pairs= and fraction=")
+        if globally and mass is None:
+            raise InputError("globally=True needs mass=: pairs and fractions are of one layer")
+        if mass is not None:
+            spectra = self._spectra()
+            return (
+                staircases_by_common_mass(spectra, mass)
+                if globally
+                else staircases_by_mass(spectra, [mass])[0]
+            )
         kept = {}
-        for name, basis in self.items():
-            if mass is not None:
-                kept[name] = staircase_by_mass(basis.values_g, basis.values_a, mass)
-            elif pairs is not None:
-                kept[name] = staircase_by_pairs(basis.values_g, basis.values_a, pairs)
+        for name, (values_g, values_a) in self._spectra().items():
+            if pairs is not None:
+                kept[name] = staircase_by_pairs(values_g, values_a, pairs)
             elif fraction is not None:
-                kept[name] = staircase_by_fraction(basis.values_g, basis.values_a, fraction)
+                kept[name] = staircase_by_fraction(values_g, values_a, fraction)
         return Selection(kept)
+
+    def keep_each(self, masses: Sequence[float]) -> list[Selection]:
+        """Select at several masses in one search, as :meth:`keep` does at one.
+
+        Args:
+            masses: ρ, each in (0, 1].
+
+        Returns:
+            A selection for each mass.
+
+        Raises:
+            InputError: If a mass is out of range.
+        """
+        return staircases_by_mass(self._spectra(), masses)
+
+    def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write eigenvalues and eigenvectors to ``directory``; shared ones are stored once."""

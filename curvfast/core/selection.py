@@ -135,17 +135,9 @@ def staircase_by_mass(values_g: Any, values_a: Any, mass: float) -> Staircase:
     Raises:
         InputError: If ``mass`` is outside (0, 1], or a list is not a spectrum.
     """
-    if not 0 < mass <= 1:
-        raise InputError(
-            f"mass={mass}: pass the share of curvature mass to keep, in (0, 1]; 0.6 to 0.95 is "
-            "usual"
-        )
-    g, a = _spectrum("values_g", values_g), _spectrum("values_a", values_a)
-    if g[0] == 0 or a[0] == 0:
-        raise InputError(
-            "every eigenvalue is zero, so there is no curvature mass: was data collected?"
-        )
-    return _staircase(ops.staircase_by_mass(g, a, float(mass)), len(a))
+    check_mass(mass)
+    g, a = massive(None, (values_g, values_a))
+    return found_staircase(ops.staircase_by_mass(g, a, float(mass)), len(a))
 
 
 def staircase_by_pairs(values_g: Any, values_a: Any, pairs: int) -> Staircase:
@@ -162,10 +154,10 @@ def staircase_by_pairs(values_g: Any, values_a: Any, pairs: int) -> Staircase:
     Raises:
         InputError: If ``pairs`` is out of range, or a list is not a spectrum.
     """
-    g, a = _spectrum("values_g", values_g), _spectrum("values_a", values_a)
+    g, a = spectrum("values_g", values_g), spectrum("values_a", values_a)
     if not 0 <= pairs <= len(g) * len(a):
         raise InputError(f"pairs={pairs}: this layer has {len(g)} x {len(a)} = {len(g) * len(a)}")
-    return _staircase(ops.staircase_by_pairs(g, a, int(pairs)), len(a))
+    return found_staircase(ops.staircase_by_pairs(g, a, int(pairs)), len(a))
 
 
 def staircase_by_fraction(values_g: Any, values_a: Any, fraction: float) -> Staircase:
@@ -211,11 +203,33 @@ def random_mask(rows: int, columns: int, pairs: int, seed: int) -> Mask:
     return Mask(kept.view(rows, columns))
 
 
-def _staircase(found: Found, columns: int) -> Staircase:
+def check_mass(mass: float) -> None:
+    """Raise unless ``mass`` is a share."""
+    if not 0 < mass <= 1:
+        raise InputError(
+            f"mass={mass}: pass the share of curvature mass to keep, in (0, 1]; 0.6 to 0.95 is "
+            "usual"
+        )
+
+
+def massive(name: str | None, pair: tuple[Any, Any]) -> tuple[Values, Values]:
+    """Return both spectra of a layer, checked, their products not all zero."""
+    where = "" if name is None else f" of layer {name!r}"
+    g, a = spectrum(f"values_g{where}", pair[0]), spectrum(f"values_a{where}", pair[1])
+    if g[0] == 0 or a[0] == 0:
+        raise InputError(
+            f"every eigenvalue{where} is zero, so there is no curvature mass: was data collected?"
+        )
+    return g, a
+
+
+def found_staircase(found: Found, columns: int) -> Staircase:
+    """Return what a search found, as a staircase."""
     return Staircase(torch.from_numpy(found.widths), columns, found.threshold, found.kept)
 
 
-def _spectrum(name: str, values: Any) -> Values:
+def spectrum(name: str, values: Any) -> Values:
+    """Return a list of eigenvalues as float64, checked."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     array = np.ascontiguousarray(values, dtype=np.float64)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from curvfast.ops.reference import Found, Values
+from curvfast.ops.reference import Bits, Found, Values, Widths
 
 try:
     from curvfast import _C
@@ -32,6 +33,47 @@ def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
 def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     """As :func:`curvfast.ops.reference.staircase_by_pairs`, in C++."""
     return _search(_C.staircase_by_pairs, values_g, values_a, pairs)
+
+
+def staircases_by_mass(
+    layers: Sequence[tuple[Values, Values]], masses: Sequence[float], workers: int
+) -> list[list[Found]]:
+    """As :func:`curvfast.ops.reference.staircase_by_mass` for each layer and mass, in one call."""
+    spectra = [tuple(np.ascontiguousarray(v, np.float64) for v in layer) for layer in layers]
+    widths = [np.zeros((len(masses), len(g)), np.int32) for g, _ in spectra]
+    found = iter(_C.staircases_by_mass(_table(spectra, widths), list(masses), workers))
+    return [[Found(own[m], *next(found)) for m in range(len(masses))] for own in widths]
+
+
+def staircases_by_common_mass(
+    layers: Sequence[tuple[Values, Values]], mass: float
+) -> tuple[list[Widths], float]:
+    """As :func:`curvfast.ops.reference.staircases_by_common_mass`, in C++."""
+    spectra = [tuple(np.ascontiguousarray(v, np.float64) for v in layer) for layer in layers]
+    widths = [np.zeros(len(g), np.int32) for g, _ in spectra]
+    threshold = _C.staircases_by_common_mass(_table(spectra, widths), mass)
+    return widths, threshold
+
+
+def scores_by_mass(
+    scores: npt.NDArray[np.float32], mass: float, workers: int
+) -> tuple[Bits, float, int, float]:
+    """As :func:`curvfast.ops.reference.scores_by_mass`, in C++."""
+    values = np.ascontiguousarray(scores, np.float32)
+    mask = np.zeros(-(-values.size // 8), np.uint8)
+    threshold, count, share = _C.scores_by_mass(
+        values.ctypes.data, values.size, mass, mask.ctypes.data, mask.size, workers
+    )
+    return mask, threshold, count, share
+
+
+def _table(
+    spectra: Sequence[tuple[Values, ...]], widths: Sequence[Widths]
+) -> list[tuple[int, int, int, int, int]]:
+    return [
+        (g.ctypes.data, len(g), a.ctypes.data, len(a), out.ctypes.data)
+        for (g, a), out in zip(spectra, widths, strict=True)
+    ]
 
 
 def _search(

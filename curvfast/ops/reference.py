@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Values = npt.NDArray[np.float64]
 Widths = npt.NDArray[np.int32]
+Bits = npt.NDArray[np.uint8]
 
 
 class Found(NamedTuple):
@@ -115,6 +116,90 @@ def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     return products.found(widths, tau)
 
 
+def staircases_by_common_mass(
+    layers: Sequence[tuple[Values, Values]], mass: float
+) -> tuple[list[Widths], float]:
+    """Keep the products of all layers above one threshold, the largest that reaches ``mass``.
+
+    Args:
+        layers: (values_g, values_a) of each layer: descending, finite, non-negative, not empty.
+        mass: In (0, 1], of the sum over layers.
+
+    Returns:
+        The widths of each layer, and the threshold.
+    """
+    products = [_Products(g, a) for g, a in layers]
+    whole = [p.mass(p.widths(0.0)) for p in products]
+    unit = max(p.exponent for p, m in zip(products, whole, strict=True) if m > 0)
+
+    def at(tau: float) -> list[Widths]:
+        # A threshold beyond a small layer's range is infinite there: it keeps nothing.
+        with np.errstate(over="ignore"):
+            own = [float(np.ldexp(tau, unit - p.exponent)) for p in products]
+        return [p.widths(t) for p, t in zip(products, own, strict=True)]
+
+    def total(kept: list[Widths]) -> float:
+        sums = (np.ldexp(p.mass(w), p.exponent - unit) for p, w in zip(products, kept, strict=True))
+        return float(np.cumsum(list(sums))[-1])
+
+    if mass == 1.0:
+        least = float(np.finfo(np.float64).smallest_subnormal)
+        return [p.widths(least) for p in products], 0.0
+    target = mass * total(at(0.0))
+    top = max(float(np.ldexp(p.g[0] * p.a[0], p.exponent - unit)) for p in products)
+    tau = largest_threshold(top, lambda t: total(at(t)) >= target)
+    return at(tau), float(np.ldexp(tau, unit))
+
+
+def scores_by_mass(scores: npt.NDArray[np.float32], mass: float) -> tuple[Bits, float, int, float]:
+    """Keep the largest scores whose sum first reaches ``mass`` of the total, ties included.
+
+    Sums are exact among floats of one high half, and are added from the largest half down.
+
+    Args:
+        scores: Finite and non-negative, [n].
+        mass: In (0, 1].
+
+    Returns:
+        The mask as bits, lowest first; the smallest score kept; how many are; their share.
+    """
+    bits = (scores + np.float32(0)).view(np.uint32)
+    mantissas = np.where(bits >> 23, bits & 0x7FFFFF | 0x800000, bits & 0x7FFFFF)
+    high = (bits >> 16).astype(np.int64)
+    exponents = np.maximum(np.arange(1 << 16) >> 7, 1) - 150
+    sums = np.ldexp(np.bincount(high, mantissas, 1 << 16), exponents)[::-1]
+    before = np.concatenate([[0.0], np.cumsum(sums)])
+    target = mass * before[-1]
+    reached = int(np.argmax(before[1:] >= target))
+    bucket = (1 << 16) - 1 - reached
+    inside = np.sort(bits[high == bucket])[::-1].astype(np.int64)
+    within = np.cumsum(np.where(inside >> 23, inside & 0x7FFFFF | 0x800000, inside & 0x7FFFFF))
+    sums_within = before[reached] + np.ldexp(within.astype(np.float64), exponents[bucket])
+    enough = np.flatnonzero(sums_within >= target)
+    edge = int(inside[enough[0]] if len(enough) else inside[-1])
+    if mass == 1.0:
+        edge = 1
+    kept = bits >= edge
+    share = 1.0 if mass == 1.0 else float(sums_within[(inside >= edge).sum() - 1] / before[-1])
+    smallest = float(scores[kept].min())
+    return np.packbits(kept, bitorder="little"), smallest, int(kept.sum()), share
+
+
+def largest_threshold(top: float, enough: Callable[[float], bool]) -> float:
+    """Return the largest double up to ``top`` that is ``enough``, a condition that only fails once.
+
+    Non-negative doubles are ordered like their bit patterns, so integers are bisected.
+    """
+    low, high = 0, int(np.float64(top).view(np.int64)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if enough(float(np.int64(middle).view(np.float64))):
+            low = middle
+        else:
+            high = middle
+    return float(np.int64(low).view(np.float64))
+
+
 class _Products:
     """The products of two descending lists, never formed: a row is searched by bisection."""
 
@@ -146,15 +231,7 @@ class _Products:
 
     def largest(self, enough: Callable[[Widths], bool]) -> float:
         """Return the largest threshold whose widths are ``enough``: always one of the products."""
-        # Non-negative doubles are ordered like their bit patterns.
-        low, high = 0, int(np.float64(self.g[0] * self.a[0]).view(np.int64)) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            if enough(self.widths(float(np.int64(middle).view(np.float64)))):
-                low = middle
-            else:
-                high = middle
-        return float(np.int64(low).view(np.float64))
+        return largest_threshold(float(self.g[0] * self.a[0]), lambda tau: enough(self.widths(tau)))
 
     def found(self, widths: Widths, threshold: float) -> Found:
         total = self.mass(np.full_like(widths, len(self.a)))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from curvfast.ops import _native, reference
-from curvfast.ops.reference import Found, Values
+from curvfast.ops.reference import Bits, Found, Values, Widths
 
 log = logging.getLogger(__name__)
 _told = False
@@ -44,6 +48,60 @@ def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     """
     search = _native.staircase_by_pairs if _use_native() else reference.staircase_by_pairs
     return search(values_g, values_a, pairs)
+
+
+def staircases_by_mass(
+    layers: Sequence[tuple[Values, Values]], masses: Sequence[float], workers: int = 1
+) -> list[list[Found]]:
+    """Search every layer at every mass, in one call.
+
+    Args:
+        layers: (values_g, values_a) of each layer, as of :func:`staircase_by_mass`.
+        masses: Each in (0, 1].
+        workers: Threads; the answer does not depend on them.
+
+    Returns:
+        For each layer what was found at each mass.
+    """
+    if _use_native():
+        return _native.staircases_by_mass(layers, masses, workers)
+    return [[reference.staircase_by_mass(g, a, mass) for mass in masses] for g, a in layers]
+
+
+def staircases_by_common_mass(
+    layers: Sequence[tuple[Values, Values]], mass: float
+) -> tuple[list[Widths], float]:
+    """Keep the products of all layers above one threshold, the largest that reaches ``mass``.
+
+    Args:
+        layers: (values_g, values_a) of each layer, as of :func:`staircase_by_mass`.
+        mass: In (0, 1], of the sum over layers.
+
+    Returns:
+        The widths of each layer, and the threshold.
+    """
+    search = (
+        _native.staircases_by_common_mass if _use_native() else reference.staircases_by_common_mass
+    )
+    return search(layers, mass)
+
+
+def scores_by_mass(
+    scores: npt.NDArray[np.float32], mass: float, workers: int = 1
+) -> tuple[Bits, float, int, float]:
+    """Keep the largest scores whose sum first reaches ``mass`` of the total, ties included.
+
+    Args:
+        scores: Finite and non-negative, float32 [n].
+        mass: In (0, 1].
+        workers: Threads; the answer does not depend on them.
+
+    Returns:
+        The mask as bits, lowest first; the smallest score kept; how many are; their share.
+    """
+    if _use_native():
+        return _native.scores_by_mass(scores, mass, workers)
+    return reference.scores_by_mass(scores, mass)
 
 
 def _use_native() -> bool:

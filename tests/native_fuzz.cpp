@@ -1,0 +1,92 @@
+// Random spectra, ties, zeros and scores through the native core, for builds that watch memory.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+#include "scores.h"
+#include "staircase.h"
+
+namespace {
+
+std::mt19937_64 random_bits(20251028);
+
+std::vector<double> spectrum() {
+  std::vector<double> values(1 + random_bits() % 40);
+  for (double& value : values) {
+    switch (random_bits() % 4) {
+      case 0: value = static_cast<double>(random_bits() % 4); break;
+      case 1: value = std::ldexp(1.0, static_cast<int>(random_bits() % 2000) - 1070); break;
+      case 2: value = 0.0; break;
+      default: value = std::ldexp(static_cast<double>(random_bits() >> 11), -53);
+    }
+  }
+  std::sort(values.begin(), values.end(), std::greater<>());
+  return values;
+}
+
+double share() { return static_cast<double>(1 + random_bits() % 16) / 16; }
+
+// Refusals are part of the contract: a spectrum of zeros has no mass.
+template <class Call>
+void allow_refusal(Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+bool monotone(std::span<const std::int32_t> widths) {
+  return std::is_sorted(widths.rbegin(), widths.rend());
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int rounds = std::atoi(arguments[1]);
+  for (int round = 0; round < rounds; ++round) {
+    const std::size_t count = 1 + random_bits() % 4, masses = 1 + random_bits() % 3;
+    std::vector<std::vector<double>> g(count), a(count);
+    std::vector<std::vector<std::int32_t>> widths(count), common(count);
+    std::vector<curvfast::Layer> layers, together;
+    std::vector<double> chosen(masses);
+    for (double& mass : chosen) mass = share();
+    for (std::size_t l = 0; l < count; ++l) {
+      g[l] = spectrum();
+      a[l] = spectrum();
+      widths[l].assign(g[l].size() * masses, -1);
+      common[l].assign(g[l].size(), -1);
+      layers.push_back({g[l], a[l], widths[l]});
+      together.push_back({g[l], a[l], common[l]});
+    }
+    const int workers = static_cast<int>(random_bits() % 4);
+    allow_refusal([&] { curvfast::staircases_by_mass(layers, chosen, workers); });
+    allow_refusal([&] {
+      curvfast::staircases_by_common_mass(together, chosen[0]);
+      for (const auto& own : common)
+        if (!monotone(own)) throw std::logic_error("widths increase");
+    });
+    std::vector<std::int32_t> own(g[0].size());
+    allow_refusal([&] { curvfast::staircase_by_mass(g[0], a[0], chosen[0], own); });
+    const auto pairs = static_cast<std::int64_t>(random_bits() % (g[0].size() * a[0].size() + 2));
+    allow_refusal([&] {
+      const auto found = curvfast::staircase_by_pairs(g[0], a[0], pairs, own);
+      if (found.pairs != pairs || !monotone(own)) throw std::logic_error("pairs");
+    });
+    std::vector<float> scores(1 + random_bits() % 3000);
+    for (float& score : scores)
+      score = random_bits() % 3 ? static_cast<float>(random_bits() % 50)
+                                : std::ldexp(1.0f, static_cast<int>(random_bits() % 250) - 149);
+    if (random_bits() % 50 == 0) scores[random_bits() % scores.size()] = -1.0f;
+    std::vector<std::uint8_t> mask((scores.size() + 7) / 8);
+    allow_refusal([&] { curvfast::scores_by_mass(scores, chosen[0], mask, workers); });
+  }
+  std::printf("%d rounds\n", rounds);
+  return 0;
+}
