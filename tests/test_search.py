@@ -125,6 +125,18 @@ def test_scores_equal_the_sort(values: list[int], parts: int) -> None:
         assert share == pytest.approx(scores[expected].sum() / scores.sum())
 
 
+def test_scores_too_small_to_be_normal_are_weighed_right() -> None:
+    """Below 2^-126 floats lie evenly: the sum of denormals is of their integers."""
+    integers = np.array([1, 7, 7, 900, 2**22, 2**23, 2**23 + 2], np.uint32)
+    scores = integers.view(np.float32)
+    weights = np.where(integers >> 23, 2**23 + (integers & 0x7FFFFF), integers).astype(np.float64)
+    ordered = np.sort(weights)[::-1]
+    for parts in range(1, 17):
+        enough = ordered[np.argmax(np.cumsum(ordered) >= parts / 16 * ordered.sum())]
+        for search in (lambda s, m: _native.scores_by_mass(s, m, 1), reference.scores_by_mass):
+            assert search(scores, parts / 16)[2] == (weights >= enough).sum()
+
+
 def test_scores_of_a_large_layer_do_not_depend_on_the_threads() -> None:
     scores = np.random.default_rng(0).random(3_000_001, np.float32) ** 5
     one, three = (_native.scores_by_mass(scores, 0.7, workers) for workers in (1, 3))
