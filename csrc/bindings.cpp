@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "scores.h"
+#include "second_moment.h"
 #include "staircase.h"
 
 namespace py = pybind11;
@@ -84,6 +85,20 @@ Result select_scores(std::uintptr_t scores, std::int64_t size, double mass, std:
   return {static_cast<double>(kept.threshold), kept.count, kept.mass};
 }
 
+void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::int64_t width,
+              std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, float scale,
+              int workers) {
+  const auto out = view<float>(tiles, values, "tiles");
+  if (d <= 0 || width <= 0) throw std::invalid_argument("d and width must be positive: empty");
+  const std::int64_t panels = (d + width - 1) / width;
+  if (values != panels * (panels + 1) / 2 * width * width)
+    throw std::invalid_argument("tiles do not hold d features in panels of width");
+  const auto places = view<const std::int64_t>(offsets, rows, "offsets");
+  const auto first = view<const std::uint16_t>(x, 1, "x");
+  const py::gil_scoped_release release;
+  curvfast::add_bfloat16_rows({out.data(), d, width}, first.data(), places, scale, workers);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -98,4 +113,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("staircases_by_common_mass", &search_common, py::arg("layers"), py::arg("mass"));
   module.def("scores_by_mass", &select_scores, py::arg("scores"), py::arg("size"), py::arg("mass"),
              py::arg("mask"), py::arg("bytes"), py::arg("workers"));
+  module.def("multiplies_bfloat16", &curvfast::multiplies_bfloat16);
+  module.def("add_bfloat16_rows", &add_rows, py::arg("tiles"), py::arg("values"), py::arg("d"),
+             py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("scale"),
+             py::arg("workers"));
 }

@@ -13,3 +13,15 @@ def staircases_by_common_mass(
 def scores_by_mass(
     scores: int, size: int, mass: float, mask: int, bytes: int, workers: int
 ) -> tuple[float, int, float]: ...
+def multiplies_bfloat16() -> bool: ...
+def add_bfloat16_rows(
+    tiles: int,
+    values: int,
+    d: int,
+    width: int,
+    x: int,
+    offsets: int,
+    rows: int,
+    scale: float,
+    workers: int,
+) -> None: ...

@@ -1,5 +1,6 @@
 // Random spectra, ties, zeros and scores through the native core, for builds that watch memory.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "scores.h"
+#include "second_moment.h"
 #include "staircase.h"
 
 namespace {
@@ -39,6 +41,32 @@ void allow_refusal(Call call) {
   try {
     call();
   } catch (const std::invalid_argument&) {
+  }
+}
+
+// Small integers are exact in bfloat16, and so are their sums: every entry has one right value.
+void moments(int workers) {
+  const auto d = static_cast<std::int64_t>(1 + random_bits() % 100);
+  const auto width = static_cast<std::int64_t>(1 + random_bits() % 120);
+  const std::int64_t panels = (d + width - 1) / width;
+  std::vector<float> tiles(static_cast<std::size_t>(panels * (panels + 1) / 2 * width * width));
+  std::vector<std::uint16_t> x(static_cast<std::size_t>(30 * d));
+  std::vector<int> values(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    values[i] = static_cast<int>(random_bits() % 9) - 4;
+    x[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(float(values[i])) >> 16);
+  }
+  std::vector<std::int64_t> offsets(random_bits() % 70);
+  for (std::int64_t& offset : offsets) offset = static_cast<std::int64_t>(random_bits() % 30) * d;
+  curvfast::add_bfloat16_rows({tiles.data(), d, width}, x.data(), offsets, 2.0f, workers);
+  for (std::int64_t column = 0; column < d; ++column) {
+    const std::int64_t panel = column / width, before = panel * (panel + 1) / 2 * width;
+    for (std::int64_t row = 0; row <= column; ++row) {
+      int expected = 0;
+      for (const std::int64_t o : offsets) expected += 2 * values[o + row] * values[o + column];
+      if (tiles[(before + row) * width + column - panel * width] != float(expected))
+        throw std::logic_error("moments");
+    }
   }
 }
 
@@ -79,6 +107,7 @@ int main(int, char** arguments) {
       const auto found = curvfast::staircase_by_pairs(g[0], a[0], pairs, own);
       if (found.pairs != pairs || !monotone(own)) throw std::logic_error("pairs");
     });
+    if (curvfast::multiplies_bfloat16() && round % 10 == 0) moments(workers);
     std::vector<float> scores(1 + random_bits() % 3000);
     for (float& score : scores)
       score = random_bits() % 3 ? static_cast<float>(random_bits() % 50)

@@ -23,6 +23,7 @@ FLOORS = [
         "ops.registry",
         "ops.reference",
         "ops._native",
+        "ops.bfloat16",
         "ops.blocked",
         "ops.moments",
         "ops.projection",

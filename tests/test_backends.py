@@ -24,7 +24,7 @@ def sums(d: int = 32) -> TriangularSum:
 
 def test_backends_tell_what_is_there() -> None:
     found = ops.backends()
-    assert list(found) == ["triton", "torch", "reference"]
+    assert list(found) == ["triton", "native", "torch", "reference"]
     assert found["torch"] == found["reference"] == "available"
 
 

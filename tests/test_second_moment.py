@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvfast import ops
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
-from curvfast.ops import TriangularSum, blocked, pack, reference
+from curvfast.ops import TriangularSum, bfloat16, blocked, pack, reference, registry
 from curvfast.ops.launch import group
 from curvfast.ops.request import MomentRequest
 
@@ -270,3 +270,74 @@ def test_no_launch_adds_to_one_sum_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     for calls in launches:
         assert len({id(call.out) for call in calls}) == len(calls)
     assert [int(s.dense()[0, 0] / defined(x)[0, 0]) for s in sums] == [3, 2, 1]
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    bfloat16.unavailable() is not None, reason=bfloat16.unavailable() or ""
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("d", [1, 7, 31, 32, 33, 64, 127, 255, 256, 300, 1000, 1030, 1300])
+def test_packed_bfloat16_integers_are_summed_bit_for_bit(d: int) -> None:
+    for rows in (1, 2, 37, 257):
+        x = integers(rows, d, dtype=torch.bfloat16)
+        index = torch.randperm(rows)[: rows // 2]
+        for options in ({}, {"rows": index}, {"scale": 4.0}):
+            assert torch.equal(summed("native", x, **options).double(), defined(x, **options))
+
+
+@needs_bfloat16
+def test_packed_bfloat16_rows_may_lie_anywhere() -> None:
+    base = integers(90, 120, dtype=torch.bfloat16)
+    for x in (base[::2], base[:, 3:99], base.flip(0)[:50], base[:1].expand(9, 120)):
+        assert torch.equal(summed("native", x).double(), defined(x))
+    x = integers(4, 11, 40, dtype=torch.bfloat16)
+    lengths = torch.tensor([11, 0, 3, 10], dtype=torch.int32)
+    assert torch.equal(summed("native", x[:, :-1]).double(), defined(x[:, :-1]))
+    assert torch.equal(summed("native", x, lengths=lengths).double(), defined(x, lengths=lengths))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("width", [16, 20, 50, 200])
+def test_packed_bfloat16_fills_panels_of_any_width(width: int) -> None:
+    x = integers(40, 130, dtype=torch.bfloat16)
+    out = TriangularSum.zeros(130, width)
+    with ops.use_backend("native"):
+        ops.second_moment_(out, x)
+    assert torch.equal(out.dense().double(), defined(x))
+
+
+@needs_bfloat16
+def test_packed_bfloat16_has_torchs_error_on_any_number_of_threads() -> None:
+    x = (torch.randn(3000, 600) * torch.logspace(0, -4, 600)).bfloat16()
+    exact = defined(x)
+    sums = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        sums.append(summed("native", x))
+    torch.set_num_threads(threads)
+    assert torch.equal(*sums)
+    torchs = (x.float().T @ x.float()).double()
+    assert (sums[0] - exact).norm() <= 2 * (torchs - exact).norm() + 1e-7 * exact.norm()
+    # The spectrum as well: a matrix error can hide a half-random eigenspace.
+    found, expected = (torch.linalg.eigvalsh(m.double()).flip(0) for m in (sums[0], exact))
+    leading = expected > 1e-5 * expected[0]
+    assert ((found - expected).abs() <= 1e-3 * expected)[leading].all()
+
+
+@needs_bfloat16
+def test_packed_bfloat16_is_chosen_unasked_and_refuses_what_it_cannot() -> None:
+    x = integers(9, 40, dtype=torch.bfloat16)
+    out = TriangularSum.zeros(40, 40)
+    assert registry.resolve("second_moment_", MomentRequest(out, x)) is bfloat16.second_moment_
+    for request in (
+        MomentRequest(out, x.float()),
+        MomentRequest(out, x, weights=torch.ones(9)),
+        MomentRequest(out, integers(40, 9, dtype=torch.bfloat16).T),
+        MomentRequest(TriangularSum.zeros(40, 40, dtype=torch.float64), x),
+    ):
+        with ops.use_backend("native"), pytest.raises(BackendUnavailable):
+            registry.resolve("second_moment_", request)
+        assert registry.resolve("second_moment_", request) is blocked.second_moment_

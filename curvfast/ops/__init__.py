@@ -1,7 +1,7 @@
 """The operations the rest of the library may call, each on the best backend at hand."""
 
 from curvfast.ops import _library as _library
-from curvfast.ops import blocked, energies, projection, reference, registry, sampling
+from curvfast.ops import bfloat16, blocked, energies, projection, reference, registry, sampling
 from curvfast.ops.energies import band_energies as band_energies
 from curvfast.ops.launch import availability as _availability
 from curvfast.ops.launch import energies as _energies
@@ -51,6 +51,17 @@ registry.register(
         unavailable=_availability.unavailable,
         # The interpreter runs kernels where asked for by name, never on its own account.
         automatic=lambda: not _availability.interpreting(),
+    )
+)
+registry.register(
+    registry.Backend(
+        "native",
+        {
+            "second_moment_": bfloat16.second_moment_,
+            "second_moments_": one_by_one(bfloat16.second_moment_),
+        },
+        {"second_moment_": bfloat16.refusal, "second_moments_": bfloat16.refusal},
+        unavailable=bfloat16.unavailable,
     )
 )
 registry.register(

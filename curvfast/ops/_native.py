@@ -1,4 +1,4 @@
-"""The only door to the extension ``curvfast._C``: NumPy arrays in, their addresses passed on."""
+"""The only door to the extension ``curvfast._C``: arrays in, their addresses passed on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from curvfast.ops.reference import Bits, Found, Values, Widths
 
@@ -65,6 +66,30 @@ def scores_by_mass(
         values.ctypes.data, values.size, mass, mask.ctypes.data, mask.size, workers
     )
     return mask, threshold, count, share
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 and the core is built."""
+    return unavailable() is None and bool(_C.multiplies_bfloat16())
+
+
+def add_bfloat16_rows(
+    tiles: Tensor, d: int, x: Tensor, offsets: Tensor, scale: float, workers: int
+) -> None:
+    """Add the products of the rows at ``offsets`` to the packed ``tiles`` of d features.
+
+    Args:
+        tiles: float32 [tiles · width, width], contiguous. Written.
+        d: Features.
+        x: bfloat16; each row's features side by side.
+        offsets: int64 [n], where each row begins, counted in elements from the first of x.
+        scale: Factor of the products.
+        workers: Threads; the answer does not depend on them.
+    """
+    _C.add_bfloat16_rows(
+        tiles.data_ptr(), tiles.numel(), d, tiles.shape[1], x.data_ptr(), offsets.data_ptr(),
+        offsets.numel(), scale, workers,
+    )  # fmt: skip
 
 
 def _table(

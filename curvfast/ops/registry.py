@@ -50,8 +50,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the ``with`` block on one backend.
 
     Args:
-        name: ``"triton"``, ``"torch"``, ``"reference"``, or ``"auto"``. A named one that cannot
-            take an operation raises there; only ``"auto"`` goes on to the next.
+        name: ``"triton"``, ``"native"``, ``"torch"``, ``"reference"``, or ``"auto"``. A named one
+            that cannot take an operation raises there; only ``"auto"`` goes on to the next.
 
     Yields:
         Nothing.
