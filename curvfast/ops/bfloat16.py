@@ -11,7 +11,7 @@ from curvfast.ops import _native
 from curvfast.ops.request import MomentRequest
 
 # Products under which a second thread costs more than it gives.
-_ALONE = 1 << 29
+_ALONE = 1 << 30
 
 
 @cache

@@ -1,9 +1,9 @@
 """Second moments by torch's own GEMMs: only one triangle of blocks is multiplied.
 
-A Gram matrix is symmetric, so a panel of columns needs the rows up to its diagonal alone: with p
-panels that is (1 + 1/p) / 2 of the products of a dense update. Each panel is one of torch's own
-GEMMs, added straight into the running sum. Rows that need a cast, a weight or a choice pass through
-one small buffer.
+A Gram matrix is symmetric, so a panel of columns needs the rows up to its diagonal alone: one large
+GEMM above its diagonal tile, a few small ones within. Of the products of a dense update that leaves
+(1 + s/d) / 2 for steps of s columns. All are torch's own GEMMs, added straight into the running
+sum. Rows that need a cast, a weight or a choice pass through one small buffer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,28 @@ from torch import Tensor
 from curvfast.ops.request import MomentRequest
 from curvfast.ops.triangular import TriangularSum
 
+_WIDEST = 512
 # Cast or gathered at a time: large enough for GEMM's full speed, small beside an activation.
 CHUNK_ROWS, CHUNK_VALUES = 1024, 1 << 19
 
 
 def panel_width(d: int) -> int:
-    """Width of a panel of a sum of d features.
+    """Width of a panel of a sum of d features: at most 512, and equal panels.
 
-    The widths with the best median over interleaved runs against ``addmm_`` on two AVX-512 cores
-    (``benchmarks/bench_second_moment.py``): narrow panels save more products, wide ones feed GEMM
-    better.
+    Wide panels feed GEMM; what they would waste on and below the diagonal is cut by
+    :func:`diagonal_step`. Both are the best medians of interleaved runs against ``addmm_`` on two
+    AVX-512 cores (``benchmarks/bench_second_moment.py``).
     """
-    if d < 256:
+    return -(-d // -(-d // _WIDEST))
+
+
+def diagonal_step(d: int) -> int:
+    """Columns of a panel's diagonal tile that are multiplied together."""
+    if d < 96:
         return d
-    return 128 if d < 1024 else 256
+    if d <= 128:
+        return 32
+    return 64 if d < 512 else 128
 
 
 def chunk_rows(d: int) -> int:
@@ -58,11 +66,14 @@ def second_moment_(call: MomentRequest) -> None:
 
 
 def _add(out: TriangularSum, chunk: Tensor, scale: float) -> None:
-    if out.width == out.d:
-        out.tiles.addmm_(chunk.T, chunk, alpha=scale)
-        return
+    step = diagonal_step(out.d)
     for start, stop, panel in out.panels():
-        panel.addmm_(chunk[:, :stop].T, chunk[:, start:stop], alpha=scale)
+        if start:
+            panel[:start].addmm_(chunk[:, :start].T, chunk[:, start:stop], alpha=scale)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            block = panel[start:last, first - start : last - start]
+            block.addmm_(chunk[:, start:last].T, chunk[:, first:last], alpha=scale)
 
 
 def _chunks(call: MomentRequest, weights: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
