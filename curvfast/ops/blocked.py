@@ -67,6 +67,9 @@ def second_moment_(call: MomentRequest) -> None:
 
 def _add(out: TriangularSum, chunk: Tensor, scale: float) -> None:
     step = diagonal_step(out.d)
+    if step >= out.d == out.width:
+        out.tiles.addmm_(chunk.T, chunk, alpha=scale)
+        return
     for start, stop, panel in out.panels():
         if start:
             panel[:start].addmm_(chunk[:, :start].T, chunk[:, start:stop], alpha=scale)
