@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from curvfast.kernels.owner import owner_of
 from curvfast.kernels.triangle import tile_of
 
 
@@ -18,22 +19,15 @@ def second_moment_group(
     distance of rows; the factor; and the tiles of the members before it.
     """
     program = tl.program_id(0)
-    low = 0
-    high = members
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(first_tiles + middle) <= program:
-            low = middle
-        else:
-            high = middle
-    j, i = tile_of(program - tl.load(first_tiles + low), False)
+    member = owner_of(program, first_tiles, members)
+    j, i = tile_of(program - tl.load(first_tiles + member), False)
     # The host refuses what is not aligned so.
-    x = tl.multiple_of(tl.load(inputs + low), 16).to(tl.pointer_type(ELEMENT))
-    out = tl.multiple_of(tl.load(outs + low), 16).to(tl.pointer_type(tl.float32))
-    index = tl.load(indices + low).to(tl.pointer_type(tl.int64))
-    stride = tl.multiple_of(tl.load(strides + low), 8)
-    d = tl.load(features + low)
-    count = tl.load(rows + low)
+    x = tl.multiple_of(tl.load(inputs + member), 16).to(tl.pointer_type(ELEMENT))
+    out = tl.multiple_of(tl.load(outs + member), 16).to(tl.pointer_type(tl.float32))
+    index = tl.load(indices + member).to(tl.pointer_type(tl.int64))
+    stride = tl.multiple_of(tl.load(strides + member), 8)
+    d = tl.load(features + member)
+    count = tl.load(rows + member)
     features_j = j * TILE + tl.arange(0, TILE)
     features_i = i * TILE + tl.arange(0, TILE)
     acc = tl.zeros((TILE, TILE), dtype=tl.float32)
@@ -54,4 +48,4 @@ def second_moment_group(
     tile = i * (i + 1) // 2 + j
     square = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     target = out + tile.to(tl.int64) * (TILE * TILE) + square
-    tl.store(target, tl.load(target) + tl.load(scales + low) * acc)
+    tl.store(target, tl.load(target) + tl.load(scales + member) * acc)

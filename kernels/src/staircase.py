@@ -7,6 +7,8 @@ the staircase; *contracting* C Vᵀ stops each row block's sum at the width of i
 import triton
 import triton.language as tl
 
+from curvfast.kernels.owner import owner_of
+
 
 @triton.jit
 def expand(
@@ -20,16 +22,9 @@ def expand(
     are numbered over tiles that keep something, and tiles beyond the staircase stay unwritten.
     """
     tile = tl.program_id(0)
-    low = 0
-    high = row_blocks
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(first_tiles + middle) <= tile:
-            low = middle
-        else:
-            high = middle
-    row = low * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tile - tl.load(first_tiles + low)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = owner_of(tile, first_tiles, row_blocks)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tile - tl.load(first_tiles + block)) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, n, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
