@@ -11,7 +11,7 @@ from curvfast import ops
 
 # Widths of real layers: tiny test models, GPT-2 (768, 3072), Llama-1B (2048, 4096 in q·k·v·o).
 WIDTHS = (64, 128, 192, 256, 384, 512, 576, 768, 1024, 1536, 2048, 3072, 4096)
-ROWS = 2048
+ROWS = 4096
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -177,6 +177,7 @@ def _plan(
                 f"selection of layer {name!r} is {selection[name].shape}, its weight "
                 f"{(layer.d_out, layer.d_in)}"
             )
+        part[name].require(name, selection[name])
     return [(layer, part, selection[name]) for name, layer in chosen.items()]
 
 
@@ -218,7 +219,8 @@ def _apply(plan: _Plan) -> EditReport:
         seconds = time.perf_counter() - started
         reports.append(
             LayerEdit(
-                layer.name, kept.pairs, kept.fraction, kept.mass, change, work(kept), seconds
+                layer.name, kept.pairs, kept.fraction, kept.mass, change,
+                work(basis[layer.name], kept), seconds,
             )
         )  # fmt: skip
     return EditReport(tuple(reports), total)

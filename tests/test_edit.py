@@ -215,7 +215,7 @@ def test_a_sweep_rotates_once_and_gives_each_projection() -> None:
     kept.append(random_mask(9, 6, 20, seed=0))
     for found, selection in zip(sweep(weight, basis, kept), kept, strict=True):
         torch.testing.assert_close(found, project(weight, basis, selection), rtol=0, atol=1e-5)
-        assert 0 <= work(selection) <= 1
+        assert 0 <= work(basis, selection) <= 1
 
 
 def test_editing_with_a_streamed_basis_holds_one_layer_at_a_time(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -41,14 +42,14 @@ def test_an_overwrite_leaves_one_tensor_file(folder) -> None:
 
 @pytest.mark.parametrize("stage", ["tensors", "config"])
 def test_a_failed_write_keeps_the_old_state(folder, monkeypatch, stage: str) -> None:
-    original = storage.os.replace
+    original = os.replace
 
     def full(source, target):
         if (stage == "config") == str(target).endswith("config.json"):
             raise OSError(28, "No space left on device")
         return original(source, target)
 
-    monkeypatch.setattr(storage.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match="free space"):
         save(folder, 2.0)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from curvfast.errors import DecompositionError, NonFiniteError, NumericalWarning, PerformanceWarning
 
+NARROW = 512
+"""Factors below this width do not fill a GPU, nor are their leading eigenpairs found sooner."""
 DTYPES = (torch.float64, torch.float32)
 # Residual ‖MV - VΛ‖ / ‖M‖, and departure of VᵀV from the identity, a solver may leave per feature.
 _TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
@@ -31,6 +33,44 @@ class Spectrum:
     """[d, d] float32, columns; the largest entry of each is positive."""
     negative: float
     """Size of the most negative eigenvalue over the largest, before it was set to 0."""
+
+
+def decompose_factors(
+    matrices: Sequence[Tensor], *, dtype: torch.dtype, titles: Sequence[str]
+) -> list[Spectrum]:
+    """Eigendecompose matrices of one width, as :func:`decompose_factor` does, in one call.
+
+    Those whose result does not pass, or all if the call fails, are decomposed one by one.
+
+    Args:
+        matrices: Each [d, d].
+        dtype: As of :func:`decompose_factor`.
+        titles: What each is, for messages.
+
+    Returns:
+        The eigenpairs of each.
+
+    Raises:
+        NonFiniteError: If one holds NaN or infinity.
+        DecompositionError: If every solver failed on one.
+    """
+    solved: list[tuple[Tensor, Tensor] | None] = [None] * len(matrices)
+    if len(matrices) > 1:
+        for matrix, title in zip(matrices, titles, strict=True):
+            require_finite(matrix, title)
+        scaled = [prepared(matrix, dtype) for matrix in matrices]
+        try:
+            solved = [*zip(*torch.linalg.eigh(torch.stack([m for m, _ in scaled])), strict=True)]
+        except RuntimeError as error:
+            _say_next(f"a batch of {len(matrices)} factors", _reason(error), error)
+    found = []
+    for number, (matrix, title) in enumerate(zip(matrices, titles, strict=True)):
+        pair = solved[number]
+        if pair is None or _certificate(scaled[number][0], *pair) is not None:
+            found.append(decompose_factor(matrix, dtype=dtype, title=title))
+        else:
+            found.append(ordered(*pair, scaled[number][1], matrix.device))
+    return found
 
 
 def decompose_factor(matrix: Tensor, *, dtype: torch.dtype, title: str) -> Spectrum:
@@ -53,31 +93,38 @@ def decompose_factor(matrix: Tensor, *, dtype: torch.dtype, title: str) -> Spect
         NonFiniteError: If it holds NaN or infinity.
         DecompositionError: If every solver failed.
     """
-    if not torch.isfinite(matrix).all():
-        raise NonFiniteError(
-            f"{title} holds NaN or infinity: a loss or gradient overflowed while it was collected. "
-            "Collect again; under fp16 autocast pass grad_scaler= so that skipped steps are left "
-            "out"
-        )
-    exponent = _exponent(matrix)
+    require_finite(matrix, title)
     problems = []
-    for name, solve, scaled in _stages(matrix, dtype, exponent):
+    for name, solve, (scaled, exponent) in _stages(matrix, dtype):
         try:
             values, vectors = solve(scaled.clone())
         except RuntimeError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            problem = f"{name}: {reason}"
+            problem = f"{name}: {_reason(error)}"
             _say_next(title, problem, error)
         else:
             wrong = _certificate(scaled, values, vectors)
             if wrong is None:
-                return _ordered(values, vectors, exponent, matrix.device)
+                return ordered(values, vectors, exponent, matrix.device)
             problem = f"{name}: {wrong}"
             _say_next(title, problem, None)
         problems.append(problem)
     raise DecompositionError(
         f"no solver decomposed {title} [{len(matrix)} x {len(matrix)}]:\n  " + "\n  ".join(problems)
     )
+
+
+def require_finite(matrix: Tensor, title: str) -> None:
+    """Raise unless every entry of a matrix is a number.
+
+    Raises:
+        NonFiniteError: If one is not.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError(
+            f"{title} holds NaN or infinity: a loss or gradient overflowed while it was collected. "
+            "Collect again; under fp16 autocast pass grad_scaler= so that skipped steps are left "
+            "out"
+        )
 
 
 def _exponent(matrix: Tensor) -> int:
@@ -89,25 +136,24 @@ def _exponent(matrix: Tensor) -> int:
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _stages(
-    matrix: Tensor, dtype: torch.dtype, exponent: int
-) -> Iterator[tuple[str, Solver, Tensor]]:
+def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, tuple[Tensor, int]]]:
     """Yield each solver with the matrix it is to solve."""
     first = f"{matrix.device.type} {str(dtype).removeprefix('torch.')}"
     try:
-        yield first, _by_torch, _prepared(matrix, dtype, exponent)
+        yield first, _by_torch, prepared(matrix, dtype)
     except torch.OutOfMemoryError as error:
         _say_next(title="a factor", problem=f"{first}: out of memory", error=error)
-    on_cpu = _prepared(matrix.cpu(), torch.float64, exponent)
+    on_cpu = prepared(matrix.cpu(), torch.float64)
     if matrix.device.type != "cpu" or dtype != torch.float64:
         yield "cpu float64", _by_torch, on_cpu
     yield "numpy float64", _by_numpy, on_cpu
 
 
-def _prepared(matrix: Tensor, dtype: torch.dtype, exponent: int) -> Tensor:
-    """Return (M + Mᵀ) / 2 over 2^exponent in ``dtype``, by way of float64."""
+def prepared(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Return (M + Mᵀ) / 2 over 2^exponent in ``dtype``, by way of float64, and the exponent."""
+    exponent = _exponent(matrix)
     scaled = torch.ldexp(matrix.double(), torch.tensor(-exponent, device=matrix.device)).to(dtype)
-    return (scaled + scaled.T) / 2
+    return (scaled + scaled.T) / 2, exponent
 
 
 def _by_torch(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +186,8 @@ def _certificate(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
     return None
 
 
-def _ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device) -> Spectrum:
+def ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device) -> Spectrum:
+    """Return ascending eigenpairs of M / 2^exponent as those of M, in the one order and signs."""
     values, vectors = values.flip(0).double(), vectors.flip(1)
     negative = 0.0
     if len(values) and values[-1] < 0:
@@ -151,6 +198,10 @@ def _ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.devic
     largest = vectors.abs().argmax(0, keepdim=True)
     signed = vectors * vectors.gather(0, largest).sign()
     return Spectrum(values.to(device), signed.float().contiguous().to(device), negative)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _say_next(title: str, problem: str, error: BaseException | None) -> None:

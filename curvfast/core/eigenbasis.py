@@ -10,7 +10,14 @@ from torch import Tensor
 
 from curvfast import storage
 from curvfast.core.search import staircases_by_common_mass, staircases_by_mass
-from curvfast.core.selection import Selection, staircase_by_fraction, staircase_by_pairs
+from curvfast.core.selection import (
+    Mask,
+    Selection,
+    Staircase,
+    staircase_by_fraction,
+    staircase_by_pairs,
+    used_ranks,
+)
 from curvfast.errors import InputError, LayerNotFound
 
 KIND = "curvfast-eigenbasis"
@@ -23,17 +30,45 @@ class LayerBasis:
     values_a: Tensor
     """Eigenvalues μ of A, [d_in] float64, non-negative."""
     vectors_a: Tensor
-    """U_A, [d_in, d_in] float32."""
+    """U_A, [d_in, d_in] float32; or the leading eigenvectors only, [d_in, k]."""
     values_g: Tensor
     """Eigenvalues λ of G, [d_out] float64, non-negative."""
     vectors_g: Tensor
-    """U_G, [d_out, d_out] float32."""
+    """U_G, [d_out, d_out] float32; or the leading eigenvectors only, [d_out, k]."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(eigenvectors of G, eigenvectors of A) that are known."""
+        return self.vectors_g.shape[1], self.vectors_a.shape[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every eigenvector is known."""
+        return self.ranks == (len(self.values_g), len(self.values_a))
+
+    def require(self, name: str, kept: Staircase | Mask) -> None:
+        """Raise unless every eigenvector that ``kept`` needs is known, and none was overlooked.
+
+        Raises:
+            InputError: If the basis holds too few leading eigenpairs.
+        """
+        if self.complete:
+            return
+        used = used_ranks(kept)
+        known, shape = self.ranks, kept.shape
+        # The pair of the last value found stays out: what lies below it was never looked at.
+        if any(u >= k and k < d for u, k, d in zip(used, known, shape, strict=True)):
+            raise InputError(
+                f"layer {name!r} needs {used[0]} eigenvectors of G and {used[1]} of A for this, "
+                f"and the basis holds the leading {known[0]} of {shape[0]} and {known[1]} of "
+                f"{shape[1]}: decompose with a larger mass=, or without for all of them"
+            )
 
 
 class StoredBasis(LayerBasis):
     """A layer's eigenpairs on disk: read when used, and not kept."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], a: str, g: str) -> None:
+    def __init__(self, tensors: storage.StoredTensors, a: str, g: str) -> None:
         """Note where they are.
 
         Args:
@@ -44,8 +79,14 @@ class StoredBasis(LayerBasis):
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_names", (a, g))
 
-    _tensors: Mapping[str, Tensor]
+    _tensors: storage.StoredTensors
     _names: tuple[str, str]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """As of :class:`LayerBasis`; no vector is read."""
+        a, g = self._names
+        return self._tensors.shape(f"{g}.vectors")[1], self._tensors.shape(f"{a}.vectors")[1]
 
     @property
     def values_a(self) -> Tensor:  # type: ignore[override]
@@ -120,7 +161,8 @@ class Eigenbasis(Mapping[str, LayerBasis]):
             A staircase for each layer.
 
         Raises:
-            InputError: If not exactly one rule is given, or it is out of range.
+            InputError: If not exactly one rule is given, it is out of range, or asks for more than
+                the leading eigenpairs a basis holds.
         """
         if sum(rule is not None for rule in (mass, pairs, fraction)) != 1:
             raise InputError("pass exactly one of mass=, pairs= and fraction=")
@@ -128,7 +170,7 @@ class Eigenbasis(Mapping[str, LayerBasis]):
             raise InputError("globally=True needs mass=: pairs and fractions are of one layer")
         if mass is not None:
             spectra = self._spectra()
-            return (
+            return self._required(
                 staircases_by_common_mass(spectra, mass)
                 if globally
                 else staircases_by_mass(spectra, [mass])[0]
@@ -139,7 +181,7 @@ class Eigenbasis(Mapping[str, LayerBasis]):
                 kept[name] = staircase_by_pairs(values_g, values_a, pairs)
             elif fraction is not None:
                 kept[name] = staircase_by_fraction(values_g, values_a, fraction)
-        return Selection(kept)
+        return self._required(Selection(kept))
 
     def keep_each(self, masses: Sequence[float]) -> list[Selection]:
         """Select at several masses in one search, as :meth:`keep` does at one.
@@ -153,7 +195,12 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         Raises:
             InputError: If a mass is out of range.
         """
-        return staircases_by_mass(self._spectra(), masses)
+        return [self._required(each) for each in staircases_by_mass(self._spectra(), masses)]
+
+    def _required(self, selection: Selection) -> Selection:
+        for name, kept in selection.items():
+            self[name].require(name, kept)
+        return selection
 
     def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}

@@ -6,17 +6,32 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvfast import storage
-from curvfast.core.decomposition import DTYPES, Spectrum, decompose_factor
+from curvfast.core.decomposition import (
+    DTYPES,
+    NARROW,
+    Spectrum,
+    decompose_factors,
+    require_finite,
+)
 from curvfast.core.eigenbasis import KIND, Eigenbasis, LayerBasis, stored_part
 from curvfast.core.factors import Factors
-from curvfast.errors import InputError, NumericalWarning
+from curvfast.core.leading import leading_spectrum
+from curvfast.core.partial import LeadingSearch
+from curvfast.core.selection import check_mass
+from curvfast.core.streams import side_stream
+from curvfast.errors import BasisMismatch, InputError, NumericalWarning
 from curvfast.progress import Bar
+
+# Factors a batch: some 700 MB of work space at the widest.
+_BATCH = 64
 
 
 def decompose(
@@ -26,46 +41,94 @@ def decompose(
     progress: bool,
     workers: int,
     directory: str | PathLike[str] | None,
+    mass: float | None,
+    start: Eigenbasis | None,
 ) -> Eigenbasis:
     """Eigendecompose ``factors``; see :meth:`Factors.eigh`."""
-    if dtype not in DTYPES:
-        raise InputError(f"eigh works in float64 (default) or float32, not {dtype}")
-    if workers < 1:
-        raise InputError(f"workers={workers}: pass how many factors are decomposed at a time")
+    _check(factors, dtype, workers, mass, start)
     jobs, layers = _jobs(factors)
-    found: dict[str, Spectrum] = {}
+    search = LeadingSearch({key: len(_sum(factors, key)) for key in jobs}, layers, mass)
     negative: dict[str, float] = {}
 
-    def solve(key: str) -> tuple[str, Spectrum]:
-        title, matrix = jobs[key]
-        return key, decompose_factor(matrix(), dtype=dtype, title=title)
+    def solve(keys: tuple[str, ...]) -> list[Spectrum | None]:
+        titles, matrices = [jobs[k][0] for k in keys], [jobs[k][1]() for k in keys]
+        count = search.count(keys[0])
+        with side_stream(matrices[0].device if workers > 1 else None):
+            if count is None:
+                return [*decompose_factors(matrices, dtype=dtype, titles=titles)]
+            require_finite(matrices[0], titles[0])
+            earlier = _earlier(start, keys[0])
+            return [leading_spectrum(matrices[0], count, share=mass or 0.0, start=earlier)]
 
-    # The largest first: the last to finish are then the smallest.
-    order = sorted(jobs, key=lambda key: -_width(factors, key))
-    keep = found.__setitem__
     with ExitStack() as stack:
         bar = stack.enter_context(Bar("eigendecompositions", len(jobs), "factor", progress))
-        if directory is not None:
-            writer = stack.enter_context(storage.FolderWriter(directory, KIND))
-
-            def keep(key: str, spectrum: Spectrum) -> None:
-                writer.add(stored_part(key, spectrum.values, spectrum.vectors))
-
-        for key, spectrum in _in_turn(solve, order, workers):
-            bar.advance(1)
-            negative |= {jobs[key][0]: spectrum.negative} if spectrum.negative else {}
-            keep(key, spectrum)
-        if directory is not None:
+        writer = directory and stack.enter_context(storage.FolderWriter(directory, KIND))
+        while wanted := search.wanted():
+            for key, spectrum in _in_turn(solve, _batches(factors, wanted), workers):
+                if spectrum is not None and _whole(spectrum):
+                    bar.advance(1)
+                    negative |= {jobs[key][0]: spectrum.negative} if spectrum.negative else {}
+                    if writer:
+                        writer.add(stored_part(key, spectrum.values, spectrum.vectors))
+                        spectrum = replace(spectrum, vectors=spectrum.vectors[:0].clone())
+                search.note(key, spectrum)
+        for key, spectrum in search.found.items():
+            if not _whole(spectrum):
+                bar.advance(1)
+                if writer:
+                    writer.add(stored_part(key, spectrum.values, spectrum.vectors))
+        if writer:
             writer.finish({"layers": {n: {"a": a, "g": g} for n, (a, g) in layers.items()}})
     _warn_negative(negative, factors.rows)
     if directory is not None:
         return Eigenbasis.from_pretrained(directory, lazy=True)
+    found = search.found
     return Eigenbasis(
         {
             name: LayerBasis(found[a].values, found[a].vectors, found[g].values, found[g].vectors)
             for name, (a, g) in layers.items()
         }
     )
+
+
+def _check(
+    factors: Factors,
+    dtype: torch.dtype,
+    workers: int,
+    mass: float | None,
+    start: Eigenbasis | None,
+) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"eigh works in float64 (default) or float32, not {dtype}")
+    if workers < 1:
+        raise InputError(f"workers={workers}: pass how many factors are decomposed at a time")
+    if mass is not None:
+        check_mass(mass)
+        if dtype != torch.float64:
+            raise InputError("mass= is certified in float64; leave dtype= out, or mass=")
+    if start is None:
+        return
+    if mass is None:
+        raise InputError("start= shortens the search for leading eigenpairs only: pass mass= too")
+    for name in factors.keys() & start.keys():
+        here = len(factors[name].g_sum), len(factors[name].a_sum)
+        there = len(start[name].values_g), len(start[name].values_a)
+        if there != here:
+            raise BasisMismatch(
+                f"layer {name!r} is {here} in these factors and {there} in start=: a basis of "
+                "another model"
+            )
+
+
+def _earlier(start: Eigenbasis | None, key: str) -> Tensor | None:
+    side, name = key.split(".", 1)
+    if start is None or name not in start:
+        return None
+    return start[name].vectors_a if side == "a" else start[name].vectors_g
+
+
+def _whole(spectrum: Spectrum) -> bool:
+    return spectrum.vectors.shape[1] == len(spectrum.values)
 
 
 _Jobs = dict[str, tuple[str, Callable[[], Tensor]]]
@@ -85,19 +148,37 @@ def _jobs(factors: Factors) -> tuple[_Jobs, dict[str, tuple[str, str]]]:
     return jobs, layers
 
 
-def _width(factors: Factors, key: str) -> int:
+def _sum(factors: Factors, key: str) -> Tensor:
     side, name = key.split(".", 1)
-    return len(factors[name].a_sum if side == "a" else factors[name].g_sum)
+    return factors[name].a_sum if side == "a" else factors[name].g_sum
+
+
+def _batches(factors: Factors, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return what one call solves: a factor, or on a GPU many small ones of one width."""
+    groups: dict[Any, list[str]] = {}
+    for key in keys:
+        device, d = _sum(factors, key).device, len(_sum(factors, key))
+        alike = (device, d) if device.type != "cpu" and d < NARROW else key
+        groups.setdefault(alike, []).append(key)
+    return [
+        tuple(group[start : start + _BATCH])
+        for group in groups.values()
+        for start in range(0, len(group), _BATCH)
+    ]
 
 
 def _in_turn(
-    solve: Callable[[str], tuple[str, Spectrum]], keys: Sequence[str], workers: int
-) -> Iterator[tuple[str, Spectrum]]:
+    solve: Callable[[tuple[str, ...]], list[Spectrum | None]],
+    batches: Sequence[tuple[str, ...]],
+    workers: int,
+) -> Iterator[tuple[str, Spectrum | None]]:
     if workers == 1:
-        yield from map(solve, keys)
+        for batch in batches:
+            yield from zip(batch, solve(batch), strict=True)
         return
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(solve, keys)
+        for batch, found in zip(batches, pool.map(solve, batches), strict=True):
+            yield from zip(batch, found, strict=True)
 
 
 def _warn_negative(negative: dict[str, float], rows: int) -> None:

@@ -109,6 +109,8 @@ class Factors(Mapping[str, LayerFactors]):
         progress: bool = False,
         workers: int = 1,
         directory: str | PathLike[str] | None = None,
+        mass: float | None = None,
+        start: Eigenbasis | None = None,
     ) -> Eigenbasis:
         """Eigendecompose both factors of every layer; an A that layers share is decomposed once.
 
@@ -123,6 +125,12 @@ class Factors(Mapping[str, LayerFactors]):
             workers: How many factors are decomposed at a time, the largest first.
             directory: Where to write each basis as it is found; the result then reads a layer from
                 there when it is used, so that the bases never sit in memory together.
+            mass: The largest ρ an edit will ask for. A factor of which it needs few leading
+                eigenpairs, such as one with massive activations, is then not decomposed further:
+                those are found sooner, and certified to be the leading ones. What is kept at any
+                mass up to this one is the same; a selection that needs more raises.
+            start: With ``mass``: a basis of the same layers from a little earlier, whose leading
+                eigenvectors the search begins from.
 
         Returns:
             Eigenvalues (float64) and eigenvectors (float32) in descending order.
@@ -130,12 +138,15 @@ class Factors(Mapping[str, LayerFactors]):
         Raises:
             NonFiniteError: If a factor holds NaN or infinity.
             DecompositionError: If no solver could decompose a factor.
-            InputError: If ``dtype`` or ``workers`` is out of range.
+            InputError: If an argument is out of range, or ``start`` comes without ``mass``.
             StorageError: If ``directory`` cannot be written.
         """
         from curvfast.core.eigh import decompose
 
-        return decompose(self, dtype=dtype, progress=progress, workers=workers, directory=directory)
+        return decompose(
+            self, dtype=dtype, progress=progress, workers=workers, directory=directory, mass=mass,
+            start=start,
+        )  # fmt: skip
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write sums and provenance to ``directory``: safetensors and JSON, atomically."""

@@ -20,7 +20,7 @@ def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:
         basis: The layer's eigenbasis.
 
     Returns:
-        C, [d_out, d_in].
+        C, [d_out, d_in]; the leading block of it if only leading eigenvectors are known.
     """
     dtype = _working_dtype(weight)
     u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
@@ -34,28 +34,34 @@ def rotate_back(coefficients: Tensor, basis: LayerBasis) -> Tensor:
 
 
 def drop_(coefficients: Tensor, selection: Staircase | Mask) -> Tensor:
-    """Set to zero, in place, every entry of C [d_out, d_in] that is not selected; return it."""
+    """Set to zero, in place, every entry of C, or its leading block, not selected; return it."""
+    rows, width = coefficients.shape
     if isinstance(selection, Mask):
-        return coefficients.masked_fill_(~selection.kept.to(coefficients.device), 0)
-    widths = selection.widths.to(coefficients.device)
-    columns = torch.arange(coefficients.shape[1], device=coefficients.device)
+        kept = selection.kept[:rows, :width].to(coefficients.device)
+        return coefficients.masked_fill_(~kept, 0)
+    widths = selection.widths[:rows].to(coefficients.device)
+    columns = torch.arange(width, device=coefficients.device)
     return coefficients.masked_fill_(columns >= widths[:, None], 0)
 
 
 def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> Tensor:
     """Return W', the part of W [d_out, d_in] in the selected eigenpairs, in the working dtype.
 
-    A staircase is evaluated by the cheapest exact plan; a mask of any other form densely.
+    A staircase is evaluated by the cheapest exact plan; a mask of any other form densely, and so is
+    the leading block where only leading eigenvectors are known.
     """
-    if isinstance(selection, Mask):
+    if isinstance(selection, Mask) or not basis.complete:
         return rotate_back(drop_(rotate(weight, basis), selection), basis)
     dtype = _working_dtype(weight)
     u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
     return ops.project(weight.to(dtype), u_g, u_a, selection.widths)
 
 
-def work(selection: Staircase | Mask) -> float:
+def work(basis: LayerBasis, selection: Staircase | Mask) -> float:
     """Return the share of a dense projection's FLOPs that :func:`project` executes."""
+    if not basis.complete:
+        (rows, columns), (g, a) = selection.shape, basis.ranks
+        return (g * rows * columns + g * columns * a) / (rows * columns * (rows + columns))
     if isinstance(selection, Mask):
         return 1.0
     return ops.plan(selection.widths.cpu().numpy(), selection.columns).share

@@ -203,6 +203,14 @@ def random_mask(rows: int, columns: int, pairs: int, seed: int) -> Mask:
     return Mask(kept.view(rows, columns))
 
 
+def used_ranks(kept: Staircase | Mask) -> tuple[int, int]:
+    """Return how many leading rows and columns of the eigenbasis hold all that is kept."""
+    if isinstance(kept, Staircase):
+        return int((kept.widths > 0).sum()), int(kept.widths[0])
+    rows, columns = (kept.kept.any(dim).nonzero() for dim in (1, 0))
+    return int(rows[-1]) + 1 if len(rows) else 0, int(columns[-1]) + 1 if len(columns) else 0
+
+
 def check_mass(mass: float) -> None:
     """Raise unless ``mass`` is a share."""
     if not 0 < mass <= 1:
