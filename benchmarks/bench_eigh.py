@@ -1,4 +1,4 @@
-"""The eigenbasis an edit needs: leading pairs, cold and from an earlier basis, against all pairs."""
+"""The eigenbasis an edit needs: leading pairs, cold or from an earlier basis, against all."""
 
 from __future__ import annotations
 

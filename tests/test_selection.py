@@ -66,6 +66,30 @@ def test_mass_selection_equals_sorting(g, a, mass) -> None:
     assert found.pairs == kept.sum()
 
 
+whole = st.lists(st.integers(0, 9), min_size=1, max_size=9).map(sorted).map(lambda v: v[::-1])
+
+
+@given(whole, whole, st.integers(1, 8), st.sampled_from([0, 40, -1000, -1074]))
+@settings(max_examples=10_000, deadline=None)
+def test_staircases_equal_brute_force_on_whole_numbers(
+    g: list[int], a: list[int], eighths: int, exponent: int
+) -> None:
+    """Ties, zeros, denormals and single rows, where every sum is exact."""
+    assume(g[0] > 0 and a[0] > 0)
+    # Scaled by its largest value, a spectrum of powers of two stays exact.
+    g, a = ([2**v if v else 0 for v in values] for values in (g, a))
+    found = staircase_by_mass(
+        np.ldexp(np.array(g, float), exponent), np.array(a, float), eighths / 8
+    )
+    products = sorted((x * y for x in g for y in a), reverse=True)
+    sums = itertools.accumulate(products)
+    threshold = next(
+        p for p, s in zip(products, sums, strict=True) if 8 * s >= eighths * sum(products)
+    )
+    widths = [sum(x * y >= threshold and x * y > 0 for y in a) for x in g]
+    assert found.widths.tolist() == widths
+
+
 @given(tied, tied, st.integers(1, 16))
 @settings(max_examples=300, deadline=None)
 def test_ties_are_all_in_or_all_out(g, a, sixteenths) -> None:
