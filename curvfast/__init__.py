@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from curvfast._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from curvfast.collection import Curvature as Curvature
     from curvfast.collection import collect as collect
+    from curvfast.convergence import Converged as Converged
     from curvfast.core.eigenbasis import Eigenbasis as Eigenbasis
     from curvfast.core.eigenbasis import LayerBasis as LayerBasis
     from curvfast.core.factors import Factors as Factors
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from curvfast.core.selection import Mask as Mask
     from curvfast.core.selection import Selection as Selection
     from curvfast.core.selection import Staircase as Staircase
+    from curvfast.curvature import Curvature as Curvature
     from curvfast.driver import collect_from as collect_from
     from curvfast.editing import EditReport as EditReport
     from curvfast.editing import edit as edit
@@ -43,8 +44,9 @@ if TYPE_CHECKING:
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
-    "Curvature": "collection",
+    "Curvature": "curvature",
     "collect": "collection",
+    "Converged": "convergence",
     "Eigenbasis": "core.eigenbasis",
     "LayerBasis": "core.eigenbasis",
     "Factors": "core.factors",

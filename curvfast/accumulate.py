@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from curvfast import ops
 from curvfast.capture import SharedInput
 from curvfast.layers import LinearLayer
 from curvfast.ops import MomentRequest, TriangularSum
-from curvfast.pending import PendingMoments
+from curvfast.placement import Placement
 from curvfast.rows import Batch, Rows
 
 
@@ -73,11 +75,16 @@ class Accumulator:
     member of a shared moment did not read this tensor, those that did part with a copy.
     """
 
-    def __init__(self, layers: dict[str, LinearLayer], spill_every: int | None = None) -> None:
+    def __init__(
+        self,
+        layers: dict[str, LinearLayer],
+        spill_every: int | None = None,
+        place: str = "same",
+    ) -> None:
         """Start with nothing allocated; each sum is made when its first rows come."""
         self._layers = layers
         self._spill_every = spill_every
-        self._pending = PendingMoments()
+        self._placement = Placement(place)
         self.inputs: dict[str, Moment] = {}
         self.gradients: dict[str, Moment] = {}
 
@@ -105,25 +112,65 @@ class Accumulator:
         """
         moment = self.gradients.get(name)
         if moment is None:
-            moment = self.gradients[name] = _empty({name}, self._layers[name].d_out, g.device)
+            moment = self.gradients[name] = self._empty({name}, self._layers[name].d_out, g.device)
         self._add(moment, g, batch.rows(name, g.shape[:-1], g.device), unit * unit)
 
     def flush(self) -> None:
         """Finish what waits for company; needed before a sum is read."""
-        self._pending.flush()
+        self._placement.flush()
 
     def _add(self, moment: Moment, x: Tensor, rows: Rows, scale: float) -> None:
         if not rows.count:
             return
-        self._pending.run(moment.request(x, rows, scale))
+        self._placement.add(moment.request(x, rows, scale))
         if self._spill_every is not None and moment.calls >= self._spill_every:
             self.flush()
             moment.spill()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what :meth:`restore` needs: JSON-able facts, and tensors by key."""
+        self.flush()
+        facts: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for side, moments in (("inputs", self.inputs), ("gradients", self.gradients)):
+            facts[side] = []
+            for moment in {id(m): m for m in moments.values()}.values():
+                key = f"{side}.{len(facts[side])}"
+                tensors[key] = moment.sum.tiles
+                if moment.spilled is not None:
+                    tensors[f"{key}.spilled"] = moment.spilled.tiles
+                facts[side].append(
+                    {
+                        "key": key, "members": sorted(moment.members), "d": moment.sum.d,
+                        "rows": moment.rows, "calls": moment.calls,
+                    }
+                )  # fmt: skip
+        return facts, tensors
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a state; sums are where they were, or where this placement puts them."""
+        for side, moments in (("inputs", self.inputs), ("gradients", self.gradients)):
+            moments.clear()
+            for entry in facts[side]:
+                moment = self._empty(set(entry["members"]), entry["d"], self._device(entry))
+                moment.sum.tiles.copy_(tensors[entry["key"]])
+                moment.rows, moment.calls = entry["rows"], entry["calls"]
+                spilled = tensors.get(f"{entry['key']}.spilled")
+                if spilled is not None:
+                    tiles = spilled.to(moment.sum.tiles.device)
+                    moment.spilled = TriangularSum(tiles, entry["d"])
+                moments.update(dict.fromkeys(entry["members"], moment))
+
+    def _device(self, entry: Mapping[str, Any]) -> torch.device:
+        return self._layers[entry["members"][0]].parameter.device
 
     def release(self) -> None:
         """Let go of every sum; the counts stay."""
         for moment in (*self.inputs.values(), *self.gradients.values()):
             moment.release()
+
+    def _empty(self, members: set[str], d: int, device: torch.device) -> Moment:
+        return Moment(self._placement.new_sum(d, device), members=set(members))
 
     def _moments_of(self, readers: set[str], d: int, device: torch.device) -> list[Moment]:
         """Return the moments of ``readers``, each serving readers only."""
@@ -137,7 +184,7 @@ class Accumulator:
             result.append(moment)
         newcomers = readers - self.inputs.keys()
         if newcomers:
-            moment = _empty(newcomers, d, device)
+            moment = self._empty(newcomers, d, device)
             self.inputs.update(dict.fromkeys(newcomers, moment))
             result.append(moment)
         return result
@@ -155,7 +202,3 @@ def sum_bytes(layers: dict[str, LinearLayer]) -> int:
 def factor_bytes(layers: dict[str, LinearLayer]) -> int:
     """Return the bytes of the factors read from the sums, likewise an upper bound."""
     return sum(4 * (layer.d_in**2 + layer.d_out**2) for layer in layers.values())
-
-
-def _empty(members: set[str], d: int, device: torch.device) -> Moment:
-    return Moment(ops.new_sum(d, device=device), members=set(members))

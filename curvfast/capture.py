@@ -152,6 +152,9 @@ class Capture:
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
     ) -> None:
+        batch = self._current_batch()
+        if batch.idle:
+            return
         calls = self.calls[name]
         calls.forward += 1
         if not torch.is_grad_enabled() or not (y.requires_grad or self._driven):
@@ -160,7 +163,6 @@ class Capture:
         if not y.requires_grad:
             y.requires_grad_()
         x = args[0] if args else kwargs["input"]
-        batch = self._current_batch()
         shared = self._shared(name, x, batch)
         kept = None
         if not self._driven:

@@ -9,6 +9,7 @@ from typing import Any
 from curvfast.errors import InputError
 
 REDUCTIONS = ("mean", "sum")
+PLACES = ("same", "cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class CollectConfig:
     """Whether layers fed by one tensor share one A."""
     spill_every: int | None = None
     """After how many calls a float32 sum is moved into a float64 one; None: never."""
+
+    rows_per_step: float | None = None
+    """Share below 1, or number, of each batch's rows that are counted; None: all."""
+    every: int = 1
+    """Every so many calls of the model are counted."""
+    sums_device: str = "same"
+    """Where sums live: beside the activations, on the "cpu", or on "disk"."""
+    seed: int = 0
+    """Of the generator that draws ``rows_per_step``."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -48,6 +58,22 @@ class CollectConfig:
             raise InputError(
                 f"spill_every={self.spill_every}: pass after how many calls a float32 sum moves "
                 "into float64, such as 64, or None to keep float32"
+            )
+
+        if self.rows_per_step is not None and not (
+            0 < self.rows_per_step < 1 or self.rows_per_step == int(self.rows_per_step) >= 1
+        ):
+            raise InputError(
+                f"rows_per_step={self.rows_per_step}: pass a share of each batch's rows, such as "
+                "0.25, a whole number of them, or None for all"
+            )
+        if self.every < 1:
+            raise InputError(
+                f"every={self.every}: pass 1 to count every call of the model, n for one in n"
+            )
+        if self.sums_device not in PLACES:
+            raise InputError(
+                f"sums_device={self.sums_device!r}: pass one of {', '.join(map(repr, PLACES))}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
-from curvfast.accumulate import Accumulator
 from curvfast.capture import Calls
 from curvfast.core.factors import LayerFactors
 from curvfast.errors import CoverageError, NumericalWarning
+from curvfast.sums import Sums
 
 
 def require_rows(
-    layers: Iterable[str], sums: Accumulator, calls: Mapping[str, Calls], skipped: Mapping[str, int]
+    layers: Iterable[str], sums: Sums, calls: Mapping[str, Calls], skipped: Mapping[str, int]
 ) -> None:
     """Make sure that A and G of every layer hold rows, and the same ones.
 
@@ -27,12 +27,12 @@ def require_rows(
     """
     problems = []
     for name in layers:
-        a, g = sums.inputs.get(name), sums.gradients.get(name)
-        if a is None or g is None or not g.rows:
+        rows_a, rows_g = sums.rows(name)
+        if not (rows_a and rows_g):
             problems.append(f"{name!r}: {_why_empty(calls[name], skipped[name])}")
-        elif a.rows != g.rows:
+        elif rows_a != rows_g:
             problems.append(
-                f"{name!r}: {a.rows} inputs but {g.rows} gradients: it read the tensor of another "
+                f"{name!r}: {rows_a} inputs but {rows_g} gradients: it read the tensor of another "
                 "layer and got no gradient for it; collect with share_inputs=False"
             )
     if problems:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
-from curvfast.collection import Curvature
+from curvfast.checkpoint import Checkpoint
 from curvfast.config import CollectConfig
-from curvfast.core.factors import Factors
+from curvfast.convergence import Converged
+from curvfast.core.factors import Factors, LayerFactors
+from curvfast.curvature import Curvature
 from curvfast.errors import InputError
-from curvfast.fisher import label_gradient, sampled_gradient
-from curvfast.layers import LayerSpec
+from curvfast.layers import LayerSpec, LinearLayer, select
+from curvfast.passes import Pass
 from curvfast.progress import Bar
-from curvfast.provenance import is_causal_lm, unwrap
-from curvfast.rows import IGNORED_LABEL, Batch, RowRule, read_call
+from curvfast.provenance import is_causal_lm
+from curvfast.rows import RowRule
+from curvfast.steps import frozen
 
 LABELS = ("sampled", "gold")
+CONVERGED = "converged"
 
 
 def collect_from(
@@ -32,11 +36,17 @@ def collect_from(
     *,
     labels: str = "sampled",
     tokens: int | None = None,
+    until: str | Converged | None = None,
     seed: int = 0,
     progress: bool = True,
     skip_last: bool | None = None,
     rows: RowRule | None = None,
+    rows_per_step: float | None = None,
     keep_mode: bool = False,
+    sums_device: str = "same",
+    layers_per_pass: int | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    every: int = 50,
 ) -> Factors:
     """Measure A and G of linear layers over ``batches`` of data.
 
@@ -47,17 +57,31 @@ def collect_from(
         model: A model whose output is, or has, ``logits`` [..., classes] of a cross-entropy.
         batches: Keyword arguments of the model (``input_ids``, ``attention_mask``,
             ``pixel_values``, …; ``labels`` with ``labels="gold"``), or tensors passed as its one
-            argument.
+            argument. What a method ``provenance()`` of it returns, JSON-able, is kept with the
+            factors as "data" (:func:`curvfast.data.text_batches` has one).
         layers: As in :func:`curvfast.collect`.
         labels: ``"sampled"`` draws them from the model's own distribution (the true Fisher, the
             paper's choice); ``"gold"`` takes the batch's ``labels``, or the next token.
         tokens: Stop once this many labels were counted; None takes every batch.
-        seed: Seed of the generator that draws labels.
+        until: ``"converged"``, or :class:`curvfast.Converged` with figures of your own: stop once
+            the two halves of the batches agree on every layer. They are compared at growing
+            intervals, each a decomposition of all factors, and need twice the memory; the curve is
+            kept in the provenance as "convergence".
+        seed: Seed of the generators that draw labels and rows.
         progress: Whether a bar counts labels (on a terminal only).
         skip_last: As in :func:`curvfast.collect`.
         rows: As in :func:`curvfast.collect`.
+        rows_per_step: As in :func:`curvfast.collect`.
         keep_mode: False measures in eval mode. transformers' models checkpoint activations in train
             mode alone: to measure under checkpointing, set train mode and pass True.
+        sums_device: As in :func:`curvfast.collect`.
+        layers_per_pass: Measures so many layers at a time, in as many passes over ``batches``, with
+            the same labels in each: where the sums of all do not fit.
+        checkpoint: Folder where the state is kept while measuring. Called again with the same
+            arguments after a crash, it goes on from there: bit for bit what one run would have
+            given, on the CPU. Batches counted before are skipped, or by the ``state_dict`` and
+            ``load_state_dict`` of ``batches`` where it has them not even read.
+        every: With ``checkpoint``: batches between two states.
 
     Returns:
         The factors; G is of the summed loss.
@@ -66,148 +90,98 @@ def collect_from(
         InputError: If an argument is out of range, ``batches`` is empty, or labels are missing.
         LayerNotFound: If ``layers`` matches nothing.
         CoverageError: If a chosen layer got no rows.
+        StorageError: If the checkpoint is foreign, damaged, or of another collection.
     """
-    if labels not in LABELS:
-        raise InputError(f"labels={labels!r}: pass 'sampled' (true Fisher) or 'gold' (empirical)")
-    if tokens is not None and tokens < 1:
-        raise InputError(f"tokens={tokens}: pass a positive number of labels, or None for all")
+    rule = _check(labels, tokens, until, every, layers_per_pass)
     config = CollectConfig(
         layers=layers if isinstance(layers, str) else repr(layers),
         loss_reduction="sum",
         skip_last=skip_last,
+        rows_per_step=rows_per_step,
+        sums_device=sums_device,
+        seed=seed,
     )
     causal = is_causal_lm(model) if skip_last is None else skip_last
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    counted = 0
-    with _frozen(model, keep_mode) as driven, Bar("collect", tokens, "label", progress) as bar:
-        facts: dict[str, Any] = {"labels": labels, "seed": seed}
-        curvature = Curvature(model, config, layers, rows=rows, driven=driven, facts=facts)
-        try:
-            for batch in batches:
-                count = _step(model, _arguments(model, batch, device), labels, causal, generator)
-                counted += count
-                bar.advance(count)
-                if tokens is not None and counted >= tokens:
-                    break
-        finally:
-            curvature.close()
-        if not counted:
-            raise InputError(
-                "batches gave no label to measure with: the iterable is empty (a generator is used "
-                "up after one pass), or every position is masked"
-            )
-        curvature.add_facts(tokens=counted)
-        return curvature.factors()
+    chunks = list(_chunks(select(model, layers), layers_per_pass))
+    if len(chunks) > 1 and iter(batches) is batches:
+        raise InputError(
+            f"{len(chunks)} passes need batches that can be read again: pass a list, a DataLoader "
+            "or text_batches(), not a generator, or leave layers_per_pass= out"
+        )
+    results = []
+    for number, chosen in enumerate(chunks):
+        generator = torch.Generator(device).manual_seed(seed)
+        facts = {"labels": labels, "seed": seed}
+        identity = {
+            **facts, "tokens": tokens, "config": config.to_dict(), "pass": number,
+            "until": rule and asdict(rule), "layers": list(chosen), "weights": _checksum(chosen),
+        }  # fmt: skip
+        state = checkpoint and Checkpoint(Path(checkpoint) / f"pass-{number}", identity)
+        with frozen(model, keep_mode) as driven, Bar("collect", tokens, "label", progress) as bar:
+            curvature = Curvature(
+                model, config, _these(chosen), rows=rows, driven=driven, halves=rule is not None,
+                facts=facts,
+            )  # fmt: skip
+            try:
+                work = Pass(
+                    model, curvature, labels, causal, generator, tokens, rule, state or None, every
+                )
+                results.append(work.run(batches, bar))
+            finally:
+                curvature.close()
+    return _merged(results, batches)
 
 
-def _step(
-    model: nn.Module,
-    arguments: dict[str, Any],
+def _check(
     labels: str,
-    causal: bool,
-    generator: torch.Generator,
-) -> int:
-    """Run one batch forward and backward; return its labels. Nothing of it outlives the call."""
-    gold = arguments.pop("labels", None)
-    with torch.enable_grad():
-        logits = _logits(model(**arguments))
-    if labels == "sampled":
-        index = _label_rows(arguments, logits, causal)
-        gradient, count = sampled_gradient(logits, index, generator)
-    else:
-        gradient, count = label_gradient(logits, _gold(arguments, gold, logits, causal))
-    edge = get_gradient_edge(logits)
-    # The backward needs the node, not the values: a vocabulary's worth of logits is freed first.
-    del logits
-    torch.autograd.backward((edge,), (gradient,))
-    return count
+    tokens: int | None,
+    until: str | Converged | None,
+    every: int,
+    layers_per_pass: int | None,
+) -> Converged | None:
+    if labels not in LABELS:
+        raise InputError(f"labels={labels!r}: pass 'sampled' (true Fisher) or 'gold' (empirical)")
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens={tokens}: pass a positive number of labels, or None for all")
+    if every < 1:
+        raise InputError(f"every={every}: pass the number of batches between two checkpoints")
+    if layers_per_pass is not None and layers_per_pass < 1:
+        raise InputError(f"layers_per_pass={layers_per_pass}: pass a number of layers, or None")
+    if isinstance(until, str):
+        if until != CONVERGED:
+            raise InputError(f"until={until!r}: pass 'converged', a Converged(...), or None")
+        return Converged()
+    return until
 
 
-@contextmanager
-def _frozen(model: nn.Module, keep_mode: bool) -> Iterator[bool]:
-    """Freeze the parameters for a while; say whether no activation is recomputed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
-    handle: RemovableHandle | None = None
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        if not keep_mode:
-            model.eval()
-        checkpointing = model.training and getattr(
-            unwrap(model), "is_gradient_checkpointing", False
-        )
-        if checkpointing:
-            # A checkpointed region passes gradients on only if one of its inputs asks for them.
-            embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
-            handle = embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_())
-        yield not checkpointing
-    finally:
-        if handle is not None:
-            handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
+def _chunks(layers: dict[str, LinearLayer], size: int | None) -> Iterator[dict[str, LinearLayer]]:
+    names = list(layers)
+    for start in range(0, len(names), size or len(names)):
+        yield {name: layers[name] for name in names[start : start + (size or len(names))]}
 
 
-def _arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[str, Any]:
-    parameters = inspect.signature(unwrap(model).forward).parameters
-    if isinstance(batch, Tensor):
-        batch = {next(iter(parameters)): batch}
-    if not isinstance(batch, Mapping):
-        raise InputError(
-            f"a batch is a {type(batch).__name__}; pass keyword arguments of the model, such as "
-            "{'input_ids': ..., 'attention_mask': ...}, or a tensor that is its one argument"
-        )
-    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if "use_cache" in parameters:
-        arguments.setdefault("use_cache", False)
-    return arguments
+def _these(layers: dict[str, LinearLayer]) -> LayerSpec:
+    return lambda name, _: name in layers
 
 
-def _logits(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
-    if not isinstance(found, Tensor):
-        raise InputError(
-            f"the model returned {type(output).__name__} without logits, so no label can be drawn; "
-            "use curvfast.collect() around a loop that computes its own loss"
-        )
+def _checksum(layers: dict[str, LinearLayer]) -> int:
+    """Return a checksum of the first numbers of each weight: of these weights, not others."""
+    found = 0
+    for layer in layers.values():
+        start = layer.parameter.detach().flatten()[:256].float().cpu()
+        found = zlib.crc32(start.numpy().tobytes(), found)
     return found
 
 
-def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> Tensor | None:
-    """Return the flattened positions whose prediction is scored, or None for all."""
-    batch = Batch(skip_last=causal)
-    read_call(batch, arguments)
-    return batch.rows("the model's logits", _matching(batch, logits), logits.device).index
-
-
-def _matching(batch: Batch, logits: Tensor) -> torch.Size:
-    shape = logits.shape[:-1]
-    if len(shape) == 1:
-        # One prediction a sequence or image: its positions say nothing about which count.
-        batch.mask, batch.skip_last = None, False
-    return shape
-
-
-def _gold(
-    arguments: Mapping[str, Any], gold: Tensor | None, logits: Tensor, causal: bool
-) -> Tensor:
-    if gold is None and causal:
-        gold = arguments.get("input_ids")
-    if gold is None:
-        raise InputError("labels='gold' needs 'labels' in every batch, or labels='sampled'")
-    if not causal:
-        return gold
-    shifted = torch.full_like(gold, IGNORED_LABEL)
-    shifted[:, :-1] = gold[:, 1:]
-    index = _label_rows(arguments, logits, causal)
-    if index is not None:
-        scored = torch.zeros(shifted.numel(), dtype=torch.bool, device=shifted.device)
-        scored[index] = True
-        shifted = shifted.masked_fill(~scored.view(shifted.shape), IGNORED_LABEL)
-    return shifted
+def _merged(results: list[Factors], batches: Any) -> Factors:
+    layers: dict[str, LayerFactors] = {}
+    for factors in results:
+        layers |= factors.layers
+    provenance = dict(results[0].provenance)
+    if len(results) > 1:
+        provenance["passes"] = [dict(factors.provenance) for factors in results]
+    describe = getattr(batches, "provenance", None)
+    if callable(describe):
+        provenance["data"] = describe()
+    return Factors(layers, provenance)

@@ -37,6 +37,10 @@ class StorageError(CurvfastError, RuntimeError):
     """A folder cannot be written, or is missing, foreign, damaged or too new."""
 
 
+class FormatError(StorageError):
+    """A folder holds something else, or a newer format."""
+
+
 class DownloadError(CurvfastError, RuntimeError):
     """A model or text of the demo cannot be had."""
 

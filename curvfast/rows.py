@@ -47,6 +47,12 @@ class Batch:
     """Labels the loss was averaged over, where the call tells."""
     predictions: torch.Size | None = None
     """Leading shape of the model's output, known after its forward."""
+    thin: Callable[[Rows, torch.device], Rows] | None = None
+    """Picks the rows to count of those that do; None counts all."""
+    half: int = 0
+    """Which of the sums it is added to, where there are two."""
+    idle: bool = False
+    """Whether nothing of it is counted."""
     _rows: dict[tuple[str | None, torch.Size], Rows] = field(default_factory=dict)
 
     def rows(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
@@ -57,7 +63,8 @@ class Batch:
         """
         key = (name if self.rule else None, shape)
         if key not in self._rows:
-            self._rows[key] = self._find(name, shape, device)
+            found = self._find(name, shape, device)
+            self._rows[key] = self.thin(found, device) if self.thin else found
         return self._rows[key]
 
     def _find(self, name: str, shape: torch.Size, device: torch.device) -> Rows:

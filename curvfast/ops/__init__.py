@@ -14,6 +14,7 @@ from curvfast.ops.moments import one_by_one
 from curvfast.ops.moments import second_moment_ as second_moment_
 from curvfast.ops.moments import second_moments_ as second_moments_
 from curvfast.ops.moments import sum_bytes as sum_bytes
+from curvfast.ops.moments import tile_width as tile_width
 from curvfast.ops.plan import Plan as Plan
 from curvfast.ops.plan import plan as plan
 from curvfast.ops.projection import project as project

@@ -24,12 +24,12 @@ def new_sum(
         device: Where it lives.
         dtype: float32, or float64.
     """
-    return TriangularSum.zeros(d, _tile_width(d, device), dtype=dtype, device=device)
+    return TriangularSum.zeros(d, tile_width(d, device), dtype=dtype, device=device)
 
 
 def sum_bytes(d: int, device: torch.device | None = None) -> int:
     """Return the bytes :func:`new_sum` allocates for d features in float32."""
-    width = _tile_width(d, device)
+    width = tile_width(d, device)
     return 4 * tile_count(d, width) * width**2
 
 
@@ -106,6 +106,7 @@ def one_by_one(run: Callable[[MomentRequest], None]) -> Callable[[Sequence[Momen
     return run_all
 
 
-def _tile_width(d: int, device: torch.device | None) -> int:
+def tile_width(d: int, device: torch.device | None) -> int:
+    """Return the width of a tile of sums of d features that a device likes best."""
     on_gpu = device is not None and torch.device(device).type == "cuda"
     return GPU_TILE if on_gpu else blocked.panel_width(d)

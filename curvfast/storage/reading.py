@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from curvfast._version import __version__
-from curvfast.errors import StorageError
+from curvfast.errors import FormatError, StorageError
 from curvfast.storage.layout import CONFIG, FORMAT_VERSION, RESERVED, meta_sha256, sha256
 
 
@@ -116,10 +116,10 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
         raise StorageError(f"{str(path)!r} cannot be read: {error}") from error
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:
-        raise StorageError(f"{str(folder)!r} holds {found or 'something else'}, not {kind}")
+        raise FormatError(f"{str(folder)!r} holds {found or 'something else'}, not {kind}")
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise StorageError(
+        raise FormatError(
             f"{str(folder)!r} is format {version} of {kind}; this curvfast {__version__} reads up "
             f"to {FORMAT_VERSION}: upgrade curvfast"
         )

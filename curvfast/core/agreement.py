@@ -1,0 +1,98 @@
+"""How far two measurements of the same layers agree: has enough been collected?
+
+Of two halves of the data, the one's selection is judged by the other's curvature. By Ky Fan's
+theorem no k pairs hold more of it than its own first k, so the share is at most 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvfast.core.eigenbasis import LayerBasis
+from curvfast.core.factors import Factors, LayerFactors
+from curvfast.core.selection import Staircase, staircase_by_mass, staircase_by_pairs
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two measurements of one layer agree."""
+
+    shared_mass: float
+    """Curvature mass that one's kept pairs hold in the other, over that of as many of the other's
+    own; the worse way round. 1 is perfect."""
+    angle_a: float
+    """Largest principal angle between the leading eigenvectors of A, in degrees."""
+    angle_g: float
+    """Largest principal angle between the leading eigenvectors of G, in degrees."""
+
+
+def agreements(one: Factors, two: Factors, mass: float) -> dict[str, Agreement]:
+    """Compare two measurements layer by layer.
+
+    Args:
+        one: Factors.
+        two: Factors of the same model; layers that only one of them has are left out.
+        mass: ρ of the kept pairs, and of the leading eigenvectors compared.
+
+    Returns:
+        The agreement of each layer both hold.
+
+    Raises:
+        InputError: If ``mass`` is outside (0, 1].
+    """
+    names = [name for name in one if name in two]
+    first, second = (Factors({n: each[n] for n in names}).eigh() for each in (one, two))
+    return {
+        name: Agreement(
+            min(
+                shared_mass(first[name], second[name], two[name], mass),
+                shared_mass(second[name], first[name], one[name], mass),
+            ),
+            _angle(first[name].values_a, first[name].vectors_a, second[name].vectors_a, mass),
+            _angle(first[name].values_g, first[name].vectors_g, second[name].vectors_g, mass),
+        )
+        for name in names
+    }
+
+
+def shared_mass(basis: LayerBasis, own: LayerBasis, factors: LayerFactors, mass: float) -> float:
+    """Return the share of ``factors``' kept curvature that as many pairs of another basis hold.
+
+    Args:
+        basis: The basis to judge.
+        own: That of ``factors``.
+        factors: The curvature to judge by.
+        mass: ρ of the kept pairs.
+
+    Returns:
+        From 0 to 1.
+    """
+    best = staircase_by_mass(own.values_g, own.values_a, mass)
+    other = staircase_by_pairs(basis.values_g, basis.values_a, best.pairs)
+    held = _mass(
+        other, _energies(factors.G, basis.vectors_g), _energies(factors.A, basis.vectors_a)
+    )
+    return held / _mass(best, own.values_g.cpu(), own.values_a.cpu())
+
+
+def _energies(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return uᵀ M u of each column u, float64."""
+    wide = vectors.to(matrix.device, torch.float64)
+    return (wide * (matrix.double() @ wide)).sum(0).cpu()
+
+
+def _mass(kept: Staircase, g: Tensor, a: Tensor) -> float:
+    prefix = torch.cat([a.new_zeros(1), a.cumsum(0)])
+    return float((g * prefix[kept.widths.long()]).sum())
+
+
+def _angle(values: Tensor, one: Tensor, two: Tensor, mass: float) -> float:
+    """Return the largest principal angle between leading spans that hold ``mass`` of the trace."""
+    sums = values.cumsum(0)
+    rank = int((sums < mass * sums[-1]).sum()) + 1
+    cosines = torch.linalg.svdvals(one[:, :rank].double().T @ two[:, :rank].double())
+    return math.degrees(math.acos(min(1.0, float(cosines[-1]))))

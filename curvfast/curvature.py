@@ -1,0 +1,231 @@
+"""The measurement under way: hooks, batches, and the sums they feed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvfast.accumulate import factor_bytes, sum_bytes
+from curvfast.capture import Arrival, Calls, Capture, outside_graphs
+from curvfast.config import CollectConfig
+from curvfast.core.factors import Factors
+from curvfast.coverage import Coverage, describe
+from curvfast.diagnosis import require_rows, warn_few_rows
+from curvfast.errors import InputError
+from curvfast.layers import LayerSpec, select
+from curvfast.provenance import is_causal_lm, model_facts
+from curvfast.rows import Batch, RowRule, read_call
+from curvfast.sums import Sums
+from curvfast.thinning import Thinning
+
+log = logging.getLogger(__name__)
+
+
+class Curvature:
+    """What :func:`collect` yields: the measurement under way, and its result."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CollectConfig,
+        layers: LayerSpec,
+        *,
+        rows: RowRule | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        driven: bool = False,
+        halves: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Register the hooks; :func:`collect` describes the arguments."""
+        self._model = model
+        self._config = config
+        self._rule = rows
+        self._grad_scaler = grad_scaler
+        self._facts = dict(facts or {})
+        part = config.rows_per_step
+        self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
+        self._layers = select(model, layers)
+        self._sums = Sums(self._layers, config, halves)
+        self._draws = torch.Generator().manual_seed(config.seed)
+        self._thin = None if part is None else Thinning(part, self._draws).thin
+        self._calls = self._counted = 0
+        self._skipped = dict.fromkeys(self._layers, 0)
+        self._next = self._new_batch()
+        self._forward: Batch | None = None
+        self._backward: Batch | None = None
+        self._signature = inspect.signature(model.forward)
+        self._active = True
+        self._result: Factors | None = None
+        log.info(
+            "collecting %d layers: the sums will need at most %.1f MB, the factors %.1f MB",
+            len(self._layers), sum_bytes(self._layers) / 1e6, factor_bytes(self._layers) / 1e6,
+        )  # fmt: skip
+        # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
+        share = config.share_inputs and grad_scaler is None
+        self._capture = Capture(
+            self._layers, self._current_batch, self._add, self._sums.add_input,
+            share_inputs=share, driven=driven,
+        )  # fmt: skip
+        before = outside_graphs(self._before_forward)
+        after = outside_graphs(self._after_forward)
+        self._handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+
+    def mask(self, mask: Tensor) -> None:
+        """Say which positions of the *next* call of the model are real.
+
+        Args:
+            mask: Bool or 0/1, [sequences, length]. Overrides ``attention_mask``.
+
+        Raises:
+            InputError: If it is not two-dimensional.
+        """
+        if mask.dim() != 2:
+            raise InputError(f"mask must be [sequences, length], got {list(mask.shape)}")
+        self._next.mask = mask.detach().bool()
+
+    def labels(self, n: int) -> None:
+        """Say over how many labels the mean loss of the *next* call of the model is averaged.
+
+        Args:
+            n: Number of labels, at least 1.
+
+        Raises:
+            InputError: If ``n`` is less than 1.
+        """
+        if n < 1:
+            raise InputError(f"a mean loss is averaged over at least one label, got {n}")
+        self._next.labels = int(n)
+
+    def coverage(self) -> Coverage:
+        """Return which parameters are covered, by how many rows, and why the others are not."""
+        rows = {name: self._sums.rows(name)[1] for name in self._layers}
+        return describe(self._model, self._layers, rows, sum_bytes(self._layers))
+
+    def factors(self) -> Factors:
+        """Return the factors of everything summed so far.
+
+        Returns:
+            A snapshot while collecting; after the ``with`` block, the same object on every call.
+
+        Raises:
+            CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
+                to the same rows; the message says which and why.
+        """
+        if self._result is not None:
+            return self._result
+        require_rows(self._layers, self._sums, self._capture.calls, self._skipped)
+        layers = self._sums.factors()
+        warn_few_rows(layers)
+        provenance = {
+            "model": model_facts(self._model),
+            "collect": {**self._config.to_dict(), "skip_last": self._skip_last},
+            **self._facts,
+            "coverage": self.coverage().to_dict(),
+        }
+        factors = Factors(layers, provenance)
+        if not self._active:
+            self._result = factors
+            self._sums.release()
+        return factors
+
+    def add_facts(self, **facts: Any) -> None:
+        """Note further provenance to be kept with the factors."""
+        self._facts |= facts
+
+    def half(self, number: int) -> Factors:
+        """Return the factors of one of the two halves of the batches; layers without rows lack."""
+        return Factors(self._sums.factors(number))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what :meth:`restore` needs to go on from here: JSON-able facts, and tensors."""
+        facts, tensors = self._sums.state()
+        calls = {name: asdict(calls) for name, calls in self._capture.calls.items()}
+        counts = {"calls": self._calls, "counted": self._counted, "layers": calls}
+        return {"sums": facts, **counts}, {**tensors, "draws": self._draws.get_state()}
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a state of the same layers and configuration."""
+        self._sums.restore(facts["sums"], tensors)
+        self._calls, self._counted = facts["calls"], facts["counted"]
+        self._draws.set_state(tensors["draws"])
+        for name, calls in facts["layers"].items():
+            self._capture.calls[name] = Calls(**calls)
+
+    def close(self) -> None:
+        """Take every hook off; the sums stay."""
+        self._active = False
+        self._capture.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _new_batch(self) -> Batch:
+        return Batch(skip_last=self._skip_last, rule=self._rule, thin=self._thin)
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._forward, self._next = self._next, self._new_batch()
+        self._forward.idle = self._calls % self._config.every != 0
+        self._calls += 1
+        if self._forward.idle:
+            return
+        self._forward.half = self._counted % len(self._sums.parts)
+        self._counted += 1
+        try:
+            arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return
+        extra = arguments.pop("kwargs", {})
+        read_call(self._forward, {**extra, **arguments})
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._capture.flush()
+        batch, self._forward = self._forward, None
+        if batch is None:
+            return
+        for tensor in _output_tensors(output):
+            if tensor.dim() and batch.predictions is None:
+                batch.predictions = tensor.shape[:-1]
+            if tensor.requires_grad:
+                # Tells a re-entrant recomputation, in the backward, which batch it belongs to.
+                tensor.register_hook(partial(self._enter_backward, batch))
+
+    def _enter_backward(self, batch: Batch, _: Tensor) -> None:
+        self._backward = batch
+
+    def _current_batch(self) -> Batch:
+        return self._forward or self._backward or self._next
+
+    def _add(self, arrival: Arrival) -> None:
+        unit = 1.0 / self._config.loss_scale
+        if self._grad_scaler is not None:
+            if not torch.isfinite(arrival.g).all():
+                self._skipped[arrival.layer] += 1
+                return
+            unit /= self._grad_scaler.get_scale()
+        if self._config.loss_reduction == "mean":
+            unit *= arrival.batch.label_count()
+        if arrival.x is not None and not arrival.shared.added:
+            arrival.shared.added = True
+            self._sums.add_input(arrival.layer, arrival.batch, arrival.shared, arrival.x)
+        self._sums.add_gradient(arrival.layer, arrival.batch, arrival.g, unit)
+
+
+def _output_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, its logits or prediction first."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        first = [output["logits"]] if isinstance(output.get("logits"), Tensor) else []
+        return first + [v for v in output.values() if isinstance(v, Tensor)]
+    if isinstance(output, list | tuple):
+        return [v for v in output if isinstance(v, Tensor)]
+    return []

@@ -1,0 +1,115 @@
+"""Where running sums live: beside the activations, in the host's memory, or in files mapped to it.
+
+A sum away from the device its rows are on is added to in two steps: a scratch sum there takes the
+rows of one call, and is copied over while the next call computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from curvfast import ops
+from curvfast.ops import MomentRequest, TriangularSum
+from curvfast.pending import PendingMoments
+
+
+class Placement:
+    """Makes sums where they are wanted, and adds to them there."""
+
+    def __init__(self, place: str = "same") -> None:
+        """Start with none.
+
+        Args:
+            place: ``"same"``, ``"cpu"`` or ``"disk"``.
+        """
+        self._place = place
+        self._pending = PendingMoments()
+        self._copies = CopiedSums()
+        self._folder: TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def new_sum(self, d: int, device: torch.device) -> TriangularSum:
+        """Return an empty sum for rows of d features on ``device``."""
+        if self._place == "same":
+            return ops.new_sum(d, device=device)
+        # Its tiles are as wide as the device that computes likes them: they are copied as they are.
+        width = ops.tile_width(d, device)
+        if self._place == "cpu":
+            return TriangularSum.zeros(d, width)
+        return TriangularSum(self._mapped(ops.sum_bytes(d, device) // 4).view(-1, width), d)
+
+    def add(self, request: MomentRequest) -> None:
+        """Run one call, now or at the latest at :meth:`flush`."""
+        if request.out.tiles.device == request.x.device:
+            self._pending.run(request)
+        else:
+            self._copies.add(request)
+
+    def flush(self) -> None:
+        """Finish what waits; needed before a sum is read."""
+        self._pending.flush()
+        self._copies.flush()
+
+    def _mapped(self, values: int) -> Tensor:
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="curvfast-sums-", ignore_cleanup_errors=True)
+        path = Path(self._folder.name) / f"{self._files}.f32"
+        self._files += 1
+        # A new file reads as zeros.
+        return torch.from_file(str(path), shared=True, size=values, dtype=torch.float32)
+
+
+@dataclass
+class _Copy:
+    """One sum on its way: computed on a device, copied to the host, not yet added."""
+
+    scratch: TriangularSum
+    host: Tensor
+    out: TriangularSum | None = None
+    done: torch.cuda.Event | None = None
+
+
+class CopiedSums:
+    """Adds to sums on another device than their rows'; one copy of each width is on its way."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._copies: dict[tuple[int, torch.device], _Copy] = {}
+
+    def add(self, request: MomentRequest) -> None:
+        """Compute one call where its rows are, and begin to copy it to where its sum is."""
+        device = request.x.device
+        key = (request.d, device)
+        if key not in self._copies:
+            scratch = ops.new_sum(request.d, device=device)
+            # Pinned memory is what copies in the background need.
+            host = torch.empty(scratch.tiles.shape, pin_memory=device.type == "cuda")
+            self._copies[key] = _Copy(scratch, host)
+        copy = self._copies[key]
+        self._finish(copy)
+        copy.scratch.tiles.zero_()
+        ops.second_moments_([replace(request, out=copy.scratch)])
+        copy.host.copy_(copy.scratch.tiles, non_blocking=True)
+        copy.out = request.out
+        if device.type == "cuda":
+            copy.done = torch.cuda.Event()
+            copy.done.record(torch.cuda.current_stream(device))
+
+    def flush(self) -> None:
+        """Add what is on its way."""
+        for copy in self._copies.values():
+            self._finish(copy)
+
+    @staticmethod
+    def _finish(copy: _Copy) -> None:
+        if copy.out is None:
+            return
+        if copy.done is not None:
+            copy.done.synchronize()
+        copy.out.tiles.add_(copy.host)
+        copy.out = copy.done = None

@@ -1,0 +1,153 @@
+"""One batch through a frozen model: forward, labels, and the gradients of activations alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from curvfast.errors import InputError
+from curvfast.fisher import label_gradient, sampled_gradient
+from curvfast.provenance import unwrap
+from curvfast.rows import IGNORED_LABEL, Batch, read_call
+
+
+def run_step(
+    model: nn.Module,
+    batch: Any,
+    labels: str,
+    causal: bool,
+    generator: torch.Generator,
+) -> int:
+    """Run one batch forward and backward; nothing of it outlives the call.
+
+    Args:
+        model: In a :func:`frozen` block.
+        batch: Keyword arguments of the model, or the tensor that is its one argument.
+        labels: ``"sampled"`` or ``"gold"``.
+        causal: Whether position t predicts the label at t + 1.
+        generator: Draws the labels.
+
+    Returns:
+        How many labels there were.
+
+    Raises:
+        InputError: If the batch, the model's output or the labels are of no use.
+    """
+    arguments = _arguments(model, batch, next(model.parameters()).device)
+    gold = arguments.pop("labels", None)
+    with torch.enable_grad():
+        logits = _logits(model(**arguments))
+    if labels == "sampled":
+        index = _label_rows(arguments, logits, causal)
+        gradient, count = sampled_gradient(logits, index, generator)
+    else:
+        gradient, count = label_gradient(logits, _gold(arguments, gold, logits, causal))
+    edge = get_gradient_edge(logits)
+    # The backward needs the node, not the values: a vocabulary's worth of logits is freed first.
+    del logits
+    torch.autograd.backward((edge,), (gradient,))
+    return count
+
+
+@contextmanager
+def frozen(model: nn.Module, keep_mode: bool) -> Iterator[bool]:
+    """Freeze the parameters for a while.
+
+    Args:
+        model: Its modes and ``requires_grad`` are as before afterwards.
+        keep_mode: Whether it stays in its mode; otherwise it is in eval mode.
+
+    Yields:
+        Whether no activation is recomputed.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    modes = [(module, module.training) for module in model.modules()]
+    handle: RemovableHandle | None = None
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        if not keep_mode:
+            model.eval()
+        checkpointing = model.training and getattr(
+            unwrap(model), "is_gradient_checkpointing", False
+        )
+        if checkpointing:
+            # A checkpointed region passes gradients on only if one of its inputs asks for them.
+            embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+            handle = embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_())
+        yield not checkpointing
+    finally:
+        if handle is not None:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[str, Any]:
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    if isinstance(batch, Tensor):
+        batch = {next(iter(parameters)): batch}
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"a batch is a {type(batch).__name__}; pass keyword arguments of the model, such as "
+            "{'input_ids': ..., 'attention_mask': ...}, or a tensor that is its one argument"
+        )
+    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if "use_cache" in parameters:
+        arguments.setdefault("use_cache", False)
+    return arguments
+
+
+def _logits(output: Any) -> Tensor:
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"the model returned {type(output).__name__} without logits, so no label can be drawn; "
+            "use curvfast.collect() around a loop that computes its own loss"
+        )
+    return found
+
+
+def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> Tensor | None:
+    """Return the flattened positions whose prediction is scored, or None for all."""
+    batch = Batch(skip_last=causal)
+    read_call(batch, arguments)
+    return batch.rows("the model's logits", _matching(batch, logits), logits.device).index
+
+
+def _matching(batch: Batch, logits: Tensor) -> torch.Size:
+    shape = logits.shape[:-1]
+    if len(shape) == 1:
+        # One prediction a sequence or image: its positions say nothing about which count.
+        batch.mask, batch.skip_last = None, False
+    return shape
+
+
+def _gold(
+    arguments: Mapping[str, Any], gold: Tensor | None, logits: Tensor, causal: bool
+) -> Tensor:
+    if gold is None and causal:
+        gold = arguments.get("input_ids")
+    if gold is None:
+        raise InputError("labels='gold' needs 'labels' in every batch, or labels='sampled'")
+    if not causal:
+        return gold
+    shifted = torch.full_like(gold, IGNORED_LABEL)
+    shifted[:, :-1] = gold[:, 1:]
+    index = _label_rows(arguments, logits, causal)
+    if index is not None:
+        scored = torch.zeros(shifted.numel(), dtype=torch.bool, device=shifted.device)
+        scored[index] = True
+        shifted = shifted.masked_fill(~scored.view(shifted.shape), IGNORED_LABEL)
+    return shifted

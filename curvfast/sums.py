@@ -1,0 +1,99 @@
+"""The sums of a measurement: one set, or two that take turns so that each can judge the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from curvfast.accumulate import Accumulator, Moment
+from curvfast.capture import SharedInput
+from curvfast.config import CollectConfig
+from curvfast.core.factors import LayerFactors
+from curvfast.layers import LinearLayer
+from curvfast.rows import Batch
+
+
+class Sums:
+    """Second moments of layers, in one part or in two halves of the batches."""
+
+    def __init__(
+        self, layers: dict[str, LinearLayer], config: CollectConfig, halves: bool = False
+    ) -> None:
+        """Start empty."""
+        self._layers = layers
+        self.parts = [
+            Accumulator(layers, config.spill_every, config.sums_device)
+            for _ in range(2 if halves else 1)
+        ]
+
+    def add_input(self, name: str, batch: Batch, shared: SharedInput, x: Tensor) -> None:
+        """As of :class:`Accumulator`, to the part the batch belongs to."""
+        self.parts[batch.half].add_input(name, batch, shared, x)
+
+    def add_gradient(self, name: str, batch: Batch, g: Tensor, unit: float) -> None:
+        """As of :class:`Accumulator`, to the part the batch belongs to."""
+        self.parts[batch.half].add_gradient(name, batch, g, unit)
+
+    def rows(self, name: str) -> tuple[int, int]:
+        """Return how many inputs and how many gradients of a layer were summed."""
+        a, g = _of(self.parts, name)
+        return sum(m.rows for m in a), sum(m.rows for m in g)
+
+    def factors(self, part: int | None = None) -> dict[str, LayerFactors]:
+        """Return the factors of every layer with rows, of all parts together or of one alone.
+
+        Args:
+            part: Which half; None means everything.
+        """
+        parts = self.parts if part is None else [self.parts[part]]
+        for each in parts:
+            each.flush()
+        dense: dict[tuple[int, ...], Tensor] = {}
+        found = {}
+        for name in self._layers:
+            a, g = _of(parts, name)
+            if a and g:
+                rows_a, rows_g = (sum(m.rows for m in moments) for moments in (a, g))
+                found[name] = LayerFactors(_total(a, dense), _total(g, dense), rows_a, rows_g)
+        return found
+
+    def release(self) -> None:
+        """Let go of every sum; the counts stay."""
+        for part in self.parts:
+            part.release()
+
+    def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Return what :meth:`restore` needs: JSON-able facts, and tensors by key."""
+        facts: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            own, held = part.state()
+            facts.append(own)
+            tensors |= {f"{number}.{key}": tensor for key, tensor in held.items()}
+        return facts, tensors
+
+    def restore(self, facts: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a state."""
+        for number, (part, own) in enumerate(zip(self.parts, facts, strict=True)):
+            lead = f"{number}."
+            held = {k.removeprefix(lead): t for k, t in tensors.items() if k.startswith(lead)}
+            part.restore(own, held)
+
+
+def _of(parts: list[Accumulator], name: str) -> tuple[list[Moment], list[Moment]]:
+    a = [part.inputs[name] for part in parts if name in part.inputs]
+    g = [part.gradients[name] for part in parts if name in part.gradients]
+    return a, g
+
+
+def _total(moments: list[Moment], dense: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """Return the sum of moments as a matrix; the same moments are read once."""
+    key = tuple(id(moment) for moment in moments)
+    if key not in dense:
+        total = moments[0].dense()
+        for moment in moments[1:]:
+            total.add_(moment.dense())
+        dense[key] = total
+    return dense[key]

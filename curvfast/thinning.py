@@ -1,0 +1,43 @@
+"""Counting a random part of each batch's rows: the same for A and G, unbiased, at less cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from curvfast.rows import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Thinning:
+    """Draws rows without replacement, with a generator of its own on the CPU."""
+
+    part: float
+    """Share of a batch's rows below 1, or a number of rows."""
+    generator: torch.Generator
+
+    def thin(self, rows: Rows, device: torch.device) -> Rows:
+        """Return a uniform random subset of the rows that count.
+
+        The number drawn depends on the number there, not on the draw, so a mean over the subset is
+        an unbiased estimate of the mean over all.
+
+        Args:
+            rows: Those that count.
+            device: Where indices are needed.
+
+        Returns:
+            At least one of them, if there is one.
+        """
+        wanted = round(self.part * rows.count) if self.part < 1 else int(self.part)
+        wanted = min(max(1, wanted), rows.count)
+        if wanted == rows.count:
+            return rows
+        drawn = torch.randperm(rows.count, generator=self.generator)[:wanted].sort().values
+        if rows.kept is not None:
+            _, length, first = rows.kept
+            drawn = drawn // first * length + drawn % first
+        elif rows.index is not None:
+            drawn = rows.index[drawn.to(rows.index.device)]
+        return Rows(drawn.to(device), wanted)
