@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +15,7 @@ from cases import llama, token_batches
 
 import curvfast
 from curvfast.cli import main
+from curvfast.hf.small import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,13 +25,27 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
+def write_text() -> Any:
+    """Write the files its code reads; return a tokenizer made for them."""
+    texts = [f"document {i} of the web, and {i * i} words about it" for i in range(40)]
+    Path("web").mkdir()
+    Path("books").mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    Path("web/a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    Path("books/b.txt").write_text(" ".join(texts))
+    return train_tokenizer(texts, 300)
+
+
 @pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 def test_its_code_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     batches = token_batches()
-    names: dict[str, Any] = {"model": llama(), "loader": batches, "batches": batches}
+    names: dict[str, Any] = {
+        "model": llama(vocab_size=300), "loader": batches, "batches": batches,
+        "tokenizer": write_text(),
+    }  # fmt: skip
     before = names["model"].model.layers[0].mlp.up_proj.weight.clone()
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
@@ -36,6 +53,7 @@ def test_its_code_runs_from_top_to_bottom(
     edited = [layer["name"] for layer in names["report"].to_dict()["layers"]]
     assert edited == list(names["basis"])
     assert len(curvfast.Factors.from_pretrained("factors")) == 6
+    assert names["factors"].provenance["data"]["corpora"][0]["weight"] == 0.9
     assert "perplexity" in capsys.readouterr().out
 
 
