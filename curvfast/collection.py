@@ -56,8 +56,8 @@ def collect(
             share below 1, or a number. The factors stay unbiased. None counts all.
         every: Counts one in so many calls of the model; the others run as if unwatched.
         sums_device: ``"same"`` keeps the sums beside the activations, ``"cpu"`` in the host's
-            memory, ``"disk"`` in files mapped to memory, removed at the end: copies run beside the
-            computation.
+            memory, ``"disk"`` in files mapped to memory, in the system's temporary folder (TMPDIR)
+            and gone with the process; copies run beside the computation.
         seed: Seed of the generator that draws ``rows_per_step``.
 
     Yields:

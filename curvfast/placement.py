@@ -7,8 +7,7 @@ rows of one call, and is copied over while the next call computes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor
@@ -30,8 +29,6 @@ class Placement:
         self._place = place
         self._pending = PendingMoments()
         self._copies = CopiedSums()
-        self._folder: TemporaryDirectory[str] | None = None
-        self._files = 0
 
     def new_sum(self, d: int, device: torch.device) -> TriangularSum:
         """Return an empty sum for rows of d features on ``device``."""
@@ -41,7 +38,7 @@ class Placement:
         width = ops.tile_width(d, device)
         if self._place == "cpu":
             return TriangularSum.zeros(d, width)
-        return TriangularSum(self._mapped(ops.sum_bytes(d, device) // 4).view(-1, width), d)
+        return TriangularSum(_mapped(ops.sum_bytes(d, device) // 4).view(-1, width), d)
 
     def add(self, request: MomentRequest) -> None:
         """Run one call, now or at the latest at :meth:`flush`."""
@@ -55,13 +52,12 @@ class Placement:
         self._pending.flush()
         self._copies.flush()
 
-    def _mapped(self, values: int) -> Tensor:
-        if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="curvfast-sums-", ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / f"{self._files}.f32"
-        self._files += 1
-        # A new file reads as zeros.
-        return torch.from_file(str(path), shared=True, size=values, dtype=torch.float32)
+
+def _mapped(values: int) -> Tensor:
+    """Return float32 zeros in a file of the temporary folder that no name leads to any more."""
+    with NamedTemporaryFile(prefix="curvfast-sums-") as file:
+        # A new file reads as zeros; mapped, it outlives its name, and not the process.
+        return torch.from_file(file.name, shared=True, size=values, dtype=torch.float32)
 
 
 @dataclass

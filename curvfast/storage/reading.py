@@ -118,7 +118,9 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     if found != kind:
         raise FormatError(f"{str(folder)!r} holds {found or 'something else'}, not {kind}")
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int):
+        raise StorageError(f"{str(path)!r} is damaged: it names no format version")
+    if version > FORMAT_VERSION:
         raise FormatError(
             f"{str(folder)!r} is format {version} of {kind}; this curvfast {__version__} reads up "
             f"to {FORMAT_VERSION}: upgrade curvfast"
