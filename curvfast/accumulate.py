@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,38 @@ class Accumulator:
         if self._spill_every is not None and moment.calls >= self._spill_every:
             self.flush()
             moment.spill()
+
+    def groups(self) -> dict[str, list[list[str]]]:
+        """Return which layers share a sum: inputs, and gradients, each group sorted."""
+        return {
+            side: sorted({tuple(sorted(m.members)) for m in moments.values()})  # type: ignore[misc]
+            for side, moments in (("inputs", self.inputs), ("gradients", self.gradients))
+        }
+
+    def regroup(self, side: str, groups: Sequence[Sequence[str]]) -> list[Moment]:
+        """Part sums until exactly these groups share one, and make those there are none of.
+
+        Args:
+            side: ``"inputs"`` or ``"gradients"``.
+            groups: Each within one of :meth:`groups`, or of layers without rows here.
+
+        Returns:
+            The moment of each group.
+        """
+        self.flush()
+        moments = self.inputs if side == "inputs" else self.gradients
+        found = []
+        for group in groups:
+            moment = moments.get(group[0])
+            if moment is None:
+                layer = self._layers[group[0]]
+                d = layer.d_in if side == "inputs" else layer.d_out
+                moment = self._empty(set(group), d, layer.parameter.device)
+            elif moment.members != set(group):
+                moment = moment.split(set(group))
+            moments.update(dict.fromkeys(group, moment))
+            found.append(moment)
+        return found
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what :meth:`restore` needs: JSON-able facts, and tensors by key."""

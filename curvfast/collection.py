@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from curvfast.config import CollectConfig
 from curvfast.curvature import Curvature
+from curvfast.distributed import group_of
 from curvfast.layers import LayerSpec
 from curvfast.rows import RowRule
 
@@ -30,6 +32,7 @@ def collect(
     every: int = 1,
     sums_device: str = "same",
     seed: int = 0,
+    group: Any = "auto",
 ) -> Iterator[Curvature]:
     """Measure A = E[a aᵀ] and G = E[g gᵀ] of linear layers while the caller trains.
 
@@ -59,6 +62,9 @@ def collect(
             memory, ``"disk"`` in files mapped to memory, in the system's temporary folder (TMPDIR)
             and gone with the process; copies run beside the computation.
         seed: Seed of the generator that draws ``rows_per_step``.
+        group: Whose ranks' rows are added up when ``factors()`` is called, which every rank must
+            then do: ``"auto"`` is the default process group where there is one, None this process
+            alone. Nothing is sent before.
 
     Yields:
         The measurement: ``factors()``, ``coverage()``, ``mask()``, ``labels()``.
@@ -80,8 +86,9 @@ def collect(
         seed=seed,
     )
     curvature = Curvature(
-        model, config, layers, rows=rows, grad_scaler=grad_scaler, facts={"labels": "caller's loss"}
-    )
+        model, config, layers, rows=rows, grad_scaler=grad_scaler, group=group_of(group),
+        facts={"labels": "caller's loss"},
+    )  # fmt: skip
     try:
         yield curvature
     finally:

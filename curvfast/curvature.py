@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvfast import distributed
 from curvfast.accumulate import factor_bytes, sum_bytes
 from curvfast.capture import Arrival, Calls, Capture, outside_graphs
 from curvfast.config import CollectConfig
@@ -23,7 +24,7 @@ from curvfast.layers import LayerSpec, select
 from curvfast.provenance import is_causal_lm, model_facts
 from curvfast.rows import Batch, RowRule, read_call
 from curvfast.sums import Sums
-from curvfast.thinning import Thinning
+from curvfast.thinning import Thinning, nothing
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Curvature:
         grad_scaler: torch.amp.GradScaler | None = None,
         driven: bool = False,
         halves: bool = False,
+        group: distributed.Group = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Register the hooks; :func:`collect` describes the arguments."""
@@ -52,6 +54,7 @@ class Curvature:
         part = config.rows_per_step
         self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
         self._layers = select(model, layers)
+        self._group, self._ranks = group, distributed.rank_and_size(group)[1]
         self._sums = Sums(self._layers, config, halves)
         self._draws = torch.Generator().manual_seed(config.seed)
         self._thin = None if part is None else Thinning(part, self._draws).thin
@@ -106,13 +109,19 @@ class Curvature:
             raise InputError(f"a mean loss is averaged over at least one label, got {n}")
         self._next.labels = int(n)
 
+    def skip_next(self) -> None:
+        """Let the *next* call of the model run as if it counted, and count none of its rows."""
+        self._next.thin = nothing
+
     def coverage(self) -> Coverage:
         """Return which parameters are covered, by how many rows, and why the others are not."""
         rows = {name: self._sums.rows(name)[1] for name in self._layers}
         return describe(self._model, self._layers, rows, sum_bytes(self._layers))
 
     def factors(self) -> Factors:
-        """Return the factors of everything summed so far.
+        """Return the factors of everything summed so far, on all ranks together.
+
+        With a process group every rank must call this, and gets the same.
 
         Returns:
             A snapshot while collecting; after the ``with`` block, the same object on every call.
@@ -120,16 +129,19 @@ class Curvature:
         Raises:
             CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
                 to the same rows; the message says which and why.
+            DistributedError: If another rank is gone.
         """
         if self._result is not None:
             return self._result
-        require_rows(self._layers, self._sums, self._capture.calls, self._skipped)
-        layers = self._sums.factors()
+        sums = self._added_up(final=not self._active)
+        require_rows(self._layers, sums, self._capture.calls, self._skipped)
+        layers = sums.factors()
         warn_few_rows(layers)
         provenance = {
             "model": model_facts(self._model),
             "collect": {**self._config.to_dict(), "skip_last": self._skip_last},
             **self._facts,
+            "ranks": self._ranks,
             "coverage": self.coverage().to_dict(),
         }
         factors = Factors(layers, provenance)
@@ -143,8 +155,11 @@ class Curvature:
         self._facts |= facts
 
     def half(self, number: int) -> Factors:
-        """Return the factors of one of the two halves of the batches; layers without rows lack."""
-        return Factors(self._sums.factors(number))
+        """Return the factors of one of the two halves of the batches; layers without rows lack.
+
+        With a process group every rank must call this.
+        """
+        return Factors(self._added_up(final=False).factors(number))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what :meth:`restore` needs to go on from here: JSON-able facts, and tensors."""
@@ -168,17 +183,30 @@ class Curvature:
         for handle in self._handles:
             handle.remove()
 
+    def _added_up(self, *, final: bool) -> Sums:
+        """Return the sums of all ranks; in place once no more will come."""
+        if self._group is None:
+            return self._sums
+        sums = self._sums if final else self._sums.copy()
+        sums.add_up(self._group)
+        if final:
+            self._group = None
+        return sums
+
     def _new_batch(self) -> Batch:
         return Batch(skip_last=self._skip_last, rule=self._rule, thin=self._thin)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._forward, self._next = self._next, self._new_batch()
+        if not torch.is_grad_enabled():
+            # An evaluation between steps: it counts nothing, and is not counted.
+            return
         self._forward.idle = self._calls % self._config.every != 0
         self._calls += 1
         if self._forward.idle:
             return
         self._forward.half = self._counted % len(self._sums.parts)
-        self._counted += 1
+        self._counted += self._forward.thin is not nothing
         try:
             arguments = self._signature.bind_partial(*args, **kwargs).arguments
         except TypeError:

@@ -17,11 +17,12 @@ from curvfast.config import CollectConfig
 from curvfast.convergence import Converged
 from curvfast.core.factors import Factors, LayerFactors
 from curvfast.curvature import Curvature
+from curvfast.distributed import group_of, local, rank_and_size
 from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, LinearLayer, select
 from curvfast.passes import Pass
 from curvfast.progress import Bar
-from curvfast.provenance import is_causal_lm
+from curvfast.provenance import is_causal_lm, without_ddp
 from curvfast.rows import RowRule
 from curvfast.steps import frozen
 
@@ -47,6 +48,7 @@ def collect_from(
     layers_per_pass: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     every: int = 50,
+    group: Any = "auto",
 ) -> Factors:
     """Measure A and G of linear layers over ``batches`` of data.
 
@@ -82,6 +84,8 @@ def collect_from(
             given, on the CPU. Batches counted before are skipped, or by the ``state_dict`` and
             ``load_state_dict`` of ``batches`` where it has them not even read.
         every: With ``checkpoint``: batches between two states.
+        group: As in :func:`curvfast.collect`: every rank passes batches of its own, as many as it
+            has, and gets the factors of all. ``tokens`` is then split evenly among the ranks.
 
     Returns:
         The factors; G is of the summed loss.
@@ -91,6 +95,7 @@ def collect_from(
         LayerNotFound: If ``layers`` matches nothing.
         CoverageError: If a chosen layer got no rows.
         StorageError: If the checkpoint is foreign, damaged, or of another collection.
+        DistributedError: If another rank is gone.
     """
     rule = _check(labels, tokens, until, every, layers_per_pass)
     config = CollectConfig(
@@ -101,6 +106,10 @@ def collect_from(
         sums_device=sums_device,
         seed=seed,
     )
+    ranks = group_of(group)
+    rank, world = rank_and_size(ranks)
+    tokens = tokens and -(-tokens // world)
+    model = without_ddp(model)
     causal = is_causal_lm(model) if skip_last is None else skip_last
     device = next(model.parameters()).device
     chunks = list(_chunks(select(model, layers), layers_per_pass))
@@ -111,21 +120,31 @@ def collect_from(
         )
     results = []
     for number, chosen in enumerate(chunks):
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed + rank)
         facts = {"labels": labels, "seed": seed}
         identity = {
             **facts, "tokens": tokens, "config": config.to_dict(), "pass": number,
             "until": rule and asdict(rule), "layers": list(chosen), "weights": _checksum(chosen),
         }  # fmt: skip
-        state = checkpoint and Checkpoint(Path(checkpoint) / f"pass-{number}", identity)
+        part = f"pass-{number}" + (f"-rank-{rank}-of-{world}" if world > 1 else "")
+        state = checkpoint and Checkpoint(Path(checkpoint) / part, identity)
         with frozen(model, keep_mode) as driven, Bar("collect", tokens, "label", progress) as bar:
             curvature = Curvature(
                 model, config, _these(chosen), rows=rows, driven=driven, halves=rule is not None,
-                facts=facts,
+                group=ranks, facts=facts,
             )  # fmt: skip
             try:
                 work = Pass(
-                    model, curvature, labels, causal, generator, tokens, rule, state or None, every
+                    model,
+                    curvature,
+                    labels,
+                    causal,
+                    generator,
+                    tokens,
+                    rule,
+                    state or None,
+                    every,
+                    ranks,
                 )
                 results.append(work.run(batches, bar))
             finally:
@@ -169,7 +188,7 @@ def _checksum(layers: dict[str, LinearLayer]) -> int:
     """Return a checksum of the first numbers of each weight: of these weights, not others."""
     found = 0
     for layer in layers.values():
-        start = layer.parameter.detach().flatten()[:256].float().cpu()
+        start = local(layer.parameter.detach()).flatten()[:256].float().cpu()
         found = zlib.crc32(start.numpy().tobytes(), found)
     return found
 

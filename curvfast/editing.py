@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.projection import project, work
 from curvfast.core.selection import Mask, Selection, Staircase
+from curvfast.distributed import gathered, refuse_layout, write_
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
 from curvfast.layers import LayerSpec, LinearLayer, linear_layers, matches
 
@@ -83,7 +84,8 @@ def edit(
     """Keep the part of each weight in its high-curvature eigenpairs: W' = U_G (M ∘ C) U_Aᵀ.
 
     What is removed is the *low* population curvature, where verbatim memorization lives. Biases
-    stay. Everything is checked before the first weight is written. Source: arXiv 2510.24256.
+    stay. Everything is checked before the first weight is written. Weights sharded by FSDP2 are
+    gathered layer by layer, which every rank must then do. Source: arXiv 2510.24256.
 
     Args:
         model: The model the basis was measured on; changed in place, dtypes kept.
@@ -178,6 +180,7 @@ def _plan(
                 f"{(layer.d_out, layer.d_in)}"
             )
         part[name].require(name, selection[name])
+        refuse_layout(f"the weight of layer {name!r}", layer.parameter)
     return [(layer, part, selection[name]) for name, layer in chosen.items()]
 
 
@@ -213,8 +216,11 @@ def _apply(plan: _Plan) -> EditReport:
     total = 0
     for layer, basis, kept in plan:
         started = time.perf_counter()
-        weight = layer.matrix()
-        change = _write(weight, project(weight, basis[layer.name], kept))
+        weight = gathered(layer.parameter.detach())
+        weight = weight.T if layer.transposed else weight
+        new = project(weight, basis[layer.name], kept)
+        change = relative_change(weight, new)
+        write_(layer.parameter.detach(), new.T if layer.transposed else new)
         total += weight.numel()
         seconds = time.perf_counter() - started
         reports.append(
@@ -226,9 +232,8 @@ def _apply(plan: _Plan) -> EditReport:
     return EditReport(tuple(reports), total)
 
 
-def _write(weight: Tensor, new: Tensor) -> float:
+def relative_change(weight: Tensor, new: Tensor) -> float:
+    """Return ‖W' − W‖ / ‖W‖ in Frobenius norm, in the dtype of ``new``."""
     before = weight.to(new.dtype)
     scale = before.norm().clamp_min(torch.finfo(new.dtype).tiny)
-    change = float((new - before).norm() / scale)
-    weight.copy_(new)
-    return change
+    return float((new - before).norm() / scale)

@@ -41,6 +41,10 @@ class FormatError(StorageError):
     """A folder holds something else, or a newer format."""
 
 
+class DistributedError(CurvfastError, RuntimeError):
+    """Another process is gone, or did not make the same call."""
+
+
 class DownloadError(CurvfastError, RuntimeError):
     """A model or text of the demo cannot be had."""
 

@@ -21,6 +21,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def without_ddp(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, which expects gradients of weights."""
+    inner = getattr(model, "module", None)
+    if type(model).__name__ == "DistributedDataParallel" and isinstance(inner, nn.Module):
+        return inner
+    return model
+
+
 def is_causal_lm(model: nn.Module) -> bool:
     """Say whether ``model`` is one of transformers' decoder-only language models.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from curvfast import distributed
 from curvfast.accumulate import Accumulator, Moment
 from curvfast.capture import SharedInput
 from curvfast.config import CollectConfig
@@ -23,6 +25,7 @@ class Sums:
     ) -> None:
         """Start empty."""
         self._layers = layers
+        self._config = config
         self.parts = [
             Accumulator(layers, config.spill_every, config.sums_device)
             for _ in range(2 if halves else 1)
@@ -59,6 +62,40 @@ class Sums:
                 found[name] = LayerFactors(_total(a, dense), _total(g, dense), rows_a, rows_g)
         return found
 
+    def add_up(self, group: distributed.Group) -> None:
+        """Replace every sum and count by its total over all ranks; called by all, once.
+
+        Raises:
+            DistributedError: If another rank is gone.
+        """
+        if group is None:
+            return
+        for part in self.parts:
+            everywhere = distributed.gather(part.groups(), group)
+            for side in ("inputs", "gradients"):
+                groups = _refined([own[side] for own in everywhere])
+                if not groups:
+                    continue
+                moments = part.regroup(side, groups)
+                rows = torch.tensor([moment.rows for moment in moments])
+                distributed.add_(rows, group)
+                for moment, total in zip(moments, rows.tolist(), strict=True):
+                    moment.rows = total
+                self._add_up_tiles(moments, group)
+
+    def copy(self) -> Sums:
+        """Return a copy, to be added up while the original goes on."""
+        other = Sums(self._layers, self._config, len(self.parts) == 2)
+        other.restore(*self.state())
+        return other
+
+    def _add_up_tiles(self, moments: list[Moment], group: distributed.Group) -> None:
+        spilled = distributed.gather([m.spilled is not None for m in moments], group)
+        for moment, anywhere in zip(moments, zip(*spilled, strict=True), strict=True):
+            if any(anywhere):
+                moment.spill()
+            distributed.add_((moment.spilled or moment.sum).tiles, group)
+
     def release(self) -> None:
         """Let go of every sum; the counts stay."""
         for part in self.parts:
@@ -80,6 +117,21 @@ class Sums:
             lead = f"{number}."
             held = {k.removeprefix(lead): t for k, t in tensors.items() if k.startswith(lead)}
             part.restore(own, held)
+
+
+def _refined(everywhere: list[list[tuple[str, ...]]]) -> list[list[str]]:
+    """Return the groups within which every rank that has rows shares a sum."""
+    labels: dict[str, tuple[int | None, ...]] = {}
+    for rank, groups in enumerate(everywhere):
+        for number, group in enumerate(groups):
+            for name in group:
+                before = labels.get(name, (None,) * rank)
+                labels[name] = before + (None,) * (rank - len(before)) + (number,)
+    found: dict[tuple[int | None, ...], list[str]] = {}
+    for name in sorted(labels):
+        label = labels[name]
+        found.setdefault(label + (None,) * (len(everywhere) - len(label)), []).append(name)
+    return sorted(found.values())
 
 
 def _of(parts: list[Accumulator], name: str) -> tuple[list[Moment], list[Moment]]:

@@ -41,3 +41,8 @@ class Thinning:
         elif rows.index is not None:
             drawn = rows.index[drawn.to(rows.index.device)]
         return Rows(drawn.to(device), wanted)
+
+
+def nothing(rows: Rows, device: torch.device) -> Rows:
+    """Return no row at all."""
+    return Rows(torch.empty(0, dtype=torch.int64, device=device), 0)

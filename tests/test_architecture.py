@@ -57,6 +57,7 @@ FLOORS = [
         "core.decomposition",
         "core.leading",
         "core.partial",
+        "core.dealing",
         "core.eigenbasis",
         "core.eigh",
         "core.agreement",

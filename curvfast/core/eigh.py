@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfast import storage
+from curvfast import distributed, storage
+from curvfast.core.dealing import dealt, shared
 from curvfast.core.decomposition import (
     DTYPES,
     NARROW,
@@ -43,6 +44,7 @@ def decompose(
     directory: str | PathLike[str] | None,
     mass: float | None,
     start: Eigenbasis | None,
+    group: distributed.Group,
 ) -> Eigenbasis:
     """Eigendecompose ``factors``; see :meth:`Factors.eigh`."""
     _check(factors, dtype, workers, mass, start)
@@ -60,11 +62,15 @@ def decompose(
             earlier = _earlier(start, keys[0])
             return [leading_spectrum(matrices[0], count, share=mass or 0.0, start=earlier)]
 
+    first = distributed.rank_and_size(group)[0] == 0
     with ExitStack() as stack:
         bar = stack.enter_context(Bar("eigendecompositions", len(jobs), "factor", progress))
-        writer = directory and stack.enter_context(storage.FolderWriter(directory, KIND))
+        folder = directory if first else None
+        writer = folder and stack.enter_context(storage.FolderWriter(folder, KIND))
         while wanted := search.wanted():
-            for key, spectrum in _in_turn(solve, _batches(factors, wanted), workers):
+            own = dealt(wanted, search.widths, group)
+            results = _in_turn(solve, _batches(factors, own), workers)
+            for key, spectrum in shared(results, wanted, search.widths, group):
                 if spectrum is not None and _whole(spectrum):
                     bar.advance(1)
                     negative |= {jobs[key][0]: spectrum.negative} if spectrum.negative else {}
@@ -80,6 +86,7 @@ def decompose(
         if writer:
             writer.finish({"layers": {n: {"a": a, "g": g} for n, (a, g) in layers.items()}})
     _warn_negative(negative, factors.rows)
+    distributed.gather("written", group)
     if directory is not None:
         return Eigenbasis.from_pretrained(directory, lazy=True)
     found = search.found

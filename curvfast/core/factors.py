@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvfast import storage
+from curvfast import distributed, storage
 from curvfast.errors import InputError, LayerNotFound, ShapeError
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Factors(Mapping[str, LayerFactors]):
         directory: str | PathLike[str] | None = None,
         mass: float | None = None,
         start: Eigenbasis | None = None,
+        group: Any = None,
     ) -> Eigenbasis:
         """Eigendecompose both factors of every layer; an A that layers share is decomposed once.
 
@@ -131,6 +132,9 @@ class Factors(Mapping[str, LayerFactors]):
                 mass up to this one is the same; a selection that needs more raises.
             start: With ``mass``: a basis of the same layers from a little earlier, whose leading
                 eigenvectors the search begins from.
+            group: Process group whose ranks, all of them calling this with the same factors, deal
+                the decompositions out by d³ and share the results; ``"auto"`` is the default group.
+                With ``directory`` rank 0 writes. None decomposes here.
 
         Returns:
             Eigenvalues (float64) and eigenvectors (float32) in descending order.
@@ -145,7 +149,7 @@ class Factors(Mapping[str, LayerFactors]):
 
         return decompose(
             self, dtype=dtype, progress=progress, workers=workers, directory=directory, mass=mass,
-            start=start,
+            start=start, group=distributed.group_of(group),
         )  # fmt: skip
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:

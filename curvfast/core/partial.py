@@ -35,7 +35,7 @@ class LeadingSearch:
             layers: The factors (A, G) of each layer.
             mass: ρ of the edit to come; None needs everything.
         """
-        self._widths = widths
+        self.widths = widths
         self._layers = layers
         self._mass = mass
         self._level = {k: _ALL if mass is None or d < NARROW else 0 for k, d in widths.items()}
@@ -45,14 +45,14 @@ class LeadingSearch:
     def wanted(self) -> list[str]:
         """Return the factors to decompose next, the largest first; none when all is known."""
         self._review()
-        open_ = [key for key in self._widths if key not in self.found]
+        open_ = [key for key in self.widths if key not in self.found]
         # The largest first: the last to finish are then the smallest.
-        return sorted(open_, key=lambda key: -self._widths[key])
+        return sorted(open_, key=lambda key: -self.widths[key])
 
     def count(self, key: str) -> int | None:
         """Return how many leading eigenpairs of a factor to look for; None means all."""
         level = self._level[key]
-        return None if level == _ALL else max(_FEWEST, int(_SHARES[level] * self._widths[key]))
+        return None if level == _ALL else max(_FEWEST, int(_SHARES[level] * self.widths[key]))
 
     def note(self, key: str, spectrum: Spectrum | None) -> None:
         """Take in what was found; None sends the factor on to the next level."""
