@@ -80,11 +80,13 @@ class Accumulator:
         layers: dict[str, LinearLayer],
         spill_every: int | None = None,
         place: str = "same",
+        *,
+        overlap: bool = False,
     ) -> None:
         """Start with nothing allocated; each sum is made when its first rows come."""
         self._layers = layers
         self._spill_every = spill_every
-        self._placement = Placement(place)
+        self._placement = Placement(place, overlap=overlap)
         self.inputs: dict[str, Moment] = {}
         self.gradients: dict[str, Moment] = {}
 

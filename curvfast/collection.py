@@ -31,6 +31,7 @@ def collect(
     rows_per_step: float | None = None,
     every: int = 1,
     sums_device: str = "same",
+    streams: str = "one",
     seed: int = 0,
     group: Any = "auto",
 ) -> Iterator[Curvature]:
@@ -61,6 +62,7 @@ def collect(
         sums_device: ``"same"`` keeps the sums beside the activations, ``"cpu"`` in the host's
             memory, ``"disk"`` in files mapped to memory, in the system's temporary folder (TMPDIR)
             and gone with the process; copies run beside the computation.
+        streams: ``"overlap"`` runs the moments on a CUDA stream of their own, beside the step.
         seed: Seed of the generator that draws ``rows_per_step``.
         group: Whose ranks' rows are added up when ``factors()`` is called, which every rank must
             then do: ``"auto"`` is the default process group where there is one, None this process
@@ -83,6 +85,7 @@ def collect(
         rows_per_step=rows_per_step,
         every=every,
         sums_device=sums_device,
+        streams=streams,
         seed=seed,
     )
     curvature = Curvature(

@@ -9,6 +9,7 @@ from typing import Any
 from curvfast.errors import InputError
 
 REDUCTIONS = ("mean", "sum")
+STREAMS = ("one", "overlap")
 PLACES = ("same", "cpu", "disk")
 
 
@@ -35,6 +36,8 @@ class CollectConfig:
     """Every so many calls of the model are counted."""
     sums_device: str = "same"
     """Where sums live: beside the activations, on the "cpu", or on "disk"."""
+    streams: str = "one"
+    """Whether moments run on the stream of the step, or "overlap" it on another (CUDA)."""
     seed: int = 0
     """Of the generator that draws ``rows_per_step``."""
 
@@ -75,6 +78,9 @@ class CollectConfig:
             raise InputError(
                 f"sums_device={self.sums_device!r}: pass one of {', '.join(map(repr, PLACES))}"
             )
+
+        if self.streams not in STREAMS:
+            raise InputError(f"streams={self.streams!r}: pass 'one', or 'overlap' on a CUDA device")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-able values."""

@@ -18,7 +18,7 @@ from curvfast.capture import Arrival, Calls, Capture, outside_graphs
 from curvfast.config import CollectConfig
 from curvfast.core.factors import Factors
 from curvfast.coverage import Coverage, describe
-from curvfast.diagnosis import require_rows, warn_few_rows
+from curvfast.diagnosis import require_cuda, require_rows, warn_few_rows
 from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, select
 from curvfast.provenance import is_causal_lm, model_facts
@@ -51,6 +51,8 @@ class Curvature:
         self._rule = rows
         self._grad_scaler = grad_scaler
         self._facts = dict(facts or {})
+        if config.streams == "overlap":
+            require_cuda(model)
         part = config.rows_per_step
         self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
         self._layers = select(model, layers)

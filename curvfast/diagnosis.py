@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
+from torch import nn
+
 from curvfast.capture import Calls
 from curvfast.core.factors import LayerFactors
-from curvfast.errors import CoverageError, NumericalWarning
+from curvfast.errors import CoverageError, InputError, NumericalWarning
 from curvfast.sums import Sums
 
 
@@ -39,6 +41,20 @@ def require_rows(
         raise CoverageError(
             "some chosen layers have no factors (nothing is lost: what was summed is still here; "
             "leave them out by layers=, or mend the cause):\n  " + "\n  ".join(problems)
+        )
+
+
+def require_cuda(model: nn.Module) -> None:
+    """Raise unless the whole model is on CUDA devices, the only ones with streams.
+
+    Raises:
+        InputError: If a parameter is elsewhere.
+    """
+    elsewhere = {p.device.type for p in model.parameters()} - {"cuda"}
+    if elsewhere:
+        raise InputError(
+            f"streams='overlap' needs the model on a CUDA device; some of it is on "
+            f"{', '.join(sorted(elsewhere))}. Leave streams= out"
         )
 
 

@@ -45,6 +45,7 @@ def collect_from(
     rows_per_step: float | None = None,
     keep_mode: bool = False,
     sums_device: str = "same",
+    streams: str = "one",
     layers_per_pass: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     every: int = 50,
@@ -77,6 +78,7 @@ def collect_from(
         keep_mode: False measures in eval mode. transformers' models checkpoint activations in train
             mode alone: to measure under checkpointing, set train mode and pass True.
         sums_device: As in :func:`curvfast.collect`.
+        streams: As in :func:`curvfast.collect`.
         layers_per_pass: Measures so many layers at a time, in as many passes over ``batches``, with
             the same labels in each: where the sums of all do not fit.
         checkpoint: Folder where the state is kept while measuring. Called again with the same
@@ -104,6 +106,7 @@ def collect_from(
         skip_last=skip_last,
         rows_per_step=rows_per_step,
         sums_device=sums_device,
+        streams=streams,
         seed=seed,
     )
     ranks = group_of(group)

@@ -6,6 +6,8 @@ rows of one call, and is copied over while the next call computes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 
@@ -20,13 +22,16 @@ from curvfast.pending import PendingMoments
 class Placement:
     """Makes sums where they are wanted, and adds to them there."""
 
-    def __init__(self, place: str = "same") -> None:
+    def __init__(self, place: str = "same", *, overlap: bool = False) -> None:
         """Start with none.
 
         Args:
             place: ``"same"``, ``"cpu"`` or ``"disk"``.
+            overlap: Whether sums on a CUDA device run on a stream of their own.
         """
         self._place = place
+        self._overlap = overlap
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending = PendingMoments()
         self._copies = CopiedSums()
 
@@ -42,15 +47,36 @@ class Placement:
 
     def add(self, request: MomentRequest) -> None:
         """Run one call, now or at the latest at :meth:`flush`."""
+        with self._aside(request.x):
+            self._run(request)
+
+    def flush(self) -> None:
+        """Finish what waits; needed before a sum is read."""
+        with ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            self._pending.flush()
+            self._copies.flush()
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _run(self, request: MomentRequest) -> None:
         if request.out.tiles.device == request.x.device:
             self._pending.run(request)
         else:
             self._copies.add(request)
 
-    def flush(self) -> None:
-        """Finish what waits; needed before a sum is read."""
-        self._pending.flush()
-        self._copies.flush()
+    @contextmanager
+    def _aside(self, x: Tensor) -> Iterator[None]:
+        """Run the block on the side stream, after what made x, which lives on until it is read."""
+        if not self._overlap:
+            yield
+            return
+        stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        x.record_stream(stream)
+        with torch.cuda.stream(stream):
+            yield
 
 
 def _mapped(values: int) -> Tensor:

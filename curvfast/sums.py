@@ -27,7 +27,9 @@ class Sums:
         self._layers = layers
         self._config = config
         self.parts = [
-            Accumulator(layers, config.spill_every, config.sums_device)
+            Accumulator(
+                layers, config.spill_every, config.sums_device, overlap=config.streams == "overlap"
+            )
             for _ in range(2 if halves else 1)
         ]
 

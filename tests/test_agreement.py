@@ -159,7 +159,16 @@ def test_every_second_call_is_counted_and_the_others_are_not_touched() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rows_per_step": 0}, {"rows_per_step": 2.5}, {"every": 0}, {"sums_device": "moon"}]
+    "bad",
+    [
+        {"rows_per_step": 0},
+        {"rows_per_step": 2.5},
+        {"every": 0},
+        {"sums_device": "moon"},
+        {"streams": "many"},
+        {"streams": "overlap"},
+    ],
+    ids=str,
 )
 def test_bad_arguments_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))), curvfast.collect(llama(), **bad):
