@@ -55,4 +55,4 @@ wheel: install ## a wheel and an sdist in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist demo-out *.egg-info curvfast/_C*.so
+	rm -rf $(VENV) build dist demo-out *.egg-info curvfast/_C*.so curvfast/_cuda*.so

@@ -5,27 +5,21 @@
 #include <cstdint>
 #include <span>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "border.h"
 #include "scores.h"
 #include "second_moment.h"
 #include "staircase.h"
+#include "triangle_bindings.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using curvfast::view;
 using Result = std::tuple<double, std::int64_t, double>;
-
-template <class T>
-std::span<T> view(std::uintptr_t address, std::int64_t size, const char* name) {
-  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null address");
-  if (size <= 0) throw std::invalid_argument(std::string(name) + " is empty");
-  if (address % alignof(T) != 0) throw std::invalid_argument(std::string(name) + " is misaligned");
-  return {reinterpret_cast<T*>(address), static_cast<std::size_t>(size)};
-}
 
 template <class Rule>
 auto search(curvfast::Staircase (*select)(std::span<const double>, std::span<const double>, Rule,
@@ -89,15 +83,32 @@ void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::in
               std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, float scale,
               int workers) {
   const auto out = view<float>(tiles, values, "tiles");
-  if (d <= 0 || width <= 0) throw std::invalid_argument("d and width must be positive: empty");
-  const std::int64_t panels = (d + width - 1) / width;
-  if (values != panels * (panels + 1) / 2 * width * width)
-    throw std::invalid_argument("tiles do not hold d features in panels of width");
+  curvfast::triangle(d, width, values);
   const auto places = view<const std::int64_t>(offsets, rows, "offsets");
   const auto first = view<const std::uint16_t>(x, 1, "x");
   const py::gil_scoped_release release;
   curvfast::add_bfloat16_rows({out.data(), d, width}, first.data(), places, scale, workers);
 }
+
+struct Threads {
+  int last;
+  template <class T>
+  void pack(const T* matrix, curvfast::Triangle shape, T* tiles) const {
+    curvfast::pack(matrix, shape, tiles, last);
+  }
+  template <class T>
+  void unpack(const T* tiles, curvfast::Triangle shape, T* matrix) const {
+    curvfast::unpack(tiles, shape, matrix, last);
+  }
+  template <class T>
+  void mirror(T* matrix, std::int32_t d) const {
+    curvfast::mirror(matrix, d, last);
+  }
+  template <class T>
+  void scale(std::span<T> values, T factor) const {
+    curvfast::scale(values, factor, last);
+  }
+};
 
 }  // namespace
 
@@ -117,4 +128,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("add_bfloat16_rows", &add_rows, py::arg("tiles"), py::arg("values"), py::arg("d"),
              py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("scale"),
              py::arg("workers"));
+  curvfast::define_triangle<Threads>(module, "workers");
 }

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "parallel.h"
+#include "triangle.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CURVFAST_X86 1
@@ -75,9 +76,8 @@ __attribute__((target("avx512f,avx512bf16"))) void multiply(const std::uint32_t*
 }
 
 float* place(const PackedSum& out, std::int64_t row, std::int64_t column) {
-  const std::int64_t panel = column / out.width;
-  const std::int64_t before = panel * (panel + 1) / 2 * out.width;
-  return out.tiles + (before + row) * out.width + (column - panel * out.width);
+  const Triangle shape{static_cast<std::int32_t>(out.d), static_cast<std::int32_t>(out.width)};
+  return out.tiles + shape.entry(static_cast<std::int32_t>(row), static_cast<std::int32_t>(column));
 }
 
 // Adds a block of products to the sum; a strip may reach over two panels and past the last feature.

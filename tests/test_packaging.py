@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from nvcc import GENERATIONS, needs_nvcc
 
 import curvfast
 
@@ -42,36 +47,96 @@ def tracked(*patterns: str) -> set[str]:
     return set(run("git", "ls-files", *patterns).split())
 
 
-def build(tmp_path: Path, native: str) -> list[str]:
-    # From a copy: a build in the tree leaves folders that a later build would pick up.
+def copied(tmp_path: Path) -> Path:
+    """Return a copy of the tree: a build leaves folders that a later build would pick up."""
     source = tmp_path / "source"
     for name in tracked():
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def build(tmp_path: Path, kind: str, **environment: str) -> Path:
     out = tmp_path / "dist"
     run(
-        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), ".",
-        cwd=source, CURVFAST_NATIVE=native,
+        sys.executable, "-m", "build", kind, "--no-isolation", "--outdir", str(out), ".",
+        cwd=copied(tmp_path), **environment,
     )  # fmt: skip
-    (wheel,) = out.glob("*.whl")
-    assert ("none-any" in wheel.name) == (native == "0")
-    return zipfile.ZipFile(wheel).namelist()
+    (package,) = out.iterdir()
+    return package
 
 
-@pytest.mark.parametrize("native", ["0", "1"])
-def test_the_wheel_holds_what_git_holds(tmp_path: Path, native: str) -> None:
-    files = build(tmp_path, native)
+@pytest.mark.parametrize(
+    ("environment", "extensions"),
+    [
+        ({"CURVFAST_NATIVE": "0"}, []),
+        ({"CURVFAST_CUDA": "OFF"}, ["_C"]),
+        pytest.param({}, ["_C", "_cuda"], marks=needs_nvcc),
+    ],
+    ids=["python", "native", "cuda"],
+)
+def test_the_wheel_holds_what_git_holds(
+    tmp_path: Path, environment: dict[str, str], extensions: list[str]
+) -> None:
+    wheel = build(tmp_path, "--wheel", **environment)
+    assert ("none-any" in wheel.name) == (not extensions)
+    files = zipfile.ZipFile(wheel).namelist()
     expected = tracked("curvfast/*.py", "curvfast/**/*.py")
     expected |= {
         n.replace("kernels/src/", "curvfast/kernels/") for n in tracked("kernels/src/*.py")
     }
     assert {name for name in files if name.endswith(".py")} == expected
-    assert {"curvfast/py.typed", "curvfast/_C.pyi"} <= set(files)
-    compiled = [name for name in files if name.endswith((".so", ".pyd"))]
-    assert bool(compiled) == (native == "1")
-    assert all(name.startswith("curvfast/_C") for name in compiled)
+    assert {"curvfast/py.typed", "curvfast/_C.pyi", "curvfast/_cuda.pyi"} <= set(files)
+    compiled = sorted(name for name in files if name.endswith((".so", ".pyd")))
+    assert [name.split(".")[0] for name in compiled] == [f"curvfast/{n}" for n in extensions]
     assert any(name.endswith("licenses/LICENSE") for name in files)
+    if "_cuda" in extensions:
+        zipfile.ZipFile(wheel).extract(compiled[1], tmp_path)
+        check_the_cuda_module(tmp_path / compiled[1])
+
+
+def check_the_cuda_module(path: Path) -> None:
+    """It imports where there is no CUDA, and holds machine code for each generation and PTX."""
+    code = "import importlib.util as u; s = u.spec_from_file_location('_cuda', {!r}); "
+    code += "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.__doc__)"
+    assert "CUDA core" in run(sys.executable, "-c", code.format(str(path)))
+    # A shared runtime would import here, where nvcc is, and not elsewhere.
+    assert b"libcudart.so" not in path.read_bytes()
+    tools = importlib.util.find_spec("triton")
+    tool = tools and Path(tools.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool and tool.exists():
+        code = re.findall(r"^arch = (\w+)$", run(str(tool), "-sass", str(path)), re.MULTILINE)
+        assert set(code) == set(GENERATIONS)
+        assert re.findall(r"(sm_\w+)\.ptx", run(str(tool), "-lptx", str(path))) == [
+            *GENERATIONS[-1:]
+        ]
+
+
+def test_the_sdist_holds_what_a_build_and_its_tests_need(tmp_path: Path) -> None:
+    files = tarfile.open(build(tmp_path, "--sdist")).getnames()
+    inside = {name.partition("/")[2] for name in files}
+    assert tracked("csrc", "kernels", "tests", "curvfast", "CMakeLists.txt", "setup.py") <= inside
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("choice", ["ON", "AUTO"])
+def test_without_nvcc_only_who_asks_for_cuda_is_refused(tmp_path: Path, choice: str) -> None:
+    import pybind11
+
+    done = subprocess.run(
+        [
+            "cmake", "-S", ROOT, "-B", tmp_path, f"-DCURVFAST_CUDA={choice}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ],
+        env={**os.environ, "CUDACXX": str(tmp_path / "no-nvcc")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (choice == "AUTO"), done.stderr
+    if choice == "AUTO":
+        assert "-- curvfast._cuda is not built: no working nvcc was found" in done.stdout
+    else:
+        assert "CURVFAST_CUDA=ON, but no working nvcc was found" in done.stderr
 
 
 def test_the_kernels_folder_is_never_a_package_of_that_name() -> None:
