@@ -15,14 +15,17 @@ LONGEST = 300
 # Low to high; a module imports its own floor's earlier entries and whatever is below.
 FLOORS = [
     ["_version", "errors", "config", "progress"],
-    ["kernels", "_C"],
+    ["kernels", "_C", "_cuda"],
     [
-        "ops.triangular",
-        "ops.request",
-        "ops.plan",
         "ops.registry",
         "ops.reference",
         "ops._native",
+        "ops._native_cuda",
+        "ops.native_triangle",
+        "ops.panels",
+        "ops.triangular",
+        "ops.request",
+        "ops.plan",
         "ops.bfloat16",
         "ops.blocked",
         "ops.moments",
@@ -96,6 +99,7 @@ STRANGERS = ["hf", "evals", "baselines", "report"]
 OWNERS = {
     "triton": ["kernels", "ops.launch"],
     "_C": ["ops._native"],
+    "_cuda": ["ops._native_cuda"],
     "torch.library": ["ops._library"],
     "torch.distributed": ["distributed"],
     "transformers": ["hf"],

@@ -1,7 +1,20 @@
 """The operations the rest of the library may call, each on the best backend at hand."""
 
+from collections.abc import Callable as _Callable
+
 from curvfast.ops import _library as _library
-from curvfast.ops import bfloat16, blocked, energies, projection, reference, registry, sampling
+from curvfast.ops import (
+    _native,
+    bfloat16,
+    blocked,
+    energies,
+    native_triangle,
+    panels,
+    projection,
+    reference,
+    registry,
+    sampling,
+)
 from curvfast.ops.energies import band_energies as band_energies
 from curvfast.ops.launch import availability as _availability
 from curvfast.ops.launch import energies as _energies
@@ -30,7 +43,15 @@ from curvfast.ops.staircase import staircase_by_pairs as staircase_by_pairs
 from curvfast.ops.staircase import staircases_by_common_mass as staircases_by_common_mass
 from curvfast.ops.staircase import staircases_by_mass as staircases_by_mass
 from curvfast.ops.triangular import TriangularSum as TriangularSum
+from curvfast.ops.triangular import mirror_ as mirror_
 from curvfast.ops.triangular import pack as pack
+
+_copies: dict[str, _Callable[..., None]] = {
+    "pack": panels.pack,
+    "unpack": panels.unpack,
+    "mirror_": panels.mirror_,
+    "scale_": panels.scale_,
+}
 
 registry.register(
     registry.Backend(
@@ -41,6 +62,7 @@ registry.register(
             "project": _projection.project,
             "band_energies": _energies.band_energies,
             "sampled_gradient_": _sampling.sampled_gradient_,
+            **_copies,
         },
         {
             "second_moment_": _moments.refusal,
@@ -48,6 +70,7 @@ registry.register(
             "project": _projection.refusal,
             "band_energies": _energies.refusal,
             "sampled_gradient_": _sampling.refusal,
+            **dict.fromkeys(_copies, registry.unless_named("triton", "copies are torch's")),
         },
         unavailable=_availability.unavailable,
         # The interpreter runs kernels where asked for by name, never on its own account.
@@ -60,9 +83,20 @@ registry.register(
         {
             "second_moment_": bfloat16.second_moment_,
             "second_moments_": one_by_one(bfloat16.second_moment_),
+            "pack": native_triangle.pack,
+            "unpack": native_triangle.unpack,
+            "mirror_": native_triangle.mirror_,
+            "scale_": native_triangle.scale_,
         },
-        {"second_moment_": bfloat16.refusal, "second_moments_": bfloat16.refusal},
-        unavailable=bfloat16.unavailable,
+        {
+            "second_moment_": bfloat16.refusal,
+            "second_moments_": bfloat16.refusal,
+            "pack": native_triangle.refusal_unless_named,
+            "unpack": native_triangle.refusal,
+            "mirror_": native_triangle.refusal,
+            "scale_": native_triangle.refusal_unless_named,
+        },
+        unavailable=_native.unavailable,
     )
 )
 registry.register(
@@ -74,6 +108,7 @@ registry.register(
             "project": projection.banded,
             "band_energies": energies.by_columns,
             "sampled_gradient_": sampling.in_chunks,
+            **_copies,
         },
         {
             "second_moment_": blocked.refusal,
@@ -81,6 +116,7 @@ registry.register(
             "project": projection.refusal,
             "band_energies": energies.refusal,
             "sampled_gradient_": sampling.refusal,
+            **dict.fromkeys(_copies, lambda *_: None),
         },
     )
 )
@@ -92,9 +128,14 @@ registry.register(
             "second_moments_": one_by_one(reference.second_moment_),
             "project": reference.project,
             "band_energies": reference.band_energies,
+            "pack": reference.pack,
+            "unpack": reference.unpack,
+            "mirror_": reference.mirror_,
+            "scale_": reference.scale_,
         },
         dict.fromkeys(
-            ("second_moment_", "second_moments_", "project", "band_energies"), lambda *_: None
+            ("second_moment_", "second_moments_", "project", "band_energies", *_copies),
+            lambda *_: None,
         ),
         automatic=lambda: False,
     )

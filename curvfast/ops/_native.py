@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from curvfast.ops.reference import Bits, Found, Values, Widths
@@ -90,6 +91,39 @@ def add_bfloat16_rows(
         tiles.data_ptr(), tiles.numel(), d, tiles.shape[1], x.data_ptr(), offsets.data_ptr(),
         offsets.numel(), scale, workers,
     )  # fmt: skip
+
+
+def pack(matrix: Tensor, tiles: Tensor, workers: int) -> None:
+    """Write every tile of the packed form of a matrix.
+
+    Args:
+        matrix: float32 or float64 [d, d], contiguous.
+        tiles: [tiles · width, width], contiguous, of the same dtype. Written.
+        workers: Threads, here and below; the answer does not depend on them.
+    """
+    _C.pack(
+        matrix.data_ptr(), len(matrix), tiles.data_ptr(), tiles.numel(), tiles.shape[1],
+        torch.finfo(tiles.dtype).bits, workers,
+    )  # fmt: skip
+
+
+def unpack(tiles: Tensor, matrix: Tensor, workers: int) -> None:
+    """Write all of a matrix [d, d] from its packed form, both as of :func:`pack`."""
+    _C.unpack(
+        tiles.data_ptr(), tiles.numel(), tiles.shape[1], matrix.data_ptr(), len(matrix),
+        torch.finfo(tiles.dtype).bits, workers,
+    )  # fmt: skip
+
+
+def mirror_(matrix: Tensor, workers: int) -> None:
+    """Copy what is above the diagonal of a contiguous matrix [d, d] to below it."""
+    bits = torch.finfo(matrix.dtype).bits
+    _C.mirror(matrix.data_ptr(), matrix.numel(), len(matrix), bits, workers)
+
+
+def scale_(tiles: Tensor, factor: float, workers: int) -> None:
+    """Multiply contiguous values by ``factor``, which must be finite in their dtype."""
+    _C.scale(tiles.data_ptr(), tiles.numel(), factor, torch.finfo(tiles.dtype).bits, workers)
 
 
 def _table(

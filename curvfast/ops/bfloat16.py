@@ -25,6 +25,8 @@ def unavailable() -> str | None:
 
 def refusal(call: MomentRequest) -> str | None:
     """Return why this call cannot run here, or None."""
+    if unavailable():
+        return unavailable()
     x = call.x
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.stride(-1) != 1:
         return "only bfloat16 rows on a CPU are packed, each row's features side by side"

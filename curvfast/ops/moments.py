@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from curvfast.ops import blocked, registry
+from curvfast.ops.panels import tile_count
 from curvfast.ops.request import MomentRequest
-from curvfast.ops.triangular import TriangularSum, tile_count
+from curvfast.ops.triangular import TriangularSum
 
 GPU_TILE = 128
 

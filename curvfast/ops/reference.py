@@ -6,7 +6,7 @@ the native core: the same summation order, so equal to it bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,6 +46,41 @@ def second_moment_(call: MomentRequest) -> None:
         matrix = call.scale * (x.T @ (x if w is None else w[:, None] * x))
         for start, stop, panel in out.panels():
             panel += matrix[:stop, start:stop]
+
+
+def pack(matrix: Tensor, tiles: Tensor) -> None:
+    """Write every tile: of ``matrix`` [d, d] those on and above the diagonal, zeros past d."""
+    tiles.zero_()
+    for rows, columns, tile in _tiles(tiles, len(matrix)):
+        tile.copy_(matrix[rows, columns])
+
+
+def unpack(tiles: Tensor, matrix: Tensor) -> None:
+    """Write all of ``matrix`` [d, d]: the tiles, and below the diagonal a copy of what is above."""
+    for rows, columns, tile in _tiles(tiles, len(matrix)):
+        matrix[rows, columns] = tile
+    mirror_(matrix)
+
+
+def mirror_(matrix: Tensor) -> None:
+    """Write the entries below the diagonal of ``matrix`` [d, d]: copies of those above."""
+    below = torch.ones_like(matrix, dtype=torch.bool).tril(-1)
+    matrix.copy_(torch.where(below, matrix.T, matrix))
+
+
+def scale_(tiles: Tensor, factor: float) -> None:
+    """Multiply every value by ``factor``, rounded to their dtype first."""
+    tiles.copy_(tiles * torch.tensor(factor, dtype=tiles.dtype))
+
+
+def _tiles(tiles: Tensor, d: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield rows and columns of each tile, column after column of tiles, and its part within d."""
+    width = tiles.shape[1]
+    stack = iter(tiles.view(-1, width, width))
+    for left in range(0, d, width):
+        for top in range(0, left + 1, width):
+            rows, columns = slice(top, min(top + width, d)), slice(left, min(left + width, d))
+            yield rows, columns, next(stack)[: rows.stop - top, : columns.stop - left]
 
 
 def project(call: ProjectionRequest) -> Tensor:

@@ -80,7 +80,7 @@ def resolve(operation: str, *arguments: Any) -> Callable[..., Any]:
         InputError: If the environment names no backend.
         BackendUnavailable: If a named backend cannot take the arguments, or none can.
     """
-    name = _chosen.get() or os.environ.get(_ENVIRONMENT) or AUTO
+    name = _name()
     if name != AUTO:
         backend = _named(name, _ENVIRONMENT)
         reason = _refusal(backend, operation, arguments)
@@ -99,6 +99,15 @@ def resolve(operation: str, *arguments: Any) -> Callable[..., Any]:
         reasons.append(f"{backend.name}: {reason}")
         _tell(backend.name, operation, reason)
     raise BackendUnavailable(f"no backend can run {operation}:\n  " + "\n  ".join(reasons))
+
+
+def unless_named(name: str, reason: str) -> Callable[..., str | None]:
+    """Return a refusal of any arguments that "auto" hears, and who names the backend does not."""
+    return lambda *_: None if _name() == name else f"{reason}; name it to use it"
+
+
+def _name() -> str:
+    return _chosen.get() or os.environ.get(_ENVIRONMENT) or AUTO
 
 
 def _refusal(backend: Backend, operation: str, arguments: tuple[Any, ...]) -> str | None:

@@ -1,9 +1,6 @@
 """The packed symmetric sum: one triangle of tiles, half the memory of a matrix, mirrored when read.
 
-A sum of d features is cut into panels of ``width`` columns. Panel i holds columns
-[i·width, (i+1)·width) of the rows above and on its diagonal tile: a contiguous matrix
-[(i+1)·width, width]. So the whole is a stack of square tiles, tile (j, i) at i(i+1)/2 + j for
-j ≤ i: one GEMM fills a panel, and one descriptor addresses every tile. Features past d are zero.
+:mod:`curvfast.ops.panels` says how it lies in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +12,8 @@ import torch
 from torch import Tensor
 
 from curvfast.errors import ShapeError
+from curvfast.ops import panels, registry
+from curvfast.ops.panels import tile_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,27 +42,31 @@ class TriangularSum:
         Raises:
             ShapeError: If ``d`` or ``width`` is not positive.
         """
-        if d < 1 or width < 1:
-            raise ShapeError(f"a sum needs at least one feature and column, got d={d}, {width=}")
-        tiles = tile_count(d, width)
-        return TriangularSum(torch.zeros(tiles * width, width, dtype=dtype, device=device), d)
+        _check(d, width)
+        rows = tile_count(d, width) * width
+        return TriangularSum(torch.zeros(rows, width, dtype=dtype, device=device), d)
 
     def panels(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, view) for columns start to stop; the view is [stop, stop - start]."""
-        for start in range(0, self.d, self.width):
-            stop = min(start + self.width, self.d)
-            offset = tile_count(start, self.width) * self.width
-            yield start, stop, self.tiles[offset : offset + stop, : stop - start]
+        return panels.panels(self.tiles, self.d)
 
     def dense(self) -> Tensor:
-        """Return the whole matrix, [d, d], exactly symmetric: its lower triangle is the upper's."""
+        """Return the whole matrix, [d, d], exactly symmetric: its lower triangle is the upper's.
+
+        Raises:
+            BackendUnavailable: If a backend was named that cannot do this.
+        """
         out = torch.empty(self.d, self.d, dtype=self.tiles.dtype, device=self.tiles.device)
-        for start, stop, panel in self.panels():
-            out[:start, start:stop] = panel[:start]
-            out[start:stop, :start] = panel[:start].T
-            upper = panel[start:].triu()
-            out[start:stop, start:stop] = upper + upper.triu(1).T
+        _run("unpack", self.tiles, out)
         return out
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the sum by ``factor`` in place.
+
+        Raises:
+            BackendUnavailable: If a backend was named that cannot do this.
+        """
+        _run("scale_", self.tiles, factor)
 
     def clone(self) -> TriangularSum:
         """Return a copy."""
@@ -71,16 +74,44 @@ class TriangularSum:
 
 
 def pack(matrix: Tensor, width: int) -> TriangularSum:
-    """Return the packed form of a symmetric matrix [d, d]; its upper triangle of tiles is read."""
+    """Return the packed form of a symmetric matrix [d, d]; its upper triangle of tiles is read.
+
+    Raises:
+        ShapeError: If ``matrix`` is not square, or it or ``width`` is empty.
+        BackendUnavailable: If a backend was named that cannot do this.
+    """
+    _check_square(matrix, "packed")
+    _check(len(matrix), width)
+    rows = tile_count(len(matrix), width) * width
+    tiles = torch.empty(rows, width, dtype=matrix.dtype, device=matrix.device)
+    _run("pack", matrix, tiles)
+    return TriangularSum(tiles, len(matrix))
+
+
+def mirror_(matrix: Tensor) -> None:
+    """Make a matrix [d, d] symmetric in place: what is below its diagonal is copied from above.
+
+    Raises:
+        ShapeError: If ``matrix`` is not square.
+        BackendUnavailable: If a backend was named that cannot do this.
+    """
+    _check_square(matrix, "mirrored")
+    if len(matrix):
+        _run("mirror_", matrix)
+
+
+def _run(operation: str, *arguments: Tensor | float) -> None:
+    # Compiled code cannot follow addresses: it sees torch's copies.
+    compiling = torch.compiler.is_compiling()
+    run = getattr(panels, operation) if compiling else registry.resolve(operation, *arguments)
+    run(*arguments)
+
+
+def _check(d: int, width: int) -> None:
+    if d < 1 or width < 1:
+        raise ShapeError(f"a sum needs at least one feature and column, got d={d}, {width=}")
+
+
+def _check_square(matrix: Tensor, verb: str) -> None:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ShapeError(f"only a square matrix can be packed, got {list(matrix.shape)}")
-    packed = TriangularSum.zeros(len(matrix), width, dtype=matrix.dtype, device=matrix.device)
-    for start, stop, panel in packed.panels():
-        panel.copy_(matrix[:stop, start:stop])
-    return packed
-
-
-def tile_count(d: int, width: int) -> int:
-    """Return how many tiles a packed sum of d features has."""
-    panels = -(-d // width)
-    return panels * (panels + 1) // 2
+        raise ShapeError(f"only a square matrix can be {verb}, got {list(matrix.shape)}")
