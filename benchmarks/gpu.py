@@ -137,12 +137,13 @@ def _tests(dry_run: bool) -> dict[str, Any]:
 
 
 def _sanitizer(dry_run: bool) -> str:
-    """Run one small test under compute-sanitizer, where there is one."""
+    """Run a few small tests under compute-sanitizer, where there is one."""
     tool = shutil.which("compute-sanitizer")
     if dry_run or tool is None:
         return "not run: no compute-sanitizer here" if tool is None else "not run: dry run"
     before = (tool, "--error-exitcode", "9")
-    code, text = _pytest("tests/test_gpu.py", "-k", "two_sums and bfloat16", before=before)
+    some = "two_sums and bfloat16 or copies and (33 or 200)"
+    code, text = _pytest("tests/test_gpu.py", "-k", some, before=before)
     return "clean" if code == 0 else f"exit code {code}: {text[-1500:]}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import curvfast
 from curvfast import ops
 from curvfast.core.selection import staircase_by_mass
+from curvfast.errors import BackendUnavailable
 from curvfast.ops import TriangularSum
 from curvfast.ops.plan import dense_flops, plan
 
@@ -77,6 +78,28 @@ def grouped_second_moments() -> Iterator[Row]:
 
         found = medians({"ours": lambda r=requests: ops.second_moments_(r), "cublas": loop})
         yield {"layers": 32, "d": d, **found, "ratio": found["cublas"] / found["ours"]}
+
+
+def packed_sum() -> Iterator[Row]:
+    """A sum read as a whole matrix: the native core's copies against torch's."""
+    for d in (768, 4096, 14336) if REAL else (40,):
+        packed = ops.pack(torch.randn(d, d, device=DEVICE), TILE)
+
+        def dense(backend: str, packed: TriangularSum = packed) -> Tensor:
+            with ops.use_backend(backend):
+                return packed.dense()
+
+        try:
+            assert torch.equal(dense("native"), dense("torch"))
+        except BackendUnavailable as error:
+            yield {"d": d, "torch": None, "native": str(error)}
+            continue
+        times = medians({b: lambda b=b, f=dense: f(b) for b in ("native", "torch")})
+        moved = (packed.tiles.numel() + d * d) * packed.tiles.element_size()
+        yield {
+            "d": d, **times, "ratio": times["torch"] / times["native"],
+            "gigabytes_a_second": moved / times["native"] / 1e6,
+        }  # fmt: skip
 
 
 def projection() -> Iterator[Row]:
@@ -205,8 +228,8 @@ def collect_overhead() -> Iterator[Row]:
 CASES: dict[str, Callable[[], Iterator[Row]]] = {
     case.__name__: case
     for case in (
-        second_moment, masked_second_moment, grouped_second_moments, projection, band_energies,
-        sampled_gradient, collect_overhead, eigh,
+        second_moment, masked_second_moment, grouped_second_moments, packed_sum, projection,
+        band_energies, sampled_gradient, collect_overhead, eigh,
     )
 }  # fmt: skip
 

@@ -7,6 +7,8 @@ that nothing here is first executed on a machine that costs money.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor
 import curvfast
 from curvfast import ops
 from curvfast.core.selection import staircase_by_mass
-from curvfast.ops import MomentRequest, TriangularSum, moments, reference
+from curvfast.ops import MomentRequest, TriangularSum, _native, _native_cuda, moments, reference
 
 REAL = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if REAL else "cpu")
@@ -186,6 +188,63 @@ def test_training_on_padded_batches_uses_the_kernels() -> None:
         assert found[name].rows_g == layer.rows_g
         assert (found[name].A.cpu() - layer.A).norm() <= 1e-4 * layer.A.norm()
         assert (found[name].G.cpu() - layer.G).norm() <= 1e-4 * layer.G.norm()
+
+
+CORE = (_native_cuda if REAL else _native).unavailable()
+needs_core = pytest.mark.skipif(CORE is not None, reason=CORE or "")
+
+
+@contextmanager
+def another_stream() -> Iterator[None]:
+    """Run the block on a stream that is not the default, where there are streams."""
+    if not REAL:
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+    torch.cuda.synchronize()
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [1, 31, 33, *WIDTHS])
+def test_the_native_core_copies_bit_for_bit(d: int, dtype: torch.dtype) -> None:
+    for width in (1, 100, TILE, d)[d > 1000 :]:
+        matrix = torch.randn(d, d, dtype=dtype, device=DEVICE)
+        found = []
+        for backend in ("torch", "native"):
+            mirrored = matrix.clone()
+            with ops.use_backend(backend), another_stream():
+                packed = ops.pack(matrix, width)
+                whole = packed.dense()
+                ops.mirror_(mirrored)
+                packed.scale_(1 / 3)
+            found.append((packed.tiles, whole, mirrored))
+        for expected, ours in zip(*found, strict=True):
+            assert torch.equal(expected, ours), width
+
+
+@needs_core
+def test_the_native_core_counts_entries_past_two_to_the_31() -> None:
+    if REAL and torch.cuda.mem_get_info()[0] < 26e9:
+        pytest.skip("needs 26 GB of GPU memory")
+    d = 47_000 if REAL else 70
+    packed = TriangularSum.zeros(d, TILE, device=DEVICE)
+    packed.tiles[-TILE:] = 1.0
+    with ops.use_backend("native"):
+        whole = packed.dense()
+    last = d - (d - 1) // TILE * TILE
+    assert (whole[-last:, -last:] == 1).all()
+    assert whole.count_nonzero() == last**2
+
+
+@pytest.mark.skipif(not REAL, reason="needs a GPU")
+@needs_core
+def test_the_native_core_refuses_memory_of_the_host() -> None:
+    host = torch.zeros(9, 9)
+    with pytest.raises(ValueError, match="not of a CUDA device's memory"):
+        _native_cuda._cuda.mirror(host.data_ptr(), 81, 9, 32, 0)
 
 
 @pytest.mark.skipif(not REAL, reason="needs 9 GB of GPU memory")

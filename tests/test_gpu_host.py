@@ -37,6 +37,7 @@ def test_a_dry_run_takes_every_path_and_writes_every_figure(tmp_path: Path) -> N
         "band_energies": {"ours", "plain"},
         "sampled_gradient": {"classes", "ours", "plain"},
         "grouped_second_moments": {"layers", "ours", "cublas"},
+        "packed_sum": {"d", "torch", "native"},
         "collect_overhead": {"step_ms", "collecting_step_ms", "collect_from_ms"},
         "eigh": {"d", "dtype", "ms"},
     }  # fmt: skip
