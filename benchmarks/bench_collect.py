@@ -136,3 +136,29 @@ def test_collect_from_against_kronfluence(race: Any, benchmark: Any) -> None:
     benchmark.extra_info["live_peak_mb"] = live_bytes(lambda: ours(net, data)) / 1e6
     benchmark.extra_info["live_peak_mb_kronfluence"] = live_bytes(rival) / 1e6
     race(lambda: ours(net, data), rival, rounds=4)
+
+
+@pytest.mark.parametrize("part", [None, 1 / 4, 1 / 16], ids=["all-rows", "quarter", "sixteenth"])
+def test_what_collecting_adds_to_a_training_step(
+    race: Any, benchmark: Any, part: float | None
+) -> None:
+    """The ratio is of the plain step's time: 1 / (1 + overhead)."""
+    net, data = model().train(), batches(2)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> None:
+        for batch in data:
+            net(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+
+    def collecting() -> curvfast.Curvature:
+        with curvfast.collect(net, rows_per_step=part) as curvature:
+            step()
+        return curvature
+
+    rows = ROWS * (LENGTH - 1)
+    covered = collecting().coverage().covered["model.layers.0.mlp.up_proj.weight"]
+    assert covered == len(data) * (rows if part is None else round(part * rows))
+    benchmark.extra_info["gflop_a_batch"] = products(collecting) / len(data) / 1e9
+    benchmark.extra_info["gflop_a_batch_plain"] = products(step) / len(data) / 1e9
+    race(collecting, step, rounds=7)
