@@ -235,7 +235,7 @@ def test_small_factors_of_one_width_are_solved_together(monkeypatch: Any) -> Non
     shapes: list[torch.Size] = []
     original = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: shapes.append(m.shape) or original(m))
-    monkeypatch.setattr(eigh, "_batches", lambda _, keys: [("g.layer0", "g.layer1"), ("a.layer0",)])
+    monkeypatch.setattr(eigh, "_batches", lambda *_: [("g.layer0", "g.layer1"), ("a.layer0",)])
     together = factors.eigh()
     assert shapes == [(2, 48, 48), (40, 40)]
     for name in factors:
@@ -254,7 +254,17 @@ def test_a_failed_batch_is_solved_one_by_one(monkeypatch: Any) -> None:
         return original(m)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    monkeypatch.setattr(eigh, "_batches", lambda _, keys: [("g.layer0", "g.layer1"), ("a.layer0",)])
+    monkeypatch.setattr(eigh, "_batches", lambda *_: [("g.layer0", "g.layer1"), ("a.layer0",)])
     with pytest.warns(curvfast.errors.NumericalWarning, match="cusolver error"):
         together = factors.eigh()
     assert torch.equal(together["layer1"].vectors_g, alone["layer1"].vectors_g)
+
+
+@pytest.mark.parametrize("mass", [None, 0.8])
+def test_factors_may_be_decomposed_elsewhere(mass: float | None, monkeypatch: Any) -> None:
+    moved = []
+    original = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda t, *a, **k: moved.append(a) or original(t, *a, **k))
+    here, there = measured().eigh(mass=mass), measured().eigh(mass=mass, device="cpu")
+    assert (torch.device("cpu"),) in moved
+    assert torch.equal(here["layer0"].vectors_a, there["layer0"].vectors_a)

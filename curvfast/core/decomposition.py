@@ -34,6 +34,10 @@ class Spectrum:
     negative: float
     """Size of the most negative eigenvalue over the largest, before it was set to 0."""
 
+    def to(self, device: torch.device) -> Spectrum:
+        """Return it on a device."""
+        return Spectrum(self.values.to(device), self.vectors.to(device), self.negative)
+
 
 def decompose_factors(
     matrices: Sequence[Tensor], *, dtype: torch.dtype, titles: Sequence[str]

@@ -45,6 +45,7 @@ def decompose(
     mass: float | None,
     start: Eigenbasis | None,
     group: distributed.Group,
+    device: torch.device | None,
 ) -> Eigenbasis:
     """Eigendecompose ``factors``; see :meth:`Factors.eigh`."""
     _check(factors, dtype, workers, mass, start)
@@ -54,13 +55,18 @@ def decompose(
 
     def solve(keys: tuple[str, ...]) -> list[Spectrum | None]:
         titles, matrices = [jobs[k][0] for k in keys], [jobs[k][1]() for k in keys]
+        home = matrices[0].device
+        if device is not None:
+            matrices = [matrix.to(device) for matrix in matrices]
         count = search.count(keys[0])
         with side_stream(matrices[0].device if workers > 1 else None):
             if count is None:
-                return [*decompose_factors(matrices, dtype=dtype, titles=titles)]
+                solved = decompose_factors(matrices, dtype=dtype, titles=titles)
+                return [spectrum.to(home) for spectrum in solved]
             require_finite(matrices[0], titles[0])
             earlier = _earlier(start, keys[0])
-            return [leading_spectrum(matrices[0], count, share=mass or 0.0, start=earlier)]
+            leading = leading_spectrum(matrices[0], count, share=mass or 0.0, start=earlier)
+            return [leading and leading.to(home)]
 
     first = distributed.rank_and_size(group)[0] == 0
     with ExitStack() as stack:
@@ -69,7 +75,7 @@ def decompose(
         writer = folder and stack.enter_context(storage.FolderWriter(folder, KIND))
         while wanted := search.wanted():
             own = dealt(wanted, search.widths, group)
-            results = _in_turn(solve, _batches(factors, own), workers)
+            results = _in_turn(solve, _batches(factors, own, device), workers)
             for key, spectrum in shared(results, wanted, search.widths, group):
                 if spectrum is not None and _whole(spectrum):
                     bar.advance(1)
@@ -160,12 +166,14 @@ def _sum(factors: Factors, key: str) -> Tensor:
     return factors[name].a_sum if side == "a" else factors[name].g_sum
 
 
-def _batches(factors: Factors, keys: Sequence[str]) -> list[tuple[str, ...]]:
+def _batches(
+    factors: Factors, keys: Sequence[str], device: torch.device | None
+) -> list[tuple[str, ...]]:
     """Return what one call solves: a factor, or on a GPU many small ones of one width."""
     groups: dict[Any, list[str]] = {}
     for key in keys:
-        device, d = _sum(factors, key).device, len(_sum(factors, key))
-        alike = (device, d) if device.type != "cpu" and d < NARROW else key
+        where, d = device or _sum(factors, key).device, len(_sum(factors, key))
+        alike = (where, d) if where.type != "cpu" and d < NARROW else key
         groups.setdefault(alike, []).append(key)
     return [
         tuple(group[start : start + _BATCH])

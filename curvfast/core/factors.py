@@ -112,6 +112,7 @@ class Factors(Mapping[str, LayerFactors]):
         mass: float | None = None,
         start: Eigenbasis | None = None,
         group: Any = None,
+        device: str | torch.device | None = None,
     ) -> Eigenbasis:
         """Eigendecompose both factors of every layer; an A that layers share is decomposed once.
 
@@ -135,6 +136,8 @@ class Factors(Mapping[str, LayerFactors]):
             group: Process group whose ranks, all of them calling this with the same factors, deal
                 the decompositions out by d³ and share the results; ``"auto"`` is the default group.
                 With ``directory`` rank 0 writes. None decomposes here.
+            device: Where to decompose, such as ``"cuda"`` for factors whose sums were kept on the
+                host; the results go back to where the factors are. None: where they are.
 
         Returns:
             Eigenvalues (float64) and eigenvectors (float32) in descending order.
@@ -150,6 +153,7 @@ class Factors(Mapping[str, LayerFactors]):
         return decompose(
             self, dtype=dtype, progress=progress, workers=workers, directory=directory, mass=mass,
             start=start, group=distributed.group_of(group),
+            device=None if device is None else torch.device(device),
         )  # fmt: skip
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
