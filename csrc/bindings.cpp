@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "border.h"
+#include "hook.h"
 #include "scores.h"
 #include "second_moment.h"
 #include "staircase.h"
@@ -110,6 +111,17 @@ struct Threads {
   }
 };
 
+std::tuple<std::int64_t, std::int64_t, std::int64_t> find_hook(std::uintptr_t widths,
+                                                               std::int64_t rows,
+                                                               std::int64_t columns,
+                                                               std::int64_t band) {
+  const auto kept = view<const std::int64_t>(widths, rows, "widths");
+  if (columns < 0) throw std::invalid_argument("columns must not be negative");
+  const py::gil_scoped_release release;
+  const curvfast::Hook found = curvfast::cheapest_hook(kept, columns, band);
+  return {found.flops, found.split, found.reach};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -124,6 +136,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("staircases_by_common_mass", &search_common, py::arg("layers"), py::arg("mass"));
   module.def("scores_by_mass", &select_scores, py::arg("scores"), py::arg("size"), py::arg("mass"),
              py::arg("mask"), py::arg("bytes"), py::arg("workers"));
+  module.def("cheapest_hook", &find_hook, py::arg("widths"), py::arg("rows"), py::arg("columns"),
+             py::arg("band"));
   module.def("multiplies_bfloat16", &curvfast::multiplies_bfloat16);
   module.def("add_bfloat16_rows", &add_rows, py::arg("tiles"), py::arg("values"), py::arg("d"),
              py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("scale"),

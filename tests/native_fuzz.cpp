@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "hook.h"
 #include "scores.h"
 #include "second_moment.h"
 #include "staircase.h"
@@ -42,6 +43,16 @@ void allow_refusal(Call call) {
     call();
   } catch (const std::invalid_argument&) {
   }
+}
+
+// Any list at all: one that is no staircase is refused, and no other index is ever read.
+void hooks() {
+  std::vector<std::int64_t> widths(1 + random_bits() % 300);
+  for (std::int64_t& width : widths) width = static_cast<std::int64_t>(random_bits() % 200) - 2;
+  if (random_bits() % 4) std::sort(widths.begin(), widths.end(), std::greater<>());
+  const auto columns = static_cast<std::int64_t>(random_bits() % 220);
+  const auto band = static_cast<std::int64_t>(random_bits() % 140);
+  allow_refusal([&] { curvfast::cheapest_hook(widths, columns, band); });
 }
 
 // Small integers are exact in bfloat16, and so are their sums: every entry has one right value.
@@ -107,6 +118,7 @@ int main(int, char** arguments) {
       const auto found = curvfast::staircase_by_pairs(g[0], a[0], pairs, own);
       if (found.pairs != pairs || !monotone(own)) throw std::logic_error("pairs");
     });
+    hooks();
     if (curvfast::multiplies_bfloat16() && round % 10 == 0) moments(workers);
     std::vector<float> scores(1 + random_bits() % 3000);
     for (float& score : scores)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarnin
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every operation here runs on the kernels or raises."""
-    monkeypatch.setattr(moments, "_tile_width", lambda d, device: TILE)
+    monkeypatch.setattr(moments, "tile_width", lambda d, device: TILE)
     with ops.use_backend("triton"):
         yield
 

@@ -69,6 +69,12 @@ def scores_by_mass(
     return mask, threshold, count, share
 
 
+def cheapest_hook(widths: npt.NDArray[np.int64], columns: int, band: int) -> tuple[int, int, int]:
+    """As :func:`curvfast.ops.reference.cheapest_hook`, in C++."""
+    kept = np.ascontiguousarray(widths, np.int64)
+    return _C.cheapest_hook(kept.ctypes.data, kept.size, columns, band)
+
+
 def multiplies_bfloat16() -> bool:
     """Return whether this processor multiplies bfloat16 and the core is built."""
     return unavailable() is None and bool(_C.multiplies_bfloat16())

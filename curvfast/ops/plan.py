@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Widths = npt.NDArray[np.int64]
-BAND = 128
+from curvfast.ops import _native, reference
+from curvfast.ops.staircases import BAND, Widths
+
 # A dense evaluation is a few large products; many small ones must promise more than that.
 _GAIN = 0.9
 
@@ -82,33 +83,9 @@ def complement_widths(widths: Widths, columns: int) -> Widths:
     return columns - widths[::-1]
 
 
-def transposed_widths(widths: Widths, columns: int) -> Widths:
-    """Return how many rows keep each of the first ``columns`` columns: the transpose."""
-    return np.searchsorted(-widths, -np.arange(columns), side="left").astype(np.int64)
-
-
-def bands(widths: Widths, band: int = BAND) -> list[tuple[int, int, int]]:
-    """Return (start, stop, width) of each band of rows that keeps anything."""
-    starts = range(0, int((widths > 0).sum()), band)
-    return [(s, min(s + band, len(widths)), int(widths[s])) for s in starts]
-
-
-def banded_area(widths: Widths, band: int = BAND) -> int:
-    """Return the entries evaluated for a staircase in bands."""
-    return sum((stop - start) * width for start, stop, width in bands(widths, band))
-
-
 def _hook(widths: Widths, columns: int, band: int) -> tuple[int, int, int]:
     """Return the least FLOPs, and the row and reach of the split that gives them."""
-    rows = len(widths)
-    used = int((widths > 0).sum())
-    splits = sorted({*range(0, used, band), used})
-    best = None
-    for split in splits:
-        reach = int(widths[split]) if split < used else 0
-        above = banded_area(widths[:split], band)
-        below = banded_area(transposed_widths(widths[split:], reach), band)
-        cost = 4 * (rows * columns * (split + reach) + columns * above + rows * below)
-        if best is None or cost < best[0]:
-            best = (cost, split, reach)
-    return best or (0, 0, 0)
+    if not len(widths):
+        return 0, 0, 0
+    search = reference.cheapest_hook if _native.unavailable() else _native.cheapest_hook
+    return search(widths, columns, band)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvfast.errors import InputError, ShapeError
 from curvfast.ops import registry
-from curvfast.ops.plan import Plan, bands, complement_widths, plan, transposed_widths
+from curvfast.ops.plan import Plan, complement_widths, plan
+from curvfast.ops.staircases import bands, transposed_widths
 
 PRECISIONS = ("tf32x3", "tf32", "ieee")
 ExpandContract = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from curvfast.ops import staircases
+
 if TYPE_CHECKING:
     from curvfast.ops.projection import ProjectionRequest
     from curvfast.ops.request import MomentRequest
@@ -273,3 +275,26 @@ class _Products:
         kept = self.mass(widths) / total if total > 0 else 0.0
         unscaled = float(np.ldexp(threshold, self.exponent))
         return Found(widths, unscaled, int(widths.sum(dtype=np.int64)), kept)
+
+
+def cheapest_hook(widths: staircases.Widths, columns: int, band: int) -> tuple[int, int, int]:
+    """Return the least FLOPs of a hook, and the row and reach of the split that gives them.
+
+    Args:
+        widths: Columns kept in each row, int64, never increasing, from 0 to ``columns``; not empty.
+        columns: i.
+        band: Rows or columns evaluated together.
+
+    Returns:
+        (FLOPs, split, reach); of equal splits the first.
+    """
+    rows = len(widths)
+    used = int((widths > 0).sum())
+    found = []
+    for split in (*range(0, used, band), used):
+        reach = int(widths[split]) if split < used else 0
+        above = staircases.banded_area(widths[:split], band)
+        below = staircases.banded_area(staircases.transposed_widths(widths[split:], reach), band)
+        work = 4 * (rows * columns * (split + reach) + columns * above + rows * below)
+        found.append((work, split, reach))
+    return min(found, key=lambda hook: hook[0])
