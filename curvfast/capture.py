@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -76,6 +77,13 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     """Return ``hook``, kept out of compiled graphs where there can be any."""
     # torch.compiler.disable loads the compiler, tens of megabytes, so only beside a compiled model.
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast; a device that has none, such as meta, needs nothing."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass
@@ -146,7 +154,7 @@ class Capture:
                 "layer out, or make the operation after it out of place"
             )
         shared.added = True
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _no_autocast(x.device):
             self._on_input(name, batch, shared, x)
 
     def _after_forward(
@@ -192,14 +200,16 @@ class Capture:
         # The graph may outlive the backward in the caller's loss: hold nothing through it.
         call.kept, call.done = None, True
         self.calls[call.layer].gradients += 1
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        with torch.no_grad(), _no_autocast(g.device):
             self._on_arrival(Arrival(call.layer, call.batch, call.shared, x, g))
 
     def _shared(self, name: str, x: Tensor, batch: Batch) -> SharedInput:
         """Return the record of the tensor this call reads: one for all layers that read it."""
         if not self._share_inputs:
             return SharedInput({name})
-        identity = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, batch)
+        # The storage, not its address: on the meta device every address is 0.
+        place = (x.untyped_storage()._cdata, x.storage_offset())
+        identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch)
         # A tensor still alive cannot have lent its memory to another: equal identity is equal data.
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for _, known, shared in self._seen:
