@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from curvfast.evals.suite import evaluate as evaluate
     from curvfast.ops.registry import backends as backends
     from curvfast.ops.registry import use_backend as use_backend
+    from curvfast.planning.plan import CollectionPlan as CollectionPlan
+    from curvfast.planning.plan import plan_collection as plan_collection
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
@@ -65,6 +67,8 @@ _HOMES = {
     "evaluate": "evals.suite",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
+    "CollectionPlan": "planning.plan",
+    "plan_collection": "planning.plan",
 }
 
 

@@ -1,0 +1,50 @@
+"""The stand-in for a rehearsal where a model does not run on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from curvfast.layers import LinearLayer, linear_layers
+from curvfast.planning.rehearsal import Rehearsal
+
+
+def estimate(
+    model: nn.Module, layers: Mapping[str, LinearLayer], arguments: Mapping[str, Any], reason: str
+) -> Rehearsal:
+    """Return what a batch does, guessed from the linear layers alone.
+
+    No A is taken to be shared, which bounds sums, factors and their FLOPs from above. Every linear
+    layer is taken to see every position once, and to keep its input and output; what attention and
+    normalisation add is unknown.
+
+    Args:
+        model: The model.
+        layers: The layers to measure.
+        arguments: A batch.
+        reason: Why there was no rehearsal.
+
+    Returns:
+        The guess.
+    """
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    rows = first.shape[:2].numel() if not first.is_floating_point() else first.shape[:-1].numel()
+    linear = list(linear_layers(model).values())
+    wide = sum(x.d_in + x.d_out for x in linear)
+    size = next(model.parameters()).element_size()
+    products = sum(2 * rows * x.d_in * x.d_out for x in linear)
+    logits = rows * linear[-1].d_out * size
+    return Rehearsal(
+        owners={name: name for name in layers},
+        rows=dict.fromkeys(layers, rows),
+        labels=rows,
+        classes=linear[-1].d_out,
+        activations=rows * wide * size,
+        logits=logits,
+        peak=rows * wide * size + 2 * logits,
+        forward_flops=products,
+        backward_flops=dict.fromkeys(layers, products),
+        guessed_because=reason,
+    )

@@ -1,0 +1,144 @@
+"""A rehearsal: one batch of ``collect_from`` on the meta device, where tensors have only shapes.
+
+The forward, the drawing of labels and the backward are those of the real pass, seen by the same
+hooks. So who shares an A, what autograd keeps and what is multiplied is observed, not modelled.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.flop_counter import FlopCounterMode
+
+from curvfast.capture import Arrival, Capture, SharedInput
+from curvfast.errors import InputError
+from curvfast.fisher import sampled_gradient
+from curvfast.layers import LinearLayer
+from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
+from curvfast.planning.live import LiveBytes
+from curvfast.planning.scratch import Scratch
+from curvfast.planning.sharing import shared_inputs
+from curvfast.provenance import is_causal_lm
+from curvfast.rows import Batch, read_call
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one batch does, found without computing any of it."""
+
+    owners: Mapping[str, str]
+    """Layer -> the layer whose A it shares; itself, where it has its own."""
+    rows: Mapping[str, int]
+    """Layer -> rows of a batch that count."""
+    labels: int
+    """Labels drawn in a batch."""
+    classes: int
+    """What each label is one of."""
+    activations: int
+    """Bytes that autograd keeps from the forward to the backward, the logits apart."""
+    logits: int
+    """Bytes of the logits, overwritten by their gradient where the model allows it."""
+    peak: int
+    """Most bytes alive at once, weights and sums apart."""
+    forward_flops: int
+    """FLOPs of the forward, as torch counts them."""
+    backward_flops: Mapping[str, int]
+    """Layer -> FLOPs of the backward until the gradient of its output is there."""
+    guessed_because: str | None = None
+    """Why nothing was rehearsed, and all this is guessed; None if it was."""
+
+
+def rehearse(
+    model: nn.Module,
+    layers: dict[str, LinearLayer],
+    arguments: Mapping[str, Any],
+    device: torch.device,
+) -> Rehearsal:
+    """Run one batch through ``model`` as ``collect_from`` would.
+
+    Attention is that of fused kernels, which keep no table of scores. A yes or no that the model
+    asks of its data is answered yes: sequences are unpadded, and not packed.
+
+    Args:
+        model: On the meta device, in eval mode. Its parameters are frozen and stay so.
+        layers: The layers to measure.
+        arguments: A batch on the meta device.
+        device: Where the real pass will run.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        InputError: If the model returns no logits.
+        Exception: Whatever a model raises that does not run on the meta device.
+    """
+    model.requires_grad_(False)
+    arguments = dict(arguments)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments.setdefault("use_cache", False)
+    batch = Batch(skip_last=is_causal_lm(model))
+    read_call(batch, arguments)
+    given = [value for value in arguments.values() if isinstance(value, Tensor)]
+    live = LiveBytes([*model.parameters(), *model.buffers(), *given])
+    count = FlopCounterMode(display=False, custom_mapping=FLASH_FLOPS)
+    scratch = Scratch(device)
+    readings: list[set[str]] = []
+    rows: dict[str, int] = {}
+    reached: dict[str, int] = {}
+
+    def on_input(_name: str, _batch: Batch, shared: SharedInput, x: Tensor) -> None:
+        readings.append(shared.readers)
+        scratch.add(x)
+
+    def on_arrival(arrival: Arrival) -> None:
+        name, g = arrival.layer, arrival.g
+        rows[name] = rows.get(name, 0) + batch.rows(name, g.shape[:-1], g.device).count
+        reached[name] = count.get_total_flops() - forward_flops
+        scratch.add(g)
+
+    capture = Capture(layers, lambda: batch, on_arrival, on_input, share_inputs=True, driven=True)
+    try:
+        with MetaAnswers(), count, live, torch.enable_grad():
+            output = model(**arguments)
+            capture.flush()
+            logits = _logits(output)
+            del output
+            forward_flops, shape = count.get_total_flops(), logits.shape
+            size = logits.nbytes
+            activations = live.now - size
+            batch.predictions = shape[:-1]
+            gradient, _ = sampled_gradient(logits, None, torch.Generator())
+            edge = get_gradient_edge(logits)
+            del logits
+            torch.autograd.backward((edge,), (gradient,))
+    finally:
+        capture.remove()
+    return Rehearsal(
+        owners=shared_inputs(readings, layers),
+        rows=rows,
+        labels=batch.label_count(),
+        classes=shape[-1],
+        activations=activations,
+        logits=size,
+        peak=live.peak,
+        forward_flops=forward_flops,
+        backward_flops=reached,
+    )
+
+
+def _logits(output: Any) -> Tensor:
+    found = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    )
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"the model returned {type(output).__name__} without logits, so collect_from cannot "
+            "draw labels from it; plan for the model with its head"
+        )
+    return found

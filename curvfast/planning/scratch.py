@@ -1,0 +1,41 @@
+"""What second moments need for a moment beside their rows and sums, made on the meta device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvfast import pending
+from curvfast.ops import bfloat16, blocked
+
+
+class Scratch:
+    """Makes on the meta device what adding rows makes on ``device``.
+
+    On a CPU rows pass through a float32 buffer, but for bfloat16 rows that this processor
+    multiplies as they are. Kernels of a GPU read rows where they lie, and keep narrow ones alive
+    until enough wait for one launch (:mod:`curvfast.pending`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start with none waiting."""
+        self._device = device
+        self._waiting: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Do for rows x [..., d] what adding them would."""
+        d, rows = x.shape[-1], x.shape[:-1].numel()
+        if self._device.type not in pending.DEVICES:
+            torch.empty(self._buffer(x, rows, d), dtype=torch.uint8, device="meta")
+        elif d <= pending.WIDEST and x.element_size() == 2:
+            self._waiting.append(x)
+            enough = sum(y.nbytes for y in self._waiting) >= pending.MOST_BYTES
+            if enough or len(self._waiting) >= pending.MOST_CALLS:
+                self._waiting.clear()
+
+    @staticmethod
+    def _buffer(x: Tensor, rows: int, d: int) -> int:
+        if x.dtype == torch.bfloat16 and bfloat16.unavailable() is None:
+            return 0
+        gathered = 0 if x.element_size() == 4 else x.element_size()
+        return min(rows, blocked.chunk_rows(d)) * d * (4 + gathered)
