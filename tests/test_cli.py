@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +19,24 @@ def test_env_tells_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     for fact in ("curvfast", "torch", "transformers", "python", "native core", "cuda"):
         assert f"\n{fact}" in f"\n{printed}"
+
+
+def test_plan_tells_whether_a_model_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["plan", "gpt2", "--batch", "1", "--seq-len", "32", "--tokens", "3100"]
+    assert main([*small, "--device-memory", "40GB", "--flops", "1TFLOP/s"]) == 0
+    printed = capsys.readouterr().out
+    assert "transformer.h.*.mlp.c_fc" in printed
+    assert "fits in one pass" in printed.splitlines()[-1]
+    assert main([*small, "--layers", "*.c_fc", "*.c_proj", "--device", "cpu", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["batches"] == 100
+    assert len(plan["layers"]) == 36
+    assert plan["device"] == "cpu"
+    assert plan["seconds"] is None
+    assert main(["plan", "gpt-2"]) == 1
+    assert "built-in name: gpt2" in capsys.readouterr().err
+    assert main(["plan", "gpt2", "--device-memory", "much"]) == 1
+    assert "'80GiB'" in capsys.readouterr().err
 
 
 def test_a_failure_is_one_line_and_exit_code_1(

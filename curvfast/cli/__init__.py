@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from curvfast.cli import demo, env
+from curvfast.cli import demo, env, plan
 from curvfast.errors import CurvfastError
 
 _EPILOG = """\
@@ -16,6 +16,7 @@ quick start:
   curvfast demo                  the paper's experiment in small, about five minutes on two cores
   curvfast demo --out results    keep results.json, a picture and the edited checkpoint
   curvfast demo smollm           the same edit on a real pretrained model
+  curvfast plan olmo-2-7b        what collecting its factors takes: memory, passes, FLOPs
 """
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loud.add_argument("-v", "--verbose", action="store_true", help="tell what is being done")
     loud.add_argument("-q", "--quiet", action="store_true", help="print results only")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, env):
+    for command in (demo, plan, env):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     level = os.environ.get("CURVFAST_LOG") or ("INFO" if options.verbose else "WARNING")
