@@ -142,6 +142,8 @@ class Capture:
             handle.remove()
         self._seen.clear()
         self._pending = None
+        # What is measured is freed when its owner lets go, and not by the next garbage collection.
+        self._current_batch = self._on_arrival = self._on_input = _nothing_more  # type: ignore[assignment]
 
     def flush(self) -> None:
         """Count the input last read in a driven pass: its readers are known now."""
@@ -219,3 +221,7 @@ class Capture:
         shared = SharedInput({name})
         self._seen.append((weakref.ref(x), identity, shared))
         return shared
+
+
+def _nothing_more(*_: object) -> None:
+    """Take in what arrives after the hooks were removed, and count nothing."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,17 @@ def assert_same(one: Factors, two: Factors) -> None:
         assert torch.equal(one[name].a_sum, two[name].a_sum)
         assert torch.equal(one[name].g_sum, two[name].g_sum)
         assert (one[name].rows_a, one[name].rows_g) == (two[name].rows_a, two[name].rows_g)
+
+
+def test_factors_are_freed_when_they_are_let_go() -> None:
+    factors = run(llama(), data())
+    watched = weakref.ref(next(iter(factors.values())).g_sum)
+    gc.disable()
+    try:
+        del factors
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
