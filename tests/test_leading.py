@@ -268,3 +268,34 @@ def test_factors_may_be_decomposed_elsewhere(mass: float | None, monkeypatch: An
     here, there = measured().eigh(mass=mass), measured().eigh(mass=mass, device="cpu")
     assert (torch.device("cpu"),) in moved
     assert torch.equal(here["layer0"].vectors_a, there["layer0"].vectors_a)
+
+
+def test_a_tie_at_the_end_is_left_out() -> None:
+    spectrum = falling(D, 1)
+    spectrum[8] = spectrum[7]
+    found = leading_spectrum(matrix(spectrum), 8, share=0.0)
+    assert found is not None
+    assert found.vectors.shape[1] == 7
+
+
+def test_leading_pairs_that_do_not_suffice_are_followed_by_all() -> None:
+    a, g = matrix(falling(D, 1)), matrix(falling(48, 1))
+    assert leading_spectrum(a, 8, share=0.3) is not None
+    factors = Factors({"x": LayerFactors(a, g, 1, 1)})
+    full, part = factors.eigh(), factors.eigh(mass=0.3)
+    assert full.keep(mass=0.3)["x"].widths[0] > 10
+    assert part["x"].complete
+    assert torch.equal(part.keep(mass=0.3)["x"].widths, full.keep(mass=0.3)["x"].widths)
+
+
+def test_vectors_on_their_way_to_disk_are_not_kept(tmp_path: Any, monkeypatch: Any) -> None:
+    held: list[int] = []
+    original = partial.LeadingSearch.note
+
+    def note(search: Any, key: str, spectrum: Any) -> None:
+        held.append(spectrum.vectors.numel())
+        original(search, key, spectrum)
+
+    monkeypatch.setattr(partial.LeadingSearch, "note", note)
+    measured(d_in=40).eigh(directory=tmp_path)
+    assert held == [0, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from torch import nn
 
 import curvfast
 from curvfast import Converged, Factors
+from curvfast.checkpoint import Checkpoint
 from curvfast.errors import FormatError, InputError, NumericalWarning, StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank-deficient")
@@ -232,7 +234,7 @@ def test_a_flipped_byte_never_loads_silently(stopped: Any, place: int) -> None:
     at = int(torch.randint(len(held), (), generator=generator))
     held[at] ^= 1 << int(torch.randint(8, (), generator=generator))
     path.write_bytes(held)
-    state = curvfast.checkpoint.Checkpoint(folder / "pass-0", {})
+    state = Checkpoint(folder / "pass-0", {})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -298,3 +300,13 @@ def _child(script: Path, state: Path, out: Path) -> subprocess.Popen[bytes]:
     assert child.stdout is not None
     child.stdout.readline()
     return child
+
+
+def test_the_two_newest_states_are_kept(tmp_path: Path) -> None:
+    for count in range(1, 5):
+        state = Checkpoint(tmp_path, {"seed": 0})
+        before = state.load()
+        assert (before[0]["batches"] if before else 0) == count - 1
+        state.save({"batches": count}, {"x": torch.full((3,), float(count))})
+        slots = [json.loads(p.read_text())["state"] for p in tmp_path.glob("slot-*/config.json")]
+        assert {slot["batches"] for slot in slots} == {count, max(1, count - 1)}
