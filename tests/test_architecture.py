@@ -66,6 +66,7 @@ FLOORS = [
         "core.eigh",
         "core.agreement",
         "core.projection",
+        "core.spectrum",
     ],
     [
         "layers",
@@ -86,6 +87,7 @@ FLOORS = [
         "fisher",
         "steps",
         "checkpoint",
+        "spectrum_log",
         "convergence",
         "passes",
         "driver",

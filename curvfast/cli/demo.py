@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from curvfast.cli.table import aligned
 
 _METHODS = (
     ("base", "unedited"),
@@ -73,15 +75,4 @@ def _table(results: Mapping[str, Any]) -> str:
         [label, *(form.format(figures[key]) if key in figures else "" for key, _, form in columns)]
         for label, figures in rows
     ]
-    return _align(lines)
-
-
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines)

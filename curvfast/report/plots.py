@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from curvfast.spectrum_log import LayerRecord, SpectrumRecord
 
 _STYLE = {
     "kfac": ("K-FAC (curvfast)", "#0b6e4f", "o"),
@@ -65,6 +69,76 @@ def frontier(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
+
+
+def spectra_over_training(records: Sequence[SpectrumRecord], *, title: str) -> Figure:
+    """Draw how the curvature of each layer changes over a training.
+
+    Args:
+        records: By step, at least one, as of :func:`curvfast.spectrum_log.read_log`.
+        title: Heading.
+
+    Returns:
+        Three panels, a thin line a layer, the first layers dark, and the median in black: the
+        effective rank as a share of all eigenpairs; the share of the curvature mass in the flattest
+        half of them; and the mass curves (medians over layers) from the first to the last record.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.5, 3.8), layout="constrained", dpi=160)
+    ranks, halves, curves = figure.subplots(1, 3)
+    _by_step(ranks, records, lambda layer: layer.effective_rank / (layer.d_out * layer.d_in))
+    ranks.set_ylabel("effective rank, % of eigenpairs")
+    ranks.set_ylim(bottom=0)
+    _by_step(halves, records, lambda layer: layer.flattest_half)
+    halves.set_ylabel("curvature mass in the flattest half, %")
+    if any(layer.flattest_half for record in records for layer in record.layers.values()):
+        halves.set_yscale("log", nonpositive="mask")
+    count = min(len(records), _CURVES)
+    chosen = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)]
+    for number, record in enumerate(records[i] for i in chosen):
+        points = sorted(
+            (100 * f, 100 * median(layer.mass[i] for layer in record.layers.values()))
+            for i, f in enumerate(record.fractions)
+            if f > 0
+        )
+        colour = colormaps["viridis"](0.9 * number / max(1, count - 1))
+        curves.plot(
+            *zip(*points, strict=True), color=colour, marker=".", label=f"step {record.step}"
+        )
+    curves.set_xscale("log")
+    curves.xaxis.set_major_formatter("{x:g}")
+    curves.set_xlabel("largest eigenpairs, % of all (log scale)")
+    curves.set_ylabel("curvature mass they hold, %")
+    curves.set_ylim(0, 102)
+    curves.legend(frameon=False)
+    for axes in (ranks, halves, curves):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=10.5)
+    return figure
+
+
+# More mass curves than these cannot be told apart.
+_CURVES = 6
+
+
+def _by_step(
+    axes: Axes, records: Sequence[SpectrumRecord], measure: Callable[[LayerRecord], float]
+) -> None:
+    """Draw one number of every layer, in percent, and their median."""
+    from matplotlib import colormaps
+
+    names = list(dict.fromkeys(name for record in records for name in record.layers))
+    for number, name in enumerate(names):
+        held = [(r.step, 100 * measure(r.layers[name])) for r in records if name in r.layers]
+        colour = colormaps["viridis"](0.9 * number / max(1, len(names) - 1))
+        axes.plot(*zip(*held, strict=True), color=colour, linewidth=0.8, alpha=0.6, marker=".")
+    middle = [100 * median(measure(layer) for layer in r.layers.values()) for r in records]
+    axes.plot([r.step for r in records], middle, color="#1b1b1e", linewidth=2, label="median")
+    axes.set_xlabel("optimizer step")
+    axes.legend(frameon=False)
 
 
 def _ticks(low: float, high: float) -> list[float]:

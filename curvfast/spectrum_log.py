@@ -1,0 +1,208 @@
+"""The spectrum log: how the curvature of each layer changes while a network is trained.
+
+One line of JSON a measurement, only ever appended: ``{"kind", "version", "run", "step", "steps",
+"processes", "loss", "fractions", "layers": {name: {"rows", "d_out", "d_in", "trace_g", …}}}``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from curvfast.core.factors import Factors
+from curvfast.core.spectrum import (
+    FRACTIONS,
+    CurvatureSpectrum,
+    curvature_spectrum,
+    layer_eigenvalues,
+)
+from curvfast.errors import FormatError, StorageError
+
+FILE = "spectrum.jsonl"
+KIND = "curvfast-spectrum"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord(CurvatureSpectrum):
+    """The spectrum of one layer, and how many rows it was measured on."""
+
+    rows: int
+    """Fewer than d_out or d_in mean a spectrum that lacks rank."""
+
+
+@dataclass(frozen=True)
+class SpectrumRecord:
+    """One measurement of every chosen layer: a line of the log."""
+
+    run: str
+    """Which training it belongs to; a resumed one goes on under its name."""
+    step: int
+    """Optimizer steps taken when the measurement began."""
+    steps: int
+    """Optimizer steps it lasted."""
+    loss: float | None
+    """Mean loss per label meanwhile, where the model returns its loss."""
+    fractions: tuple[float, ...]
+    """Shares of all pairs at which each layer's ``mass`` is given."""
+    layers: Mapping[str, LayerRecord]
+    """By name."""
+    processes: int = 1
+    """How many processes trained; the rows are those of the first."""
+
+    def to_json(self) -> str:
+        """Return the record as one line, without its end."""
+        head = {"kind": KIND, "version": VERSION}
+        return json.dumps({**head, **asdict(self)}, ensure_ascii=False)
+
+
+def measure(
+    factors: Factors,
+    *,
+    run: str,
+    step: int,
+    steps: int = 1,
+    loss: float | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    processes: int = 1,
+) -> SpectrumRecord:
+    """Describe the spectra of ``factors``, from eigenvalues alone.
+
+    Args:
+        factors: What was measured.
+        run: As of :class:`SpectrumRecord`, like the arguments below.
+        step: When it began.
+        steps: How long it lasted.
+        loss: Meanwhile; what is not finite is left out.
+        fractions: Where the mass curves are taken.
+        processes: That trained.
+
+    Returns:
+        The record.
+
+    Raises:
+        NonFiniteError: If a factor holds NaN or infinity.
+        DecompositionError: If no solver could decompose a factor.
+        InputError: If a fraction is outside [0, 1].
+    """
+    known: dict[int, Tensor] = {}
+    layers = {}
+    for name, layer in factors.items():
+        values_g, values_a = layer_eigenvalues(name, layer, known)
+        found = curvature_spectrum(values_g, values_a, fractions)
+        layers[name] = LayerRecord(**vars(found), rows=layer.rows_g)
+    loss = loss if loss is not None and math.isfinite(loss) else None
+    return SpectrumRecord(run, step, steps, loss, tuple(fractions), layers, processes)
+
+
+def append(directory: str | PathLike[str], record: SpectrumRecord) -> None:
+    """Add a record to the log of a folder, on the disk when this returns.
+
+    The end of a line that a killed run left unfinished is removed first.
+
+    Args:
+        directory: Made if missing.
+        record: The measurement.
+
+    Raises:
+        StorageError: If it cannot be written; what was there is untouched.
+    """
+    path = Path(directory) / FILE
+    line = f"{record.to_json()}\n".encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            _drop_unfinished(file)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(
+            f"could not append to {str(path)!r}: {error}; check the disk's free space and "
+            "permissions"
+        ) from error
+
+
+def read_log(directory: str | PathLike[str], run: str | None = None) -> list[SpectrumRecord]:
+    """Read a spectrum log.
+
+    Where a run was resumed from before its last measurement, what it measured again takes the place
+    of what it had measured from there on. A line that a killed run left unfinished is passed over.
+
+    Args:
+        directory: The folder, or its file.
+        run: Of which run; None takes the last.
+
+    Returns:
+        Its records, by step; none if there is no log.
+
+    Raises:
+        FormatError: If a line is something else, or of a newer format.
+        StorageError: If the file cannot be read.
+    """
+    path = Path(directory)
+    path = path / FILE if path.is_dir() else path
+    if not path.exists():
+        return []
+    try:
+        written = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{str(path)!r} cannot be read: {error}") from error
+    kept: list[SpectrumRecord] = []
+    records = list(_records(path, written[: _whole_lines(written)]))
+    run = records[-1].run if records and run is None else run
+    for record in records:
+        if record.run == run:
+            kept = [earlier for earlier in kept if earlier.step < record.step]
+            kept.append(record)
+    return kept
+
+
+def _drop_unfinished(file: BinaryIO) -> None:
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(_whole_lines(file.read()))
+
+
+def _whole_lines(written: bytes) -> int:
+    """Return how many bytes the finished lines take."""
+    return written.rfind(b"\n") + 1
+
+
+def _records(path: Path, written: bytes) -> Iterator[SpectrumRecord]:
+    names = {field.name for field in fields(SpectrumRecord)}
+    for number, line in enumerate(written.splitlines(), 1):
+        where = f"line {number} of {str(path)!r}"
+        try:
+            entry = json.loads(line)
+            kind, version = entry["kind"], entry["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{where} is no record of a spectrum log: {error}") from error
+        if kind != KIND or version > VERSION:
+            raise FormatError(
+                f"{where} is {kind!r} of version {version}; this curvfast reads {KIND!r} up to "
+                f"version {VERSION}: update it, or pass the folder that CurvatureCallback wrote to"
+            )
+        yield _record(where, {key: entry[key] for key in names & entry.keys()})
+
+
+def _record(where: str, entry: dict[str, Any]) -> SpectrumRecord:
+    try:
+        layers = {
+            name: LayerRecord(**{**layer, "mass": tuple(layer["mass"])})
+            for name, layer in entry.pop("layers").items()
+        }
+        return SpectrumRecord(**{**entry, "fractions": tuple(entry["fractions"]), "layers": layers})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{where} is damaged: {error}") from error
