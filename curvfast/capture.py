@@ -111,7 +111,7 @@ class Capture:
         share_inputs: bool,
         driven: bool,
     ) -> None:
-        """Register the hooks.
+        """Set up; :meth:`attach` registers the hooks.
 
         Args:
             layers: Layers by name.
@@ -131,8 +131,12 @@ class Capture:
         self._driven = driven
         self._seen: list[tuple[weakref.ref[Tensor], tuple[Any, ...], SharedInput]] = []
         self._pending: tuple[str, Batch, SharedInput, Tensor, int] | None = None
+        self._layers = layers
         self._handles: list[RemovableHandle] = []
-        for name, layer in layers.items():
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        for name, layer in self._layers.items():
             hook = outside_graphs(partial(self._after_forward, name))
             self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
 
@@ -140,9 +144,12 @@ class Capture:
         """Take every hook off."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         self._seen.clear()
         self._pending = None
-        # What is measured is freed when its owner lets go, and not by the next garbage collection.
+
+    def forget(self) -> None:
+        """Let go of the callbacks: what arrives later counts nothing, and keeps nothing alive."""
         self._current_batch = self._on_arrival = self._on_input = _nothing_more  # type: ignore[assignment]
 
     def flush(self) -> None:

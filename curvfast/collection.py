@@ -22,7 +22,7 @@ def collect(
     layers: LayerSpec = "mlp",
     *,
     loss_reduction: str = "mean",
-    loss_scale: float = 1.0,
+    loss_scale: float | None = 1.0,
     grad_scaler: torch.amp.GradScaler | None = None,
     skip_last: bool | None = None,
     rows: RowRule | None = None,
@@ -47,7 +47,9 @@ def collect(
         layers: ``"mlp"``, ``"attention"``, ``"all"``, one or more globs on names, or a predicate.
         loss_reduction: ``"mean"`` if the loss is averaged over its labels, ``"sum"`` if summed. G
             is always of the *summed* loss.
-        loss_scale: Any further factor of the loss, such as 1/n under gradient accumulation.
+        loss_scale: Any further factor of the loss, such as 1/n under gradient accumulation. None
+            reads it off the gradient that arrives at the loss the model returns, whatever the loop
+            makes of that: accumulation, processes, AMP's scale, ``num_items_in_batch``.
         grad_scaler: The loop's ``GradScaler``; its scale is divided out, overflowed steps left out.
         skip_last: Whether the last real position of each sequence is left out (no label scores it);
             None means: for causal language models.

@@ -21,8 +21,8 @@ class CollectConfig:
     """The layers asked for."""
     loss_reduction: str = "mean"
     """Whether the caller's loss is the mean or the sum over its labels."""
-    loss_scale: float = 1.0
-    """A further factor of the caller's loss."""
+    loss_scale: float | None = 1.0
+    """A further factor of the caller's loss; None: read off the loss the model returns."""
     skip_last: bool | None = None
     """Whether a sequence's last real position is left out; None: for causal language models."""
     share_inputs: bool = True
@@ -52,7 +52,8 @@ class CollectConfig:
                 f"loss_reduction={self.loss_reduction!r}: pass 'mean' if the loss is averaged over "
                 "its labels (the default of torch and transformers), 'sum' if it is summed"
             )
-        if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
+        scale = self.loss_scale
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise InputError(
                 f"loss_scale={self.loss_scale}: pass the positive factor the loss is multiplied "
                 "by, such as 1/4 when four accumulated batches are averaged"

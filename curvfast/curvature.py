@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from curvfast import distributed
 from curvfast.accumulate import factor_bytes, sum_bytes
@@ -21,6 +23,7 @@ from curvfast.coverage import Coverage, describe
 from curvfast.diagnosis import require_cuda, require_rows, warn_few_rows
 from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, select
+from curvfast.own_loss import OwnLosses
 from curvfast.provenance import is_causal_lm, model_facts
 from curvfast.rows import Batch, RowRule, read_call
 from curvfast.sums import Sums
@@ -67,6 +70,7 @@ class Curvature:
         self._backward: Batch | None = None
         self._signature = inspect.signature(model.forward)
         self._active = True
+        self._losses = OwnLosses()
         self._result: Factors | None = None
         log.info(
             "collecting %d layers: the sums will need at most %.1f MB, the factors %.1f MB",
@@ -78,12 +82,8 @@ class Curvature:
             self._layers, self._current_batch, self._add, self._sums.add_input,
             share_inputs=share, driven=driven,
         )  # fmt: skip
-        before = outside_graphs(self._before_forward)
-        after = outside_graphs(self._after_forward)
-        self._handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, always_call=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+        self.resume()
 
     def mask(self, mask: Tensor) -> None:
         """Say which positions of the *next* call of the model are real.
@@ -114,6 +114,27 @@ class Curvature:
     def skip_next(self) -> None:
         """Let the *next* call of the model run as if it counted, and count none of its rows."""
         self._next.thin = nothing
+
+    def resume(self) -> None:
+        """Put the hooks on that :meth:`pause` took off."""
+        before = outside_graphs(self._before_forward)
+        after = outside_graphs(self._after_forward)
+        self._capture.attach()
+        self._handles = [
+            self._model.register_forward_pre_hook(before, with_kwargs=True),
+            self._model.register_forward_hook(after, always_call=True),
+        ]
+
+    def pause(self) -> None:
+        """Take every hook off until :meth:`resume`; the sums stay."""
+        self._capture.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._forward = self._backward = None
+
+    def mean_loss(self) -> float | None:
+        """Return the mean loss per label of what was counted, where ``loss_scale`` is None."""
+        return self._losses.mean()
 
     def coverage(self) -> Coverage:
         """Return which parameters are covered, by how many rows, and why the others are not."""
@@ -179,11 +200,10 @@ class Curvature:
             self._capture.calls[name] = Calls(**calls)
 
     def close(self) -> None:
-        """Take every hook off; the sums stay."""
+        """Take every hook off for good; the sums stay."""
         self._active = False
-        self._capture.remove()
-        for handle in self._handles:
-            handle.remove()
+        self.pause()
+        self._capture.forget()
 
     def _added_up(self, *, final: bool) -> Sums:
         """Return the sums of all ranks; in place once no more will come."""
@@ -221,6 +241,8 @@ class Curvature:
         batch, self._forward = self._forward, None
         if batch is None:
             return
+        if self._config.loss_scale is None and not batch.idle:
+            self._losses.watch(batch, output)
         for tensor in _output_tensors(output):
             if tensor.dim() and batch.predictions is None:
                 batch.predictions = tensor.shape[:-1]
@@ -235,18 +257,25 @@ class Curvature:
         return self._forward or self._backward or self._next
 
     def _add(self, arrival: Arrival) -> None:
-        unit = 1.0 / self._config.loss_scale
-        if self._grad_scaler is not None:
-            if not torch.isfinite(arrival.g).all():
-                self._skipped[arrival.layer] += 1
-                return
-            unit /= self._grad_scaler.get_scale()
-        if self._config.loss_reduction == "mean":
-            unit *= arrival.batch.label_count()
+        overflowed = self._grad_scaler is not None and not torch.isfinite(arrival.g).all()
+        unit = math.inf if overflowed else self._unit(arrival.batch)
+        if not math.isfinite(unit):
+            self._skipped[arrival.layer] += 1
+            return
         if arrival.x is not None and not arrival.shared.added:
             arrival.shared.added = True
             self._sums.add_input(arrival.layer, arrival.batch, arrival.shared, arrival.x)
         self._sums.add_gradient(arrival.layer, arrival.batch, arrival.g, unit)
+
+    def _unit(self, batch: Batch) -> float:
+        """Return what a gradient is multiplied by to be of the summed loss."""
+        mean = self._config.loss_reduction == "mean"
+        if self._config.loss_scale is None:
+            return self._losses.unit(batch, mean=mean)
+        unit = 1.0 / self._config.loss_scale
+        if self._grad_scaler is not None:
+            unit /= self._grad_scaler.get_scale()
+        return unit * batch.label_count() if mean else unit
 
 
 def _output_tensors(output: Any) -> list[Tensor]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvfast.errors import InputError, ShapeError
+
+if TYPE_CHECKING:
+    from curvfast.own_loss import OwnLoss
 
 RowRule = Callable[[str, torch.Size], Tensor]
 """(layer name, leading shape of its input) -> bool tensor: True where a row counts."""
@@ -45,6 +48,10 @@ class Batch:
     """Leading shape [sequences, length] of the model's input, where it is known."""
     labels: int | None = None
     """Labels the loss was averaged over, where the call tells."""
+    targets: Tensor | None = None
+    """The call's own labels, any shape; -100 where there is none."""
+    loss: OwnLoss | None = None
+    """The loss the model returned, where its scale is read off it."""
     predictions: torch.Size | None = None
     """Leading shape of the model's output, known after its forward."""
     thin: Callable[[Rows, torch.device], Rows] | None = None
@@ -97,6 +104,10 @@ class Batch:
             self.labels = shape.numel() if keep is None else int(keep.sum())
         return max(1, self.labels)
 
+    def own_labels(self) -> int | None:
+        """Return how many labels this call was given, where it was given any."""
+        return None if self.targets is None else int((self.targets != IGNORED_LABEL).sum())
+
     def _grid(self, name: str, shape: torch.Size) -> torch.Size | None:
         """Return the positions that ``shape`` flattens, or None where every row counts."""
         grid = self.positions if self.mask is None else self.mask.shape
@@ -146,24 +157,21 @@ def read_call(batch: Batch, arguments: Mapping[str, Any]) -> None:
                 "[sequences, length]. Call curvature.mask(mask_2d) before the model, or pass rows="
             )
         batch.mask = None if mask is None else mask.detach().bool()
-    if batch.labels is None:
-        batch.labels = _count_labels(arguments, causal=batch.skip_last)
-
-
-def _count_labels(arguments: Mapping[str, Any], *, causal: bool) -> int | None:
+    batch.targets = _targets(arguments, causal=batch.skip_last)
     # transformers' Trainer divides the summed loss by this number instead of the labels at hand.
     given = arguments.get("num_items_in_batch")
-    if given is not None:
-        return int(given)
-    shifted = arguments.get("shift_labels")
+    if batch.labels is None:
+        batch.labels = batch.own_labels() if given is None else int(given)
+
+
+def _targets(arguments: Mapping[str, Any], *, causal: bool) -> Tensor | None:
+    shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
     if isinstance(shifted, Tensor):
-        return int((shifted != IGNORED_LABEL).sum())
-    labels = arguments.get("labels")
-    if not isinstance(labels, Tensor):
-        return None
-    if causal:
-        labels = labels[..., 1:]
-    return int((labels != IGNORED_LABEL).sum())
+        return shifted
+    if isinstance(labels, Tensor) and causal:
+        # Position t predicts label t + 1.
+        return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
+    return labels if isinstance(labels, Tensor) else None
 
 
 def _as_rows(name: str, keep: Tensor | None, shape: torch.Size, device: torch.device) -> Rows:

@@ -71,6 +71,7 @@ FLOORS = [
     [
         "layers",
         "rows",
+        "own_loss",
         "thinning",
         "provenance",
         "capture",
