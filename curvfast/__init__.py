@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from curvfast.evals.memorization import Passage as Passage
     from curvfast.evals.suite import EvalReport as EvalReport
     from curvfast.evals.suite import evaluate as evaluate
+    from curvfast.hf.callback import CurvatureCallback as CurvatureCallback
     from curvfast.ops.registry import backends as backends
     from curvfast.ops.registry import use_backend as use_backend
     from curvfast.planning.plan import CollectionPlan as CollectionPlan
@@ -65,6 +66,7 @@ _HOMES = {
     "Passage": "evals.memorization",
     "EvalReport": "evals.suite",
     "evaluate": "evals.suite",
+    "CurvatureCallback": "hf.callback",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
     "CollectionPlan": "planning.plan",

@@ -16,6 +16,7 @@ from cases import llama, token_batches
 import curvfast
 from curvfast.cli import main
 from curvfast.hf.small import train_tokenizer
+from curvfast.spectrum_log import read_log
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +49,8 @@ def test_its_code_runs_from_top_to_bottom(
     }  # fmt: skip
     before = names["model"].model.layers[0].mlp.up_proj.weight.clone()
     for block in blocks("python"):
+        if "trainer" in block:
+            continue
         exec(compile(block, "README.md", "exec"), names)
     assert not before.equal(names["model"].model.layers[0].mlp.up_proj.weight)
     edited = [layer["name"] for layer in names["report"].to_dict()["layers"]]
@@ -55,6 +58,22 @@ def test_its_code_runs_from_top_to_bottom(
     assert len(curvfast.Factors.from_pretrained("factors")) == 6
     assert names["factors"].provenance["data"]["corpora"][0]["weight"] == 0.9
     assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
+def test_its_code_for_the_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    monkeypatch.chdir(tmp_path)
+    arguments = TrainingArguments(
+        "out", use_cpu=True, max_steps=1, save_strategy="no", report_to=[], disable_tqdm=True
+    )
+    examples = [{k: v[0] for k, v in batch.items()} for batch in token_batches(sizes=(9, 9))]
+    (block,) = (block for block in blocks("python") if "trainer" in block)
+    trainer = Trainer(llama(), arguments, train_dataset=examples)
+    exec(compile(block, "README.md", "exec"), {"curvfast": curvfast, "trainer": trainer})
+    assert [record.steps for record in read_log("spectrum")] == [1]
 
 
 def test_its_first_code_is_six_lines() -> None:

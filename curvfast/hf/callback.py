@@ -1,0 +1,261 @@
+"""CurvatureCallback: the spectrum of every layer's curvature over a training by transformers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from curvfast import spectrum_log
+from curvfast.config import CollectConfig
+from curvfast.core.spectrum import FRACTIONS
+from curvfast.curvature import Curvature
+from curvfast.errors import CurvfastError, InputError, NumericalWarning
+from curvfast.layers import LayerSpec, select
+from curvfast.rows import RowRule
+
+
+class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures curvature inside transformers' ``Trainer`` now and then, and logs its spectrum.
+
+    During the first ``steps`` of every ``every`` optimizer steps the Kronecker factors of the
+    chosen layers are summed, from the very forwards and backwards that train, and a line is added
+    to ``spectrum.jsonl``: a :class:`curvfast.spectrum_log.SpectrumRecord`. ``curvfast
+    spectrum-log`` draws it. The training is what it would be without, bit for bit; between those
+    steps no hook is on the model, so evaluation does not count.
+
+    G is of the *summed* loss: what the Trainer makes of the model's loss (gradient accumulation,
+    ``num_items_in_batch``, ``average_tokens_across_devices``, AMP's scale) is read off the gradient
+    that arrives at it. Labels are the data's own: these are factors of the empirical Fisher.
+
+    The first process alone measures, on its share of the rows. An exception in a step leaves the
+    hooks on until the model is called again or :meth:`close`; they count nothing.
+    """
+
+    def __init__(
+        self,
+        directory: str | PathLike[str],
+        layers: LayerSpec = "mlp",
+        *,
+        every: int = 500,
+        steps: int = 1,
+        fractions: Sequence[float] = FRACTIONS,
+        save_factors: bool = False,
+        loss_scale: float | None = None,
+        skip_last: bool | None = None,
+        rows: RowRule | None = None,
+        rows_per_step: float | None = None,
+        sums_device: str = "same",
+        seed: int = 0,
+    ) -> None:
+        """Set up; nothing is measured before a training begins.
+
+        Args:
+            directory: Where the log goes. A new training adds to a log that is there, under a run
+                of its own; a resumed one goes on with the last.
+            layers: As in :func:`curvfast.collect`.
+            every: Optimizer steps from the beginning of one measurement to that of the next, the
+                first beginning with step 0.
+            steps: Optimizer steps each lasts: enough for more rows than a layer is wide.
+            fractions: Shares of all eigenpairs at which the mass curve is kept, in [0, 1].
+            save_factors: Whether the factors are kept too, in ``factors-<step>``.
+            loss_scale: None reads the scale of the loss off the loss that the model returns. For a
+                loss made outside the model (``compute_loss_func=``, ``label_smoothing_factor=``):
+                the factor of that loss, taken as a mean over the ``num_items_in_batch`` that the
+                model is called with, else over its predictions; G is then of that loss.
+            skip_last: As in :func:`curvfast.collect`.
+            rows: As in :func:`curvfast.collect`.
+            rows_per_step: As in :func:`curvfast.collect`: of each batch.
+            sums_device: As in :func:`curvfast.collect`.
+            seed: Seed of the generator that draws ``rows_per_step``.
+
+        Raises:
+            InputError: If an argument is out of range.
+        """
+        if not 1 <= steps <= every:
+            raise InputError(
+                f"every={every}, steps={steps}: pass how many optimizer steps lie between two "
+                "measurements, and how many each lasts, from 1 to that"
+            )
+        if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+            raise InputError(f"fractions={fractions}: pass shares of the eigenpairs, in [0, 1]")
+        self._config = CollectConfig(
+            layers=layers if isinstance(layers, str) else repr(layers), loss_scale=loss_scale,
+            skip_last=skip_last, rows_per_step=rows_per_step, sums_device=sums_device, seed=seed,
+        )  # fmt: skip
+        self.directory = Path(directory)
+        self._layers, self._rows = layers, rows
+        self._every, self._steps = every, steps
+        self._fractions = tuple(fractions)
+        self._save_factors = save_factors
+        self._run = ""
+        self._measured = False
+        self._curvature: Curvature | None = None
+        self._guard: RemovableHandle | None = None
+        self._began = self._taken = 0
+
+    def close(self) -> None:
+        """Take every hook off; what was summed since the last record is let go."""
+        self._pause()
+        self._curvature = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot be measured, before anything is trained.
+
+        Raises:
+            InputError: If the model is compiled, replicated by threads, or its loss is smoothed
+                outside it.
+            LayerNotFound: If ``layers`` matches nothing.
+            FormatError: If the log's file is something else.
+            StorageError: If it cannot be read.
+        """
+        self.close()
+        _refuse(args, model, self._config)
+        select(model, self._layers)
+        earlier = spectrum_log.read_log(self.directory) if state.global_step else []
+        self._run = earlier[-1].run if earlier else secrets.token_hex(4)
+        self._measured = False
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Begin a measurement if it is time, or go on with one.
+
+        Raises:
+            LayerNotFound: If a chosen layer shares its weight.
+        """
+        self._pause()
+        if self._curvature is not None:
+            self._curvature.resume()
+        elif state.is_world_process_zero and state.global_step % self._every == 0:
+            self._began, self._taken = state.global_step, 0
+            self._curvature = self._begin(model, getattr(kwargs.get("optimizer"), "scaler", None))
+        else:
+            return
+        loop = _caller()
+
+        def leave_if_stopped(module: nn.Module, inputs: Any) -> None:
+            if not _runs(loop):
+                self.close()
+
+        # The last of the hooks: those before it may not be removed until they have run.
+        self._guard = model.register_forward_pre_hook(leave_if_stopped)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End a measurement if it lasted long enough.
+
+        Raises:
+            CurvfastError: If the first measurement of a training came to nothing.
+        """
+        if self._curvature is None:
+            return
+        self._pause()
+        # A step that GradScaler skips has overflowed: it gave no rows, or few.
+        self._taken += not getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        if self._taken == self._steps:
+            self._end(args)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End a measurement that the end of the training cuts short.
+
+        Raises:
+            CurvfastError: If the first measurement of a training came to nothing.
+        """
+        if self._curvature is not None and self._taken:
+            self._end(args)
+        self.close()
+
+    def _begin(self, model: nn.Module, scaler: torch.amp.GradScaler | None) -> Curvature:
+        # Each measurement draws rows of its own, the same again when a training is resumed.
+        config = replace(self._config, seed=self._config.seed + self._began)
+        facts = {"labels": "Trainer's loss", "step": self._began}
+        return Curvature(
+            model, config, self._layers, rows=self._rows, grad_scaler=scaler, facts=facts
+        )
+
+    def _pause(self) -> None:
+        if self._curvature is not None:
+            self._curvature.pause()
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = None
+
+    def _end(self, args: Any) -> None:
+        curvature, step = self._curvature, self._began
+        assert curvature is not None
+        self.close()
+        curvature.close()
+        try:
+            factors = curvature.factors()
+            record = spectrum_log.measure(
+                factors, run=self._run, step=step, steps=self._taken, loss=curvature.mean_loss(),
+                fractions=self._fractions, processes=args.world_size,
+            )  # fmt: skip
+            if self._save_factors:
+                factors.save_pretrained(self.directory / f"factors-{step}")
+            spectrum_log.append(self.directory, record)
+        except CurvfastError as error:
+            # A training that has run for days is worth more than one line of its log.
+            if not self._measured:
+                raise
+            warnings.warn(
+                f"the curvature at step {step} is not in {str(self.directory)!r}: {error}",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        self._measured = True
+
+
+def _refuse(args: Any, model: nn.Module, config: CollectConfig) -> None:
+    """Raise where hooks would see nothing, or something else than the summed loss."""
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
+    if args.torch_compile or dynamo != "no" or compiled or hasattr(model, "_orig_mod"):
+        raise InputError(
+            "the model is compiled by torch.compile, which ignores hooks that are registered "
+            "later; a CurvatureCallback's come and go, so it would see nothing. Leave "
+            "torch_compile off, or measure checkpoints, uncompiled, with curvfast.collect_from()"
+        )
+    if args.n_gpu > 1:
+        raise InputError(
+            f"the Trainer spreads the model over {args.n_gpu} GPUs by torch.nn.DataParallel, whose "
+            "replicas carry no name; launch one process for each GPU by torchrun, or make one "
+            "visible by CUDA_VISIBLE_DEVICES"
+        )
+    if args.label_smoothing_factor and config.loss_scale is None:
+        raise InputError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: the Trainer makes the smoothed "
+            "loss outside the model, so its scale cannot be read there; pass loss_scale=1.0, G "
+            "being then of the smoothed loss, or train without smoothing"
+        )
+
+
+def _caller() -> FrameType:
+    """Return the frame of the training loop: what called transformers' handler of callbacks."""
+    frame = sys._getframe(1)
+    inside = (__name__, "transformers.trainer_callback")
+    while frame.f_globals.get("__name__") in inside and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _runs(loop: FrameType) -> bool:
+    """Say whether what calls is called by ``loop``, not by what came after it was left."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not loop:
+        frame = frame.f_back
+    return frame is not None
