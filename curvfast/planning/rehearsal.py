@@ -103,6 +103,7 @@ def rehearse(
         scratch.add(g)
 
     capture = Capture(layers, lambda: batch, on_arrival, on_input, share_inputs=True, driven=True)
+    capture.attach()
     try:
         with MetaAnswers(), count, live, torch.enable_grad():
             output = model(**arguments)
