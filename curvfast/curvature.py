@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.accumulate import factor_bytes, sum_bytes
-from curvfast.capture import Arrival, Calls, Capture, outside_graphs
+from curvfast.adapters import outside_graphs
+from curvfast.capture import Arrival, Calls, Capture
 from curvfast.config import CollectConfig
 from curvfast.core.factors import Factors
 from curvfast.coverage import Coverage, describe
-from curvfast.diagnosis import require_rows, warn_few_rows
+from curvfast.diagnosis import require_rows, unrouted, warn_few_rows, warn_unrouted
 from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, select
 from curvfast.provenance import is_causal_lm, model_facts
@@ -41,13 +42,18 @@ class Curvature:
         grad_scaler: torch.amp.GradScaler | None = None,
         driven: bool = False,
         halves: bool = False,
+        one_of_many: bool = False,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Register the hooks; :func:`collect` describes the arguments."""
+        """Register the hooks; :func:`collect` describes the arguments.
+
+        With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
+        """
         self._model = model
         self._config = config
         self._rule = rows
         self._grad_scaler = grad_scaler
+        self._one_of_many = one_of_many
         self._facts = dict(facts or {})
         part = config.rows_per_step
         self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
@@ -109,13 +115,15 @@ class Curvature:
     def coverage(self) -> Coverage:
         """Return which parameters are covered, by how many rows, and why the others are not."""
         rows = {name: self._sums.rows(name)[1] for name in self._layers}
-        return describe(self._model, self._layers, rows, sum_bytes(self._layers))
+        idle = unrouted(self._layers, self._sums, self._capture.calls, self._skipped)
+        return describe(self._model, self._layers, rows, idle, sum_bytes(self._layers))
 
     def factors(self) -> Factors:
         """Return the factors of everything summed so far.
 
         Returns:
             A snapshot while collecting; after the ``with`` block, the same object on every call.
+            Experts that no counted token was routed to are left out, with a warning.
 
         Raises:
             CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
@@ -123,7 +131,12 @@ class Curvature:
         """
         if self._result is not None:
             return self._result
-        require_rows(self._layers, self._sums, self._capture.calls, self._skipped)
+        idle = unrouted(self._layers, self._sums, self._capture.calls, self._skipped)
+        required = [name for name in self._layers if name not in idle]
+        if not required and not self._one_of_many:
+            required = list(self._layers)
+        require_rows(required, self._sums, self._capture.calls, self._skipped)
+        warn_unrouted(idle)
         layers = self._sums.factors()
         warn_few_rows(layers)
         provenance = {
@@ -131,6 +144,7 @@ class Curvature:
             "collect": {**self._config.to_dict(), "skip_last": self._skip_last},
             **self._facts,
             "coverage": self.coverage().to_dict(),
+            "unrouted": idle,
         }
         factors = Factors(layers, provenance)
         if not self._active:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.projection import project, work
 from curvfast.core.selection import Mask, Selection, Staircase
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
-from curvfast.layers import LayerSpec, LinearLayer, linear_layers, matches
+from curvfast.layers import LayerSpec, linear_layers, matches
 
 DEFAULT_MASS = 0.6
 
@@ -99,7 +100,8 @@ def edit(
         Pairs, mass, relative change and seconds of each layer.
 
     Raises:
-        InputError: If a rule is out of range or more than one is given.
+        InputError: If a rule is out of range or more than one is given, or a weight is stored
+            quantised.
         BasisMismatch: If the basis is of another model.
         LayerNotFound: If ``layers`` matches nothing in the basis.
     """
@@ -137,13 +139,13 @@ def edited(
         LayerNotFound: As in :func:`edit`.
     """
     plan = _plan(model, basis, mass, layers, fraction, pairs, selection)
-    saved = [(layer.parameter, layer.parameter.detach().clone()) for layer, _, _ in plan]
+    saved = [(layer, layer.stored().clone()) for layer, _, _ in plan]
     try:
         yield _apply(plan)
     finally:
         with torch.no_grad():
-            for parameter, original in saved:
-                parameter.copy_(original)
+            for layer, original in saved:
+                layer.stored().copy_(original)
 
 
 _Plan = list[tuple[LinearLayer, Eigenbasis, Staircase | Mask]]
@@ -168,6 +170,7 @@ def _plan(
             mass = DEFAULT_MASS
         selection = part.keep(mass=mass, fraction=fraction, pairs=pairs)
     for name, layer in chosen.items():
+        layer.require_writable()
         if name not in selection:
             raise LayerNotFound(
                 f"selection= says nothing about layer {name!r}; add it, or pass layers="
@@ -192,7 +195,7 @@ def _choose(
             f"{type(model).__name__} lacks; it was measured on another model, or on one with other "
             "names (a wrapper around it?)"
         )
-    chosen = {n: there[n] for n in basis if layers is None or matches(layers, n, there[n].module)}
+    chosen = {n: there[n] for n in basis if layers is None or matches(layers, there[n])}
     if not chosen:
         raise LayerNotFound(
             f"layers={layers!r} matches none of the basis's layers: "
@@ -214,7 +217,9 @@ def _apply(plan: _Plan) -> EditReport:
     for layer, basis, kept in plan:
         started = time.perf_counter()
         weight = layer.matrix()
-        change = _write(weight, project(weight, basis[layer.name], kept))
+        new = project(weight, basis[layer.name], kept)
+        change = _relative_change(weight, new)
+        layer.write(new)
         total += weight.numel()
         seconds = time.perf_counter() - started
         reports.append(
@@ -226,9 +231,7 @@ def _apply(plan: _Plan) -> EditReport:
     return EditReport(tuple(reports), total)
 
 
-def _write(weight: Tensor, new: Tensor) -> float:
+def _relative_change(weight: Tensor, new: Tensor) -> float:
     before = weight.to(new.dtype)
     scale = before.norm().clamp_min(torch.finfo(new.dtype).tiny)
-    change = float((new - before).norm() / scale)
-    weight.copy_(new)
-    return change
+    return float((new - before).norm() / scale)

@@ -63,6 +63,13 @@ FLOORS = [
         "core.projection",
     ],
     [
+        "adapters.layer",
+        "adapters.linear",
+        "adapters.patches",
+        "adapters.experts",
+        "adapters.refusals",
+        "adapters.routing",
+        "adapters",
         "layers",
         "rows",
         "thinning",
