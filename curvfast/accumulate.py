@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from curvfast import ops
+from curvfast.adapters import LinearLayer
 from curvfast.capture import SharedInput
-from curvfast.layers import LinearLayer
 from curvfast.ops import MomentRequest, TriangularSum
 from curvfast.placement import Placement
-from curvfast.rows import Batch, Rows
+from curvfast.rows import Batch, Routed, Rows
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Accumulator:
         self.inputs: dict[str, Moment] = {}
         self.gradients: dict[str, Moment] = {}
 
-    def add_input(self, name: str, batch: Batch, shared: SharedInput, x: Tensor) -> None:
+    def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
         """Add the rows of an input x [..., d_in] to the A of every layer that read it.
 
         Args:
@@ -103,7 +103,7 @@ class Accumulator:
         for moment in self._moments_of(shared.readers, self._layers[name].d_in, x.device):
             self._add(moment, x, rows, 1.0)
 
-    def add_gradient(self, name: str, batch: Batch, g: Tensor, unit: float) -> None:
+    def add_gradient(self, name: str, batch: Batch | Routed, g: Tensor, unit: float) -> None:
         """Add the rows of an output gradient g [..., d_out] to the G of its layer.
 
         Args:

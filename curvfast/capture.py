@@ -9,7 +9,6 @@ is known to run once and to be followed by its backward, is a counted at once an
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
+from curvfast.adapters import LinearLayer, Part, Product, Removable, watch
 from curvfast.errors import CoverageError
-from curvfast.layers import LinearLayer
-from curvfast.rows import Batch
+from curvfast.rows import Batch, Routed
 
 
 @dataclass(eq=False)
@@ -40,7 +38,7 @@ class Arrival:
     """One call of one layer, complete: its input and the gradient of its output."""
 
     layer: str
-    batch: Batch
+    batch: Batch | Routed
     shared: SharedInput
     x: Tensor | None
     """[..., d_in]; None if it was counted in the forward"""
@@ -55,6 +53,8 @@ class Calls:
     forward: int = 0
     without_grad: int = 0
     gradients: int = 0
+    resting: int = 0
+    """Forwards of an expert's module that routed nothing to it."""
 
 
 class _Keep(torch.autograd.Function):
@@ -73,10 +73,34 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("the kept tensor is read, never differentiated")
 
 
-def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
-    """Return ``hook``, kept out of compiled graphs where there can be any."""
-    # torch.compiler.disable loads the compiler, tens of megabytes, so only beside a compiled model.
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+class _Start(torch.autograd.Function):
+    """Where the backward of a driven pass ends: a copy, which may be modified in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What one layer has of one product."""
+
+    layer: LinearLayer
+    rows: slice | Tensor | None
+    batch: Batch | Routed
+    shared: SharedInput
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return self.layer.inputs(x) if self.rows is None else _take(x, self.layer.d_in, self.rows)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        if self.rows is None:
+            return self.layer.gradients(g)
+        return _take(g, self.layer.d_out, self.rows)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -88,11 +112,9 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @dataclass
 class _Call:
-    """What the forward of a layer leaves for its gradient."""
+    """What the forward of one product leaves for its gradient."""
 
-    layer: str
-    batch: Batch
-    shared: SharedInput
+    pieces: list[_Piece]
     kept: Any
     """The autograd node that keeps the input; None once it was read, or in a driven pass."""
     done: bool = False
@@ -106,7 +128,7 @@ class Capture:
         layers: dict[str, LinearLayer],
         current_batch: Callable[[], Batch],
         on_arrival: Callable[[Arrival], None],
-        on_input: Callable[[str, Batch, SharedInput, Tensor], None],
+        on_input: Callable[[str, Batch | Routed, SharedInput, Tensor], None],
         *,
         share_inputs: bool,
         driven: bool,
@@ -120,25 +142,23 @@ class Capture:
             on_input: Called with (layer, batch, shared, x) in the forward of a driven pass.
             share_inputs: Whether layers that read one tensor are told so.
             driven: Whether each forward runs once and its backward follows. Inputs are then counted
-                in the forward, and an output without gradient becomes the leaf at which the
-                backward ends: nothing below the first layer of a frozen model needs one.
+                in the forward, and an output without gradient becomes the place where the backward
+                ends: nothing below the first layer of a frozen model needs one.
         """
         self.calls = {name: Calls() for name in layers}
+        self._layers = layers
         self._current_batch = current_batch
         self._on_arrival = on_arrival
         self._on_input = on_input
         self._share_inputs = share_inputs
         self._driven = driven
         self._seen: list[tuple[weakref.ref[Tensor], tuple[Any, ...], SharedInput]] = []
-        self._pending: tuple[str, Batch, SharedInput, Tensor, int] | None = None
-        self._layers = layers
-        self._handles: list[RemovableHandle] = []
+        self._pending: tuple[_Piece, Tensor, int] | None = None
+        self._handles: list[Removable] = []
 
     def attach(self) -> None:
         """Put the hooks on."""
-        for name, layer in self._layers.items():
-            hook = outside_graphs(partial(self._after_forward, name))
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        self._handles = watch(self._layers.values(), self)
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -156,44 +176,77 @@ class Capture:
         """Count the input last read in a driven pass: its readers are known now."""
         if self._pending is None:
             return
-        (name, batch, shared, x, version), self._pending = self._pending, None
+        (piece, x, version), self._pending = self._pending, None
         if x._version != version:
             raise CoverageError(
-                f"the input of {name!r} was modified in place before it was counted; leave the "
-                "layer out, or make the operation after it out of place"
+                f"the input of {piece.layer.name!r} was modified in place before it was counted; "
+                "leave the layer out, or make the operation after it out of place"
             )
-        shared.added = True
-        with torch.no_grad(), _no_autocast(x.device):
-            self._on_input(name, batch, shared, x)
+        self._count(piece, x)
 
-    def _after_forward(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-    ) -> None:
+    def idle(self) -> bool:
+        """Say whether the batch of a forward running now is not counted."""
+        return self._current_batch().idle
+
+    def rest(self, layer: str) -> None:
+        """Note that a forward routed nothing to an expert."""
+        self.calls[layer].resting += 1
+
+    def see(self, product: Product) -> Tensor:
+        """Note one product; return its output, the start of the graph if nothing before it was."""
+        x, y = product.x, product.y
         batch = self._current_batch()
         if batch.idle:
-            return
-        calls = self.calls[name]
-        calls.forward += 1
-        if not torch.is_grad_enabled() or not (y.requires_grad or self._driven):
-            calls.without_grad += 1
-            return
+            return y
+        blind = not torch.is_grad_enabled() or not (y.requires_grad or self._driven)
+        for part in product.parts:
+            calls = self.calls[part.layer]
+            calls.forward += 1
+            calls.without_grad += blind
+        if blind:
+            return y
         if not y.requires_grad:
-            y.requires_grad_()
-        x = args[0] if args else kwargs["input"]
-        shared = self._shared(name, x, batch)
+            anchor = torch.empty(0, device=y.device, requires_grad=True)
+            y = _Start.apply(anchor, y)  # type: ignore[no-untyped-call]
+        pieces = [self._piece(part, x, batch) for part in product.parts]
         kept = None
-        if not self._driven:
+        if self._driven:
+            self._read(pieces, x)
+        else:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
             kept = _Keep.apply(anchor, x.detach()).grad_fn  # type: ignore[no-untyped-call]
-        elif self._pending is None or self._pending[2] is not shared:
-            self.flush()
-            self._pending = (name, batch, shared, x.detach(), x._version)
-        y.register_hook(partial(self._on_gradient, _Call(name, batch, shared, kept)))
+        y.register_hook(partial(self._on_gradient, _Call(pieces, kept)))
+        return y
+
+    def _piece(self, part: Part, x: Tensor, batch: Batch) -> _Piece:
+        layer = self._layers[part.layer]
+        if part.positions is None or part.of is None:
+            return _Piece(layer, part.rows, batch, self._shared(layer, x, batch))
+        routed = Routed(batch, part.positions, part.of)
+        return _Piece(layer, part.rows, routed, SharedInput({part.layer}))
+
+    def _read(self, pieces: list[_Piece], x: Tensor) -> None:
+        """Count the input of a driven pass: at once, or when it is known who else reads it."""
+        first = pieces[0]
+        if self._pending is not None and self._pending[0].shared is first.shared:
+            return
+        self.flush()
+        if isinstance(first.batch, Batch):
+            self._pending = (first, x.detach(), x._version)
+            return
+        for piece in pieces:
+            self._count(piece, x.detach())
+
+    def _count(self, piece: _Piece, x: Tensor) -> None:
+        piece.shared.added = True
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self._on_input(piece.layer.name, piece.batch, piece.shared, piece.inputs(x))
 
     def _on_gradient(self, call: _Call, g: Tensor) -> None:
+        name = call.pieces[0].layer.name
         if call.done:
             raise CoverageError(
-                f"a second backward ran through one forward of {call.layer!r} (retain_graph=True), "
+                f"a second backward ran through one forward of {name!r} (retain_graph=True), "
                 "which would count its rows twice; sum the losses and run one backward"
             )
         x = None
@@ -202,23 +255,27 @@ class Capture:
                 (x,) = call.kept.saved_tensors
             except RuntimeError as error:
                 raise CoverageError(
-                    f"the input of {call.layer!r} is gone when its gradient arrives: {error}. The "
+                    f"the input of {name!r} is gone when its gradient arrives: {error}. The "
                     "likely cause is an in-place operation on the tensor the layer read; leave the "
                     "layer out"
                 ) from error
         # The graph may outlive the backward in the caller's loss: hold nothing through it.
         call.kept, call.done = None, True
-        self.calls[call.layer].gradients += 1
         with torch.no_grad(), _no_autocast(g.device):
-            self._on_arrival(Arrival(call.layer, call.batch, call.shared, x, g))
+            for piece in call.pieces:
+                self.calls[piece.layer.name].gradients += 1
+                inputs = None if x is None else piece.inputs(x)
+                own = piece.gradients(g)
+                self._on_arrival(Arrival(piece.layer.name, piece.batch, piece.shared, inputs, own))
 
-    def _shared(self, name: str, x: Tensor, batch: Batch) -> SharedInput:
+    def _shared(self, layer: LinearLayer, x: Tensor, batch: Batch) -> SharedInput:
         """Return the record of the tensor this call reads: one for all layers that read it."""
+        name = layer.name
         if not self._share_inputs:
             return SharedInput({name})
         # The storage, not its address: on the meta device every address is 0.
         place = (x.untyped_storage()._cdata, x.storage_offset())
-        identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch)
+        identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch, layer.reading)
         # A tensor still alive cannot have lent its memory to another: equal identity is equal data.
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for _, known, shared in self._seen:
@@ -228,6 +285,11 @@ class Capture:
         shared = SharedInput({name})
         self._seen.append((weakref.ref(x), identity, shared))
         return shared
+
+
+def _take(x: Tensor, width: int, rows: slice | Tensor) -> Tensor:
+    flat = x.reshape(-1, width)
+    return flat[rows] if isinstance(rows, slice) else flat[rows.to(x.device)]
 
 
 def _nothing_more(*_: object) -> None:

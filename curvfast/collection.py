@@ -45,6 +45,7 @@ def collect(
         model: The module the loop calls; its ``attention_mask`` and ``labels`` are read from the
             call.
         layers: ``"mlp"``, ``"attention"``, ``"all"``, one or more globs on names, or a predicate.
+            Of a mixture every expert is one: ``model.layers.0.mlp.experts.3.down_proj``.
         loss_reduction: ``"mean"`` if the loss is averaged over its labels, ``"sum"`` if summed. G
             is always of the *summed* loss.
         loss_scale: Any further factor of the loss, such as 1/n under gradient accumulation. None
@@ -54,7 +55,8 @@ def collect(
         skip_last: Whether the last real position of each sequence is left out (no label scores it);
             None means: for causal language models.
         rows: ``(layer name, leading shape) -> bool tensor``, replaces both rules for what else
-            counts, such as the CLS token of a vision transformer.
+            counts, such as the CLS token of a vision transformer. For an expert the shape is that
+            of all tokens, and those count that were routed to it too.
         share_inputs: Whether layers fed by one tensor share one A.
         spill_every: After so many calls of a layer its float32 sum moves into a float64 one: for
             millions of rows, at three times the memory. None keeps float32.
@@ -74,7 +76,9 @@ def collect(
         The measurement: ``factors()``, ``coverage()``, ``mask()``, ``labels()``.
 
     Raises:
-        LayerNotFound: If ``layers`` matches nothing, or a layer with a tied weight.
+        LayerNotFound: If ``layers`` matches nothing, names what is not supported (the message says
+            why), or a layer with a tied weight.
+        CoverageError: In a forward, if the products of a mixture's experts cannot be followed.
         InputError: If an argument is out of range.
     """
     config = CollectConfig(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from curvfast.layers import LinearLayer, bare_name, kind, linear_layers
+from curvfast.adapters import LinearLayer, refusal
+from curvfast.layers import LEFT_OUT, bare_name, linear_layers
+
+_NOT_CHOSEN = "not chosen by layers="
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Coverage:
     """What was measured and what was not."""
 
     covered: dict[str, int]
-    """Weights with factors: parameter name -> rows counted so far."""
+    """Weights with factors: parameter name, or layer name of an expert -> rows counted so far."""
     uncovered: dict[str, str]
     """Every other parameter: name -> reason."""
     fraction: float
@@ -43,12 +47,29 @@ class Coverage:
 
 
 def describe(
-    model: nn.Module, chosen: dict[str, LinearLayer], rows: dict[str, int], sum_bytes: int
+    model: nn.Module,
+    chosen: Mapping[str, LinearLayer],
+    rows: Mapping[str, int],
+    unrouted: Collection[str],
+    sum_bytes: int,
 ) -> Coverage:
-    """Return the coverage of ``chosen`` layers, ``rows`` of which were counted."""
-    supported = linear_layers(model)
-    by_parameter = {id(layer.parameter): name for name, layer in chosen.items()}
-    covered, uncovered = {}, {}
+    """Return the coverage of ``chosen`` layers.
+
+    A stacked parameter of experts counts as one, by its own name, if no expert of it was chosen,
+    and otherwise expert by expert, by the names of the layers.
+
+    Args:
+        model: The model.
+        chosen: Layers by name.
+        rows: How many rows of each were counted.
+        unrouted: Those that no counted token was routed to.
+        sum_bytes: An upper bound for all sums.
+    """
+    supported: dict[int, list[LinearLayer]] = {}
+    for layer in linear_layers(model).values():
+        supported.setdefault(id(layer.parameter), []).append(layer)
+    covered: dict[str, int] = {}
+    uncovered: dict[str, str] = {}
     seen: set[int] = set()
     inside = total = 0
     for full_name, module in model.named_modules():
@@ -60,23 +81,26 @@ def describe(
                 continue
             seen.add(id(parameter))
             total += parameter.numel()
-            if id(parameter) in by_parameter:
-                covered[name] = rows.get(by_parameter[id(parameter)], 0)
-                inside += parameter.numel()
-            else:
-                uncovered[name] = _reason(owner, leaf, module, owner in supported)
+            layers = [x for x in supported.get(id(parameter), []) if x.module is module]
+            if not any(layer.name in chosen for layer in layers):
+                uncovered[name] = _reason(leaf, module, layers)
+                continue
+            for layer in layers:
+                own = name if len(layers) == 1 else layer.name
+                if layer.name not in chosen:
+                    uncovered[own] = _NOT_CHOSEN
+                elif layer.name in unrouted:
+                    uncovered[own] = "no counted token was routed to this expert"
+                else:
+                    covered[own] = rows.get(layer.name, 0)
+                    inside += parameter.numel() // len(layers)
     return Coverage(covered, uncovered, inside / max(1, total), sum_bytes)
 
 
-def _reason(owner: str, leaf: str, module: nn.Module, supported: bool) -> str:
-    if supported and leaf != "bias":
-        if kind(owner) == "head":
-            return "output head: left out unless named in layers="
-        return "not chosen by layers="
-    if leaf == "bias":
+def _reason(leaf: str, module: nn.Module, layers: list[LinearLayer]) -> str:
+    if layers:
+        left_out = LEFT_OUT.get(layers[0].kind)
+        return f"{left_out}: left out unless named in layers=" if left_out else _NOT_CHOSEN
+    if leaf.endswith("bias"):
         return "bias: edits leave it untouched"
-    if isinstance(module, nn.Embedding):
-        return "embedding: no Kronecker factors"
-    if "norm" in type(module).__name__.lower():
-        return "normalisation: not a linear map"
-    return f"{type(module).__name__} is not supported"
+    return refusal(module)

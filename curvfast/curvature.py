@@ -16,16 +16,23 @@ from torch.utils.hooks import RemovableHandle
 
 from curvfast import distributed
 from curvfast.accumulate import factor_bytes, sum_bytes
-from curvfast.capture import Arrival, Calls, Capture, outside_graphs
+from curvfast.adapters import outside_graphs
+from curvfast.capture import Arrival, Calls, Capture
 from curvfast.config import CollectConfig
 from curvfast.core.factors import Factors
 from curvfast.coverage import Coverage, describe
-from curvfast.diagnosis import require_cuda, require_rows, warn_few_rows
+from curvfast.diagnosis import (
+    require_cuda,
+    require_rows,
+    unrouted,
+    warn_few_rows,
+    warn_unrouted,
+)
 from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, select
 from curvfast.own_loss import OwnLosses
 from curvfast.provenance import is_causal_lm, model_facts
-from curvfast.rows import Batch, RowRule, read_call
+from curvfast.rows import Batch, Routed, RowRule, output_tensors, read_call
 from curvfast.sums import Sums
 from curvfast.thinning import Thinning, nothing
 
@@ -46,13 +53,18 @@ class Curvature:
         driven: bool = False,
         halves: bool = False,
         group: distributed.Group = None,
+        one_of_many: bool = False,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Register the hooks; :func:`collect` describes the arguments."""
+        """Register the hooks; :func:`collect` describes the arguments.
+
+        With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
+        """
         self._model = model
         self._config = config
         self._rule = rows
         self._grad_scaler = grad_scaler
+        self._one_of_many = one_of_many
         self._facts = dict(facts or {})
         if config.streams == "overlap":
             require_cuda(model)
@@ -139,7 +151,8 @@ class Curvature:
     def coverage(self) -> Coverage:
         """Return which parameters are covered, by how many rows, and why the others are not."""
         rows = {name: self._sums.rows(name)[1] for name in self._layers}
-        return describe(self._model, self._layers, rows, sum_bytes(self._layers))
+        idle = unrouted(self._layers, self._sums, self._capture.calls, self._skipped)
+        return describe(self._model, self._layers, rows, idle, sum_bytes(self._layers))
 
     def factors(self) -> Factors:
         """Return the factors of everything summed so far, on all ranks together.
@@ -148,6 +161,7 @@ class Curvature:
 
         Returns:
             A snapshot while collecting; after the ``with`` block, the same object on every call.
+            Experts that no counted token was routed to are left out, with a warning.
 
         Raises:
             CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
@@ -157,7 +171,12 @@ class Curvature:
         if self._result is not None:
             return self._result
         sums = self._added_up(final=not self._active)
-        require_rows(self._layers, sums, self._capture.calls, self._skipped)
+        idle = unrouted(self._layers, sums, self._capture.calls, self._skipped)
+        required = [name for name in self._layers if name not in idle]
+        if not required and not self._one_of_many:
+            required = list(self._layers)
+        require_rows(required, sums, self._capture.calls, self._skipped)
+        warn_unrouted(idle)
         layers = sums.factors()
         warn_few_rows(layers)
         provenance = {
@@ -166,6 +185,7 @@ class Curvature:
             **self._facts,
             "ranks": self._ranks,
             "coverage": self.coverage().to_dict(),
+            "unrouted": idle,
         }
         factors = Factors(layers, provenance)
         if not self._active:
@@ -243,7 +263,7 @@ class Curvature:
             return
         if self._config.loss_scale is None and not batch.idle:
             self._losses.watch(batch, output)
-        for tensor in _output_tensors(output):
+        for tensor in output_tensors(output):
             if tensor.dim() and batch.predictions is None:
                 batch.predictions = tensor.shape[:-1]
             if tensor.requires_grad:
@@ -258,7 +278,8 @@ class Curvature:
 
     def _add(self, arrival: Arrival) -> None:
         overflowed = self._grad_scaler is not None and not torch.isfinite(arrival.g).all()
-        unit = math.inf if overflowed else self._unit(arrival.batch)
+        batch = arrival.batch.batch if isinstance(arrival.batch, Routed) else arrival.batch
+        unit = math.inf if overflowed else self._unit(batch)
         if not math.isfinite(unit):
             self._skipped[arrival.layer] += 1
             return
@@ -276,15 +297,3 @@ class Curvature:
         if self._grad_scaler is not None:
             unit /= self._grad_scaler.get_scale()
         return unit * batch.label_count() if mean else unit
-
-
-def _output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of a model's output, its logits or prediction first."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        first = [output["logits"]] if isinstance(output.get("logits"), Tensor) else []
-        return first + [v for v in output.values() if isinstance(v, Tensor)]
-    if isinstance(output, list | tuple):
-        return [v for v in output if isinstance(v, Tensor)]
-    return []

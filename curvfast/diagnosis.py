@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.capture import Calls
 from curvfast.core.factors import LayerFactors
 from curvfast.errors import CoverageError, InputError, NumericalWarning
@@ -58,6 +59,41 @@ def require_cuda(model: nn.Module) -> None:
         )
 
 
+def unrouted(
+    layers: Mapping[str, LinearLayer],
+    sums: Sums,
+    calls: Mapping[str, Calls],
+    skipped: Mapping[str, int],
+) -> list[str]:
+    """Return the experts whose module ran, and to which no token that counts was routed.
+
+    Args:
+        layers: The chosen layers.
+        sums: What was summed.
+        calls: How often each layer was seen.
+        skipped: How many gradients of each layer overflowed.
+    """
+    return [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, ExpertLayer)
+        and (calls[name].resting or calls[name].gradients)
+        and not any(sums.rows(name))
+        and not skipped[name]
+    ]
+
+
+def warn_unrouted(names: list[str]) -> None:
+    """Warn of experts that are left out because no counted token was routed to them."""
+    if names:
+        warnings.warn(
+            f"{len(names)} expert layer(s) are left out: no counted token was routed to them, so "
+            f"they have no factors; collect more data. {', '.join(names[:8])}",
+            NumericalWarning,
+            stacklevel=4,
+        )
+
+
 def warn_few_rows(layers: Mapping[str, LayerFactors]) -> None:
     """Warn of layers that saw fewer rows than they are wide: their factors lack rank."""
     few = [n for n, f in layers.items() if f.rows_g < max(len(f.a_sum), len(f.g_sum))]
@@ -72,6 +108,8 @@ def warn_few_rows(layers: Mapping[str, LayerFactors]) -> None:
 
 
 def _why_empty(calls: Calls, skipped: int) -> str:
+    if calls.resting and not calls.forward:
+        return "no token was routed to it"
     if not calls.forward:
         return (
             "its hook never fired. The model never called it, or was compiled before collect() "
@@ -84,6 +122,7 @@ def _why_empty(calls: Calls, skipped: int) -> str:
     if calls.forward == calls.without_grad:
         return (
             "its output never required a gradient: it ran under no_grad, or everything up to it is "
-            "frozen; use collect_from(), which needs no trainable parameter"
+            "frozen; use collect_from(), which needs no trainable parameter, or let the inputs "
+            "require a gradient (model.enable_input_require_grads())"
         )
     return "no gradient reached it: was backward() called inside the with block?"

@@ -148,14 +148,25 @@ def is_sharded_model(model: nn.Module) -> bool:
     return any(_is_sharded(parameter) for parameter in model.parameters())
 
 
-def refuse_layout(name: str, tensor: Tensor) -> None:
+def refuse_layout(name: str, tensor: Tensor, *, sliced: bool = False) -> None:
     """Raise unless a weight is whole, or sharded as data parallelism does.
 
+    Args:
+        name: For the message.
+        tensor: The parameter.
+        sliced: Whether only a slice of it is meant, as of one expert among many.
+
     Raises:
-        InputError: If it is not.
+        InputError: If it is laid out otherwise, or a slice of it is not on every rank.
     """
-    if _is_sharded(tensor):
-        _require_plain(tensor, name)
+    if not _is_sharded(tensor):
+        return
+    _require_plain(tensor, name)
+    if sliced:
+        raise InputError(
+            f"{name} is one expert's slice of a sharded parameter, which cannot be edited in "
+            "place: edit the model before fully_shard, or its gathered checkpoint"
+        )
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvfast.adapters import LinearLayer
 from curvfast.checkpoint import Checkpoint
 from curvfast.config import CollectConfig
 from curvfast.convergence import Converged
@@ -19,7 +20,7 @@ from curvfast.core.factors import Factors, LayerFactors
 from curvfast.curvature import Curvature
 from curvfast.distributed import group_of, local, rank_and_size
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec, LinearLayer, select
+from curvfast.layers import LayerSpec, select
 from curvfast.passes import Pass
 from curvfast.progress import Bar
 from curvfast.provenance import is_causal_lm, without_ddp
@@ -134,7 +135,7 @@ def collect_from(
         with frozen(model, keep_mode) as driven, Bar("collect", tokens, "label", progress) as bar:
             curvature = Curvature(
                 model, config, _these(chosen), rows=rows, driven=driven, halves=rule is not None,
-                group=ranks, facts=facts,
+                group=ranks, one_of_many=len(chunks) > 1, facts=facts,
             )  # fmt: skip
             try:
                 work = Pass(
@@ -191,7 +192,7 @@ def _checksum(layers: dict[str, LinearLayer]) -> int:
     """Return a checksum of the first numbers of each weight: of these weights, not others."""
     found = 0
     for layer in layers.values():
-        start = local(layer.parameter.detach()).flatten()[:256].float().cpu()
+        start = local(layer.stored()).flatten()[:256].float().cpu()
         found = zlib.crc32(start.numpy().tobytes(), found)
     return found
 
@@ -203,6 +204,7 @@ def _merged(results: list[Factors], batches: Any) -> Factors:
     provenance = dict(results[0].provenance)
     if len(results) > 1:
         provenance["passes"] = [dict(factors.provenance) for factors in results]
+        provenance["unrouted"] = [n for f in results for n in f.provenance["unrouted"]]
     describe = getattr(batches, "provenance", None)
     if callable(describe):
         provenance["data"] = describe()

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.projection import project, work
 from curvfast.core.selection import Mask, Selection, Staircase
-from curvfast.distributed import gathered, refuse_layout, write_
+from curvfast.distributed import refuse_layout
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
-from curvfast.layers import LayerSpec, LinearLayer, linear_layers, matches
+from curvfast.layers import LayerSpec, linear_layers, matches
 
 DEFAULT_MASS = 0.6
 
@@ -101,7 +102,8 @@ def edit(
         Pairs, mass, relative change and seconds of each layer.
 
     Raises:
-        InputError: If a rule is out of range or more than one is given.
+        InputError: If a rule is out of range or more than one is given, or a weight is stored
+            quantised.
         BasisMismatch: If the basis is of another model.
         LayerNotFound: If ``layers`` matches nothing in the basis.
     """
@@ -139,13 +141,13 @@ def edited(
         LayerNotFound: As in :func:`edit`.
     """
     plan = _plan(model, basis, mass, layers, fraction, pairs, selection)
-    saved = [(layer.parameter, layer.parameter.detach().clone()) for layer, _, _ in plan]
+    saved = [(layer, layer.stored().clone()) for layer, _, _ in plan]
     try:
         yield _apply(plan)
     finally:
         with torch.no_grad():
-            for parameter, original in saved:
-                parameter.copy_(original)
+            for layer, original in saved:
+                layer.stored().copy_(original)
 
 
 _Plan = list[tuple[LinearLayer, Eigenbasis, Staircase | Mask]]
@@ -170,6 +172,7 @@ def _plan(
             mass = DEFAULT_MASS
         selection = part.keep(mass=mass, fraction=fraction, pairs=pairs)
     for name, layer in chosen.items():
+        layer.require_writable()
         if name not in selection:
             raise LayerNotFound(
                 f"selection= says nothing about layer {name!r}; add it, or pass layers="
@@ -180,7 +183,8 @@ def _plan(
                 f"{(layer.d_out, layer.d_in)}"
             )
         part[name].require(name, selection[name])
-        refuse_layout(f"the weight of layer {name!r}", layer.parameter)
+        sliced = isinstance(layer, ExpertLayer)
+        refuse_layout(f"the weight of layer {name!r}", layer.parameter, sliced=sliced)
     return [(layer, part, selection[name]) for name, layer in chosen.items()]
 
 
@@ -195,7 +199,7 @@ def _choose(
             f"{type(model).__name__} lacks; it was measured on another model, or on one with other "
             "names (a wrapper around it?)"
         )
-    chosen = {n: there[n] for n in basis if layers is None or matches(layers, n, there[n].module)}
+    chosen = {n: there[n] for n in basis if layers is None or matches(layers, there[n])}
     if not chosen:
         raise LayerNotFound(
             f"layers={layers!r} matches none of the basis's layers: "
@@ -216,11 +220,10 @@ def _apply(plan: _Plan) -> EditReport:
     total = 0
     for layer, basis, kept in plan:
         started = time.perf_counter()
-        weight = gathered(layer.parameter.detach())
-        weight = weight.T if layer.transposed else weight
+        weight = layer.matrix()
         new = project(weight, basis[layer.name], kept)
         change = relative_change(weight, new)
-        write_(layer.parameter.detach(), new.T if layer.transposed else new)
+        layer.write(new)
         total += weight.numel()
         seconds = time.perf_counter() - started
         reports.append(

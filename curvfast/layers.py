@@ -1,64 +1,64 @@
 """Which linear layers of a model are meant, by kind, by name or by predicate.
 
-Names are those of ``model.named_modules()`` less the wrappers of ``torch.compile`` and
-``DistributedDataParallel``, so factors measured on a wrapped model fit the bare one.
+Names are those of ``model.named_modules()`` less the wrappers of ``torch.compile``,
+``DistributedDataParallel`` and PEFT, so factors measured on a wrapped model fit the bare one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from curvfast.adapters import LinearLayer, layers_of, refusal
 from curvfast.errors import LayerNotFound
 
 LayerSpec = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 KINDS = ("mlp", "attention", "all")
+LEFT_OUT = {
+    "head": "output head",
+    "router": "router of a mixture of experts",
+    "adapter": "adapter of a PEFT wrapper",
+}
+"""Kinds that none of :data:`KINDS` takes."""
 _ATTENTION = ("attn", "attention")
-_MLP = ("mlp", "ffn", "feed_forward", "feedforward", "fc1", "fc2", "intermediate", "output")
+_MLP = (
+    "mlp", "ffn", "feed_forward", "feedforward", "experts", "fc1", "fc2", "intermediate", "output"
+)  # fmt: skip
 _HEADS = ("lm_head", "embed_out", "classifier", "score", "cls", "qa_outputs", "head")
-_WRAPPERS = ("module", "_orig_mod")
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """A linear map of the model: y = x Wᵀ + b with W [d_out, d_in]."""
-
-    name: str
-    module: nn.Module
-    d_in: int
-    d_out: int
-    transposed: bool
-    """True for Conv1D of GPT-2, which stores W as [d_in, d_out]."""
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as the module stores it."""
-        return self.module.weight  # type: ignore[return-value]
-
-    def matrix(self) -> Tensor:
-        """The weight as W [d_out, d_in], a view without gradient."""
-        weight = self.parameter.detach()
-        return weight.T if self.transposed else weight
+_WRAPPERS = ("module", "_orig_mod", "base_layer")
+_PEFT = ["base_model", "model"]
+_ROUTER = re.compile(r"gate|router|\w*expert\w*gate")
 
 
 def bare_name(name: str) -> str:
     """Return a module or parameter name without the components that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(parts[2:] if parts[:2] == _PEFT else parts)
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     """Return every supported linear layer of ``model`` by bare name, in module order."""
+    modules = dict(model.named_modules())
     found = {}
-    for full_name, module in model.named_modules():
-        name = bare_name(full_name)
-        layer = _as_linear(name, module)
-        if layer is not None:
-            found[name] = layer
+    for full_name, module in modules.items():
+        for layer in layers_of(bare_name(full_name), module):
+            found[layer.name] = replace(layer, kind=_kind(layer.name, full_name, modules))
     return found
+
+
+def refused_modules(model: nn.Module) -> dict[str, str]:
+    """Return every module with parameters of its own that is no linear layer: name -> reason."""
+    return {
+        bare_name(full_name): refusal(module)
+        for full_name, module in model.named_modules()
+        if (module._parameters or is_parametrized(module)) and not layers_of("", module)
+    }
 
 
 def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
@@ -66,40 +66,49 @@ def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
 
     Args:
         model: Any module.
-        spec: ``"mlp"``, ``"attention"`` or ``"all"`` (none of which takes output heads); a glob or
-            several on layer names; or a predicate ``(name, module) -> bool``.
+        spec: ``"mlp"``, ``"attention"`` or ``"all"`` (none of which takes output heads, routers,
+            or the adapters of PEFT); a glob or several on layer names; or a predicate
+            ``(name, module) -> bool``.
 
     Returns:
         Layers by name, in module order.
 
     Raises:
-        LayerNotFound: If nothing matches (the message lists what there is), or a chosen layer
-            shares its weight with another module.
+        LayerNotFound: If nothing matches (the message lists what there is), a name or glob means
+            nothing but modules that are not supported (it says why), or a chosen layer shares its
+            weight with another module.
     """
     available = linear_layers(model)
-    chosen = {name: layer for name, layer in available.items() if matches(spec, name, layer.module)}
+    chosen = {name: layer for name, layer in available.items() if matches(spec, layer)}
+    refused = refused_modules(model)
+    _refuse_unsupported(spec, available, refused)
     if not chosen:
-        listing = "\n  ".join(available) or "(none: the model has no nn.Linear or Conv1D)"
+        listing = "\n  ".join(available) or "(none)"
+        others = "\n  ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise LayerNotFound(
             f"layers={spec!r} matches no linear layer of this {type(model).__name__}; pass "
             f"{', '.join(map(repr, KINDS))}, a glob such as '*.mlp.*', or a predicate. "
-            f"Its linear layers are:\n  {listing}"
+            f"Its linear layers are:\n  {listing}\nNot supported are:\n  {others or '(none)'}"
         )
     _refuse_tied(model, chosen)
     return chosen
 
 
-def matches(spec: LayerSpec, name: str, module: nn.Module | None = None) -> bool:
-    """Say whether ``spec`` means the layer called ``name``."""
+def matches(spec: LayerSpec, layer: LinearLayer) -> bool:
+    """Say whether ``spec`` means ``layer``."""
     if callable(spec):
-        return bool(spec(name, module))  # type: ignore[arg-type]
+        return bool(spec(layer.name, layer.module))
+    return matches_name(spec, layer.name, layer.kind)
+
+
+def matches_name(spec: str | Iterable[str], name: str, of_kind: str | None = None) -> bool:
+    """Say whether ``spec`` means a layer of this name, and of this kind or the one it tells."""
     if isinstance(spec, str):
+        found = kind(name) if of_kind is None else of_kind
         if spec == "all":
-            return kind(name) != "head"
-        if spec in KINDS:
-            return kind(name) == spec
-        return fnmatchcase(name, spec)
-    return any(matches(pattern, name, module) for pattern in spec)
+            return found not in LEFT_OUT
+        return found == spec if spec in KINDS else fnmatchcase(name, spec)
+    return any(matches_name(pattern, name, of_kind) for pattern in spec)
 
 
 def kind(name: str) -> str:
@@ -114,34 +123,47 @@ def kind(name: str) -> str:
         return "head"
     if any(word in part for part in parts for word in _ATTENTION):
         return "attention"
-    if any(word in part for part in parts for word in _MLP[:4]) or any(p in _MLP for p in parts):
+    if any(word in part for part in parts for word in _MLP[:5]) or any(p in _MLP for p in parts):
         return "mlp"
     return "other"
 
 
-def _as_linear(name: str, module: nn.Module) -> LinearLayer | None:
-    if isinstance(module, nn.Linear):
-        shape = (module.out_features, module.in_features)
-        # Quantised subclasses pack their weight into another shape or dtype: not editable as W.
-        if module.weight.shape != shape or not module.weight.is_floating_point():
-            return None
-        return LinearLayer(name, module, shape[1], shape[0], transposed=False)
-    if any(f"{c.__module__}.{c.__name__}" == _CONV1D for c in type(module).__mro__):
-        d_in, d_out = module.weight.shape  # type: ignore[misc, union-attr, operator]
-        return LinearLayer(name, module, int(d_in), int(d_out), transposed=True)
-    return None
+def _kind(name: str, full_name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the kind of a layer from its name, and from what stands beside it on its path."""
+    parts = full_name.split(".")
+    for depth, part in enumerate(parts):
+        beside = modules[".".join(parts[:depth])]._modules
+        if "base_layer" in beside and part != "base_layer":
+            return "adapter"
+        if "experts" in beside and _ROUTER.fullmatch(part):
+            return "router"
+    return kind(name)
 
 
-_CONV1D = "transformers.pytorch_utils.Conv1D"
+def _refuse_unsupported(
+    spec: LayerSpec, available: Mapping[str, LinearLayer], refused: Mapping[str, str]
+) -> None:
+    if callable(spec):
+        return
+    for pattern in [spec] if isinstance(spec, str) else spec:
+        if pattern in KINDS or any(fnmatchcase(name, pattern) for name in available):
+            continue
+        meant = [f"{n!r}: {reason}" for n, reason in refused.items() if fnmatchcase(n, pattern)]
+        if meant:
+            raise LayerNotFound(
+                f"layers= has {pattern!r}, which means no supported layer:\n  " + "\n  ".join(meant)
+            )
 
 
 def _refuse_tied(model: nn.Module, chosen: Mapping[str, LinearLayer]) -> None:
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for full_name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(bare_name(full_name))
+            owners.setdefault(id(parameter), []).append((bare_name(full_name), module))
     for name, layer in chosen.items():
-        others = sorted(set(owners[id(layer.parameter)]) - {name})
+        others = sorted(
+            {owner for owner, module in owners[id(layer.parameter)] if module is not layer.module}
+        )
         if others:
             raise LayerNotFound(
                 f"layer {name!r} shares its weight with {', '.join(map(repr, others))}, so neither "

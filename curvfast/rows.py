@@ -61,6 +61,7 @@ class Batch:
     idle: bool = False
     """Whether nothing of it is counted."""
     _rows: dict[tuple[str | None, torch.Size], Rows] = field(default_factory=dict)
+    _keep: dict[tuple[str | None, torch.Size], Tensor | None] = field(default_factory=dict)
 
     def rows(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
         """Return the rows of layer ``name`` that count, its input being [*shape, features].
@@ -83,6 +84,29 @@ class Batch:
             sequences, length = grid[:-1].numel(), grid[-1]
             return Rows(None, sequences * (length - 1), kept=(sequences, length, length - 1))
         return _as_rows(name, self._real(name, shape), shape, device)
+
+    def rows_among(
+        self, name: str, shape: torch.Size, positions: Tensor, device: torch.device
+    ) -> Rows:
+        """Return which of the rows at ``positions`` count, of all that :meth:`rows` would count.
+
+        Args:
+            name: The layer.
+            shape: Leading shape of all positions.
+            positions: int64 on the CPU, [rows]: where each row stands in the flattened ``shape``.
+            device: Where the index is needed.
+
+        Raises:
+            ShapeError: If a mask is known and does not describe ``shape``.
+        """
+        key = (name if self.rule else None, shape)
+        if key not in self._keep:
+            keep = self.rule(name, shape) if self.rule else self._real(name, shape)
+            self._keep[key] = None if keep is None else _checked(name, keep, shape).cpu().flatten()
+        keep = self._keep[key]
+        own = None if keep is None else keep[positions]
+        found = _as_rows(name, own, positions.shape, device)
+        return self.thin(found, device) if self.thin else found
 
     def label_count(self) -> int:
         """Return how many labels a mean loss of this batch was divided by.
@@ -131,6 +155,41 @@ class Batch:
         return (drop_last(real) if self.skip_last else real).reshape(shape)
 
 
+@dataclass(eq=False)
+class Routed:
+    """The rows of a batch that a router sent to one expert, in one call of it."""
+
+    batch: Batch
+    positions: Tensor
+    """int64 on the CPU: where in the batch each row stands."""
+    of: torch.Size
+    """Leading shape of all positions."""
+    _rows: Rows | None = None
+
+    @property
+    def half(self) -> int:
+        """As of the batch."""
+        return self.batch.half
+
+    def label_count(self) -> int:
+        """As of the batch.
+
+        Raises:
+            InputError: As of the batch.
+        """
+        return self.batch.label_count()
+
+    def rows(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
+        """Return the rows that count; the same ones for inputs and for gradients.
+
+        Raises:
+            ShapeError: If a mask is known and does not describe the positions.
+        """
+        if self._rows is None:
+            self._rows = self.batch.rows_among(name, self.of, self.positions, device)
+        return self._rows
+
+
 def drop_last(real: Tensor) -> Tensor:
     """Return ``real`` [..., length] without the last real position of each sequence."""
     real_from_here = real.flip(-1).cumsum(-1).flip(-1)
@@ -177,12 +236,28 @@ def _targets(arguments: Mapping[str, Any], *, causal: bool) -> Tensor | None:
 def _as_rows(name: str, keep: Tensor | None, shape: torch.Size, device: torch.device) -> Rows:
     if keep is None:
         return Rows(None, shape.numel())
+    index = _checked(name, keep, shape).reshape(-1).nonzero().squeeze(1)
+    if index.shape[0] == keep.numel():
+        return Rows(None, keep.numel())
+    return Rows(index.to(device), index.shape[0])
+
+
+def _checked(name: str, keep: Tensor, shape: torch.Size) -> Tensor:
     if keep.shape != shape or keep.dtype != torch.bool:
         raise ShapeError(
             f"rows= returned a {keep.dtype} tensor {list(keep.shape)} for layer {name!r}; it must "
             f"be a bool tensor of the leading shape of its input, {list(shape)}"
         )
-    index = keep.reshape(-1).nonzero().squeeze(1)
-    if index.shape[0] == keep.numel():
-        return Rows(None, keep.numel())
-    return Rows(index.to(device), index.shape[0])
+    return keep
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, its logits or prediction first."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        first = [output["logits"]] if isinstance(output.get("logits"), Tensor) else []
+        return first + [v for v in output.values() if isinstance(v, Tensor)]
+    if isinstance(output, list | tuple):
+        return [v for v in output if isinstance(v, Tensor)]
+    return []

@@ -49,6 +49,9 @@ def run_step(
         gradient, count = sampled_gradient(logits, index, generator)
     else:
         gradient, count = label_gradient(logits, _gold(arguments, gold, logits, causal))
+    if not logits.requires_grad:
+        # Nothing that is measured was called: of some experts alone, none may get a token.
+        return count
     edge = get_gradient_edge(logits)
     # The backward needs the node, not the values: a vocabulary's worth of logits is freed first.
     del logits

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from curvfast import distributed
 from curvfast.accumulate import Accumulator, Moment
+from curvfast.adapters import LinearLayer
 from curvfast.capture import SharedInput
 from curvfast.config import CollectConfig
 from curvfast.core.factors import LayerFactors
-from curvfast.layers import LinearLayer
-from curvfast.rows import Batch
+from curvfast.rows import Batch, Routed
 
 
 class Sums:
@@ -33,11 +33,11 @@ class Sums:
             for _ in range(2 if halves else 1)
         ]
 
-    def add_input(self, name: str, batch: Batch, shared: SharedInput, x: Tensor) -> None:
+    def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
         """As of :class:`Accumulator`, to the part the batch belongs to."""
         self.parts[batch.half].add_input(name, batch, shared, x)
 
-    def add_gradient(self, name: str, batch: Batch, g: Tensor, unit: float) -> None:
+    def add_gradient(self, name: str, batch: Batch | Routed, g: Tensor, unit: float) -> None:
         """As of :class:`Accumulator`, to the part the batch belongs to."""
         self.parts[batch.half].add_gradient(name, batch, g, unit)
 
@@ -59,8 +59,8 @@ class Sums:
         found = {}
         for name in self._layers:
             a, g = _of(parts, name)
-            if a and g:
-                rows_a, rows_g = (sum(m.rows for m in moments) for moments in (a, g))
+            rows_a, rows_g = (sum(m.rows for m in moments) for moments in (a, g))
+            if rows_a and rows_g:
                 found[name] = LayerFactors(_total(a, dense), _total(g, dense), rows_a, rows_g)
         return found
 

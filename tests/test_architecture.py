@@ -69,6 +69,13 @@ FLOORS = [
         "core.spectrum",
     ],
     [
+        "adapters.layer",
+        "adapters.linear",
+        "adapters.patches",
+        "adapters.experts",
+        "adapters.refusals",
+        "adapters.routing",
+        "adapters",
         "layers",
         "rows",
         "own_loss",

@@ -14,9 +14,9 @@ from torch import nn
 import curvfast
 from curvfast import pending
 from curvfast.accumulate import Accumulator, Moment
+from curvfast.adapters import LinearLayer
 from curvfast.capture import SharedInput
 from curvfast.errors import CoverageError, InputError, LayerNotFound, NumericalWarning, ShapeError
-from curvfast.layers import LinearLayer
 from curvfast.ops import MomentRequest, TriangularSum
 from curvfast.rows import Batch, Rows
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import CASES, Case, keep_tokens, llama, token_batches, token_loss
-from oracle import brute_force, subspace_overlap
+from oracle import assert_equal_factors, brute_force
 
 import curvfast
 from curvfast.layers import select
@@ -24,29 +24,6 @@ def truth(case: Case, model, batches):
 
 def _double(batch):
     return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-
-
-def assert_equal_factors(factors, records) -> None:
-    assert set(factors) == set(records)
-    for name, record in records.items():
-        a, g, rows = record.moments()
-        assert factors[name].rows_a == factors[name].rows_g == rows
-        torch.testing.assert_close(factors[name].a_sum.double(), a, rtol=0, atol=1e-5 * a.norm())
-        torch.testing.assert_close(factors[name].g_sum.double(), g, rtol=0, atol=1e-5 * g.norm())
-        for mine, exact in ((factors[name].a_sum, a), (factors[name].g_sum, g)):
-            assert torch.equal(mine, mine.T)
-            assert (mine.double() - exact).norm() <= 1e-5 * exact.norm()
-            _assert_equal_spectra(mine, exact)
-
-
-def _assert_equal_spectra(mine, exact) -> None:
-    values, reference = (torch.linalg.eigvalsh(m.double()).flip(0) for m in (mine, exact))
-    top = reference > 1e-4 * reference[0]
-    assert (values[top] / reference[top] - 1).abs().max() <= 1e-3
-    # The leading subspace is compared where a gap in the spectrum defines it.
-    gaps = reference[:-1] / reference[1:].clamp_min(1e-30)
-    rank = int(gaps[: max(1, len(gaps) // 2)].argmax()) + 1
-    assert subspace_overlap(mine, exact, rank) >= 1 - 1e-6
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -137,14 +137,19 @@ def test_tensor_parallel_weights_are_refused_by_name() -> None:
     class Parallel:
         """Stands for a DTensor of tensor parallelism."""
 
-        def __init__(self) -> None:
+        def __init__(self, dim: int, name: str) -> None:
             from torch.distributed.tensor import Shard
 
-            self.placements, self.full_tensor = (Shard(1),), None
-            self.device_mesh = type("Mesh", (), {"mesh_dim_names": ("tp",)})()
+            self.placements, self.full_tensor = (Shard(dim),), None
+            self.device_mesh = type("Mesh", (), {"mesh_dim_names": (name,)})()
 
-    with pytest.raises(InputError, match=r"layer 'x' is laid out .* tensor parallelism is not"):
-        curvfast.distributed.refuse_layout("layer 'x'", Parallel())
+    refuse = curvfast.distributed.refuse_layout
+    for layout in ((1, "tp"), (0, "tp"), (1, "dp")):
+        with pytest.raises(InputError, match=r"layer 'x' is laid out .* tensor parallelism is not"):
+            refuse("layer 'x'", Parallel(*layout))
+    refuse("layer 'x'", Parallel(0, "dp"))
+    with pytest.raises(InputError, match="one expert's slice"):
+        refuse("layer 'x'", Parallel(0, "dp"), sliced=True)
 
 
 def test_without_torch_distributed_nothing_is_loaded_or_sent() -> None:

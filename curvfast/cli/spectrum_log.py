@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _chosen(records: list[SpectrumRecord], options: argparse.Namespace) -> list[SpectrumRecord]:
-    from curvfast.layers import matches
+    from curvfast.layers import matches_name
 
     if not records:
         raise InputError(
@@ -65,7 +65,7 @@ def _chosen(records: list[SpectrumRecord], options: argparse.Namespace) -> list[
         )
     chosen = []
     for record in records:
-        layers = {n: layer for n, layer in record.layers.items() if matches(options.layers, n)}
+        layers = {n: layer for n, layer in record.layers.items() if matches_name(options.layers, n)}
         if not layers:
             raise LayerNotFound(
                 f"--layers {options.layers!r} matches none of the logged layers: "

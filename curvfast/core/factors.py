@@ -88,14 +88,23 @@ class Factors(Mapping[str, LayerFactors]):
         """
         if not isinstance(other, Factors):
             return NotImplemented
-        if set(self) != set(other):
+        # An expert that no token of one side was routed to adds nothing there.
+        empty = {*self.provenance.get("unrouted", ()), *other.provenance.get("unrouted", ())}
+        differing = (set(self) ^ set(other)) - empty
+        if differing:
             raise InputError(
                 "only factors of the same layers can be added; these differ in: "
-                f"{', '.join(map(repr, sorted(set(self) ^ set(other))))}"
+                f"{', '.join(map(repr, sorted(differing)))}"
             )
         sums: dict[tuple[int, int], Tensor] = {}
-        merged = {name: _add(name, self[name], other[name], sums) for name in self}
-        return Factors(merged, {"merged": [dict(self.provenance), dict(other.provenance)]})
+        merged = {
+            name: _add(name, self[name], other[name], sums)
+            if name in self and name in other
+            else {**other.layers, **self.layers}[name]
+            for name in {**self.layers, **other.layers}
+        }
+        provenance = {"merged": [dict(self.provenance), dict(other.provenance)]}
+        return Factors(merged, {**provenance, "unrouted": sorted(empty - merged.keys())})
 
     @property
     def rows(self) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvfast.layers import LinearLayer, linear_layers
+from curvfast.adapters import LinearLayer
+from curvfast.layers import linear_layers
 from curvfast.planning.rehearsal import Rehearsal
 
 

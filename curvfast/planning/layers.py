@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from curvfast import ops
-from curvfast.layers import LinearLayer
+from curvfast.adapters import LinearLayer
 from curvfast.planning.flops import eigh_flops, moment_flops
 from curvfast.planning.rehearsal import Rehearsal
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.flop_counter import FlopCounterMode
 
+from curvfast.adapters import LinearLayer
 from curvfast.capture import Arrival, Capture, SharedInput
 from curvfast.errors import InputError
 from curvfast.fisher import sampled_gradient
-from curvfast.layers import LinearLayer
 from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
 from curvfast.planning.live import LiveBytes
 from curvfast.planning.scratch import Scratch
 from curvfast.planning.sharing import shared_inputs
 from curvfast.provenance import is_causal_lm
-from curvfast.rows import Batch, read_call
+from curvfast.rows import Batch, Routed, read_call
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ def rehearse(
     rows: dict[str, int] = {}
     reached: dict[str, int] = {}
 
-    def on_input(_name: str, _batch: Batch, shared: SharedInput, x: Tensor) -> None:
+    def on_input(_name: str, _batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
         readings.append(shared.readers)
         scratch.add(x)
 
     def on_arrival(arrival: Arrival) -> None:
         name, g = arrival.layer, arrival.g
-        rows[name] = rows.get(name, 0) + batch.rows(name, g.shape[:-1], g.device).count
+        rows[name] = rows.get(name, 0) + arrival.batch.rows(name, g.shape[:-1], g.device).count
         reached[name] = count.get_total_flops() - forward_flops
         scratch.add(g)
 

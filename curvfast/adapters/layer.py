@@ -1,0 +1,159 @@
+"""What layers of every family have in common: a linear map, and its calls as they are seen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from curvfast.distributed import gathered, write_
+from curvfast.errors import InputError
+
+PARAMETRISED = "parametrised: its weight is computed anew in every call, so no edit would last"
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear map of the model: y = x Wᵀ + b with W [d_out, d_in]."""
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    transposed: bool = False
+    """Whether the weight is stored as [d_in, d_out], as by Conv1D of GPT-2."""
+    leaf: str = "weight"
+    """The module's name for the parameter."""
+    kind: str = "other"
+    """``"mlp"``, ``"attention"``, or what is left out unless it is named."""
+    unwritable: str | None = None
+    """Why the weight cannot be edited, if it cannot."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight, as the module stores it."""
+        return getattr(self.module, self.leaf)  # type: ignore[no-any-return]
+
+    @property
+    def reading(self) -> Any:
+        """How inputs are read; layers that read one tensor alike share one A."""
+        return None
+
+    def stored(self) -> Tensor:
+        """Return the weight as it is stored, a view without gradient."""
+        return self.parameter.detach()
+
+    def matrix(self) -> Tensor:
+        """Return the weight as W [d_out, d_in] without gradient, where possible a view.
+
+        A sharded weight is gathered, which every rank must then do.
+
+        Raises:
+            InputError: If it cannot be edited.
+        """
+        self.require_writable()
+        stored = gathered(self.stored())
+        return stored.T if self.transposed else stored
+
+    def write(self, new: Tensor) -> None:
+        """Replace the weight by W [d_out, d_in], in place.
+
+        Raises:
+            InputError: If it cannot be edited.
+        """
+        self.require_writable()
+        stored = self.stored()
+        write_(stored, (new.T if self.transposed else new).reshape(stored.shape))
+
+    def require_writable(self) -> None:
+        """Make sure that the weight can be edited.
+
+        Raises:
+            InputError: If it cannot.
+        """
+        if self.unwritable:
+            raise InputError(f"layer {self.name!r} cannot be edited: {self.unwritable}")
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the rows of what the module reads, [..., d_in]."""
+        return x
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """Return the rows of the gradient of what the module returns, [..., d_out]."""
+        return g
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of one product that belong to one layer."""
+
+    layer: str
+    rows: slice | Tensor | None = None
+    """Which rows of x and y [rows, features]; None where x and y are this layer's alone."""
+    positions: Tensor | None = None
+    """int64 on the CPU: for each of those rows, its position in the batch; None: as it stands."""
+    of: torch.Size | None = None
+    """Leading shape of the positions, where they are given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One call y = x Wᵀ, of one layer or of several that are stacked."""
+
+    x: Tensor
+    y: Tensor
+    parts: tuple[Part, ...]
+
+
+class Observer(Protocol):
+    """Who is shown the calls of layers."""
+
+    def idle(self) -> bool:
+        """Say, at the start of a forward, whether nothing of it is to be shown."""
+
+    def see(self, product: Product) -> Tensor:
+        """Take note of a product; return the y to go on with."""
+
+    def rest(self, layer: str) -> None:
+        """Take note that a forward of an expert's module routed nothing to it."""
+
+
+class Removable(Protocol):
+    """A hook that can be taken off."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
+def why_no_weight(module: nn.Module) -> str | None:
+    """Return why ``module`` has no parameter ``weight`` to speak of, if it has none."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return PARAMETRISED
+    if is_lazy(weight):
+        return "lazy: it has no weight before its first call; call the model once"
+    return None
+
+
+def why_unwritable(weight: nn.Parameter, shape: tuple[int, ...]) -> str | None:
+    """Return why a weight that should be stored as ``shape`` cannot be edited, if it cannot."""
+    foreign = type(weight.data).__module__.startswith("torchao")
+    if tuple(weight.shape) == shape and weight.dtype in _PLAIN and not foreign:
+        return None
+    return (
+        f"its weight is stored as {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)} "
+        f"({type(weight).__name__}, quantised or sharded), not as {list(shape)} floats; edit the "
+        "model as it was before: these factors fit it"
+    )
+
+
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``hook``, kept out of compiled graphs where there can be any."""
+    # torch.compiler.disable loads the compiler, tens of megabytes, so only beside a compiled model.
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
