@@ -239,7 +239,7 @@ class Capture:
 
     def _count(self, piece: _Piece, x: Tensor) -> None:
         piece.shared.added = True
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _no_autocast(x.device):
             self._on_input(piece.layer.name, piece.batch, piece.shared, piece.inputs(x))
 
     def _on_gradient(self, call: _Call, g: Tensor) -> None:
