@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from curvfast.errors import InputError
 from curvfast.rows import IGNORED_LABEL, Batch
@@ -128,14 +129,35 @@ class OwnLoss:
         targets = batch.targets
         if targets is None or targets.numel() != logits.shape[:-1].numel():
             return
+        if not logits.requires_grad:
+            return
         index = (targets != IGNORED_LABEL).flatten().nonzero().squeeze(1).to(logits.device)
         index = index[:: max(1, len(index) // _PREDICTIONS)]
         self._predictions = logits.detach().flatten(0, -2)[index]
 
-        def note(gradient: Tensor) -> None:
-            self._gradients = gradient.detach().flatten(0, -2)[index]
+        node, output = _origin(logits)
 
-        logits.register_hook(note)
+        def note(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[output]
+            if gradient is not None:
+                self._gradients = gradient.detach().flatten(0, -2)[index]
+
+        node.register_prehook(note)
+
+
+def _origin(logits: Tensor) -> tuple[Node, int]:
+    """Return the node that made ``logits`` and which of its outputs they are.
+
+    Under mixed precision accelerate returns a float32 copy of the logits that made the loss.
+    """
+    edge = get_gradient_edge(logits)
+    node, output = edge.node, edge.output_nr
+    while node.name().startswith("ToCopyBackward"):
+        source, number = node.next_functions[0]
+        if source is None:
+            break
+        node, output = source, number
+    return node, output
 
 
 def _share_of_one_label(gradients: Tensor, logits: Tensor) -> float:

@@ -139,8 +139,6 @@ def mass_curve(values_g: Any, values_a: Any, fractions: Sequence[float]) -> tupl
         InputError: If a fraction is outside [0, 1], or a list is not a spectrum.
     """
     g, a = spectrum("values_g", values_g), spectrum("values_a", values_a)
-    if g[0] == 0 or a[0] == 0:
-        return (0.0,) * len(fractions)
     return tuple(staircase_by_fraction(g, a, fraction).mass for fraction in fractions)
 
 
@@ -164,8 +162,6 @@ def flattest_share(values_g: Any, values_a: Any, fraction: float) -> float:
     if not 0 <= fraction <= 1:
         raise InputError(f"fraction={fraction}: pass a share of the eigenpairs, in [0, 1]")
     g, a = spectrum("values_g", values_g), spectrum("values_a", values_a)
-    if g[0] == 0 or a[0] == 0:
-        return 0.0
     widths = staircase_by_fraction(g, a, 1 - fraction).widths.numpy()
     rest = np.append(np.cumsum(_normalised(a)[::-1])[::-1], 0.0)
     return float((_normalised(g) * rest[widths]).sum())
