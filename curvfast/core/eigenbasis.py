@@ -206,7 +206,7 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write eigenvalues and eigenvectors to ``directory``; shared ones are stored once."""
+        """Write eigenvalues and eigenvectors to ``directory``, shared ones once; on one rank."""
         with storage.FolderWriter(directory, KIND) as writer:
             keys: dict[int, str] = {}
             layers = {}
