@@ -166,7 +166,7 @@ class Factors(Mapping[str, LayerFactors]):
         )  # fmt: skip
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write sums and provenance to ``directory``: safetensors and JSON, atomically; on one rank."""
+        """Write sums and provenance to ``directory``, atomically; called on one rank."""
         tensors: dict[str, Tensor] = {}
         keys: dict[int, str] = {}
         layers = {}
