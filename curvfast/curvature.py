@@ -197,12 +197,13 @@ class Curvature:
         """Note further provenance to be kept with the factors."""
         self._facts |= facts
 
-    def half(self, number: int) -> Factors:
-        """Return the factors of one of the two halves of the batches; layers without rows lack.
+    def halves(self) -> tuple[Factors, Factors]:
+        """Return the factors of each half of the batches; layers without rows lack.
 
         With a process group every rank must call this.
         """
-        return Factors(self._added_up(final=False).factors(number))
+        sums = self._added_up(final=False)
+        return Factors(sums.factors(0)), Factors(sums.factors(1))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what :meth:`restore` needs to go on from here: JSON-able facts, and tensors."""

@@ -131,7 +131,7 @@ def collect_from(
             "until": rule and asdict(rule), "layers": list(chosen), "weights": _checksum(chosen),
         }  # fmt: skip
         part = f"pass-{number}" + (f"-rank-{rank}-of-{world}" if world > 1 else "")
-        state = checkpoint and Checkpoint(Path(checkpoint) / part, identity)
+        state = Checkpoint(Path(checkpoint) / part, identity) if checkpoint else None
         with frozen(model, keep_mode) as driven, Bar("collect", tokens, "label", progress) as bar:
             curvature = Curvature(
                 model, config, _these(chosen), rows=rows, driven=driven, halves=rule is not None,
@@ -139,16 +139,7 @@ def collect_from(
             )  # fmt: skip
             try:
                 work = Pass(
-                    model,
-                    curvature,
-                    labels,
-                    causal,
-                    generator,
-                    tokens,
-                    rule,
-                    state or None,
-                    every,
-                    ranks,
+                    model, curvature, labels, causal, generator, tokens, rule, state, every, ranks
                 )
                 results.append(work.run(batches, bar))
             finally:

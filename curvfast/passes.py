@@ -46,6 +46,8 @@ class Pass:
     """Batches so far."""
     steps: int = 0
     """Turns so far, of all ranks together where they keep step."""
+    saved_at: int | None = None
+    """Turns at the last checkpoint."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """What each comparison of the halves found."""
     compare_at: int = 0
@@ -82,7 +84,7 @@ class Pass:
                 "batches gave no label to measure with: the iterable is empty (a generator is used "
                 "up after one pass), or every position is masked"
             )
-        if self.checkpoint:
+        if self.checkpoint and self.saved_at != self.steps:
             self._save(batches)
         if self.until:
             self.curvature.add_facts(convergence=self.curve)
@@ -131,7 +133,7 @@ class Pass:
         run_step(self.model, batch, self.labels, self.causal, aside)
 
     def _compare(self, rule: Converged) -> None:
-        halves = self.curvature.half(0), self.curvature.half(1)
+        halves = self.curvature.halves()
         labels = sum(distributed.gather(self.counted, self.group))
         # One rank decides: others might see the last digit otherwise, and wait for ever.
         self.curve.append(distributed.gather(compare(rule, halves, labels), self.group)[0])
@@ -147,6 +149,7 @@ class Pass:
             state["data"] = batches.state_dict()
         assert self.checkpoint is not None
         self.checkpoint.save(state, {**tensors, "labels": self.generator.get_state()})
+        self.saved_at = self.steps
 
     def _resume(self, batches: Iterable[Any]) -> int:
         """Go back to the last checkpoint, if there is one; return the labels counted then."""
@@ -165,7 +168,7 @@ class Pass:
         self.generator.set_state(tensors["labels"])
         self.counted, self.taken = state["labels"], state["batches"]
         self.steps, self.compare_at = state["steps"], state["compare_at"]
-        self.curve = state["curve"]
+        self.curve, self.saved_at = state["curve"], state["steps"]
         if "data" in state and hasattr(batches, "load_state_dict"):
             batches.load_state_dict(state["data"])
 

@@ -123,16 +123,13 @@ class Sums:
 
 def _refined(everywhere: list[list[tuple[str, ...]]]) -> list[list[str]]:
     """Return the groups within which every rank that has rows shares a sum."""
-    labels: dict[str, tuple[int | None, ...]] = {}
-    for rank, groups in enumerate(everywhere):
-        for number, group in enumerate(groups):
-            for name in group:
-                before = labels.get(name, (None,) * rank)
-                labels[name] = before + (None,) * (rank - len(before)) + (number,)
+    numbers = [
+        {name: number for number, group in enumerate(groups) for name in group}
+        for groups in everywhere
+    ]
     found: dict[tuple[int | None, ...], list[str]] = {}
-    for name in sorted(labels):
-        label = labels[name]
-        found.setdefault(label + (None,) * (len(everywhere) - len(label)), []).append(name)
+    for name in sorted({name for own in numbers for name in own}):
+        found.setdefault(tuple(own.get(name) for own in numbers), []).append(name)
     return sorted(found.values())
 
 

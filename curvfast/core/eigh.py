@@ -49,12 +49,13 @@ def decompose(
 ) -> Eigenbasis:
     """Eigendecompose ``factors``; see :meth:`Factors.eigh`."""
     _check(factors, dtype, workers, mass, start)
-    jobs, layers = _jobs(factors)
-    search = LeadingSearch({key: len(_sum(factors, key)) for key in jobs}, layers, mass)
+    layers = _pairs(factors)
+    keys = dict.fromkeys(key for pair in layers.values() for key in pair)
+    search = LeadingSearch({key: len(_sum(factors, key)) for key in keys}, layers, mass)
     negative: dict[str, float] = {}
 
     def solve(keys: tuple[str, ...]) -> list[Spectrum | None]:
-        titles, matrices = [jobs[k][0] for k in keys], [jobs[k][1]() for k in keys]
+        titles, matrices = [_title(k) for k in keys], [_mean(factors, k) for k in keys]
         home = matrices[0].device
         if device is not None:
             matrices = [matrix.to(device) for matrix in matrices]
@@ -70,7 +71,7 @@ def decompose(
 
     first = distributed.rank_and_size(group)[0] == 0
     with ExitStack() as stack:
-        bar = stack.enter_context(Bar("eigendecompositions", len(jobs), "factor", progress))
+        bar = stack.enter_context(Bar("eigendecompositions", len(keys), "factor", progress))
         folder = directory if first else None
         writer = folder and stack.enter_context(storage.FolderWriter(folder, KIND))
         while wanted := search.wanted():
@@ -79,7 +80,7 @@ def decompose(
             for key, spectrum in shared(results, wanted, search.widths, group):
                 if spectrum is not None and _whole(spectrum):
                     bar.advance(1)
-                    negative |= {jobs[key][0]: spectrum.negative} if spectrum.negative else {}
+                    negative |= {_title(key): spectrum.negative} if spectrum.negative else {}
                     if writer:
                         writer.add(stored_part(key, spectrum.values, spectrum.vectors))
                         spectrum = replace(spectrum, vectors=spectrum.vectors[:0].clone())
@@ -144,21 +145,23 @@ def _whole(spectrum: Spectrum) -> bool:
     return spectrum.vectors.shape[1] == len(spectrum.values)
 
 
-_Jobs = dict[str, tuple[str, Callable[[], Tensor]]]
-
-
-def _jobs(factors: Factors) -> tuple[_Jobs, dict[str, tuple[str, str]]]:
-    """Return each factor to decompose, a shared one once, and which two each layer needs."""
-    jobs: _Jobs = {}
+def _pairs(factors: Factors) -> dict[str, tuple[str, str]]:
+    """Return the keys of each layer's (A, G); layers that share an A have its one key."""
     owners: dict[int, str] = {}
-    layers = {}
-    for name, layer in factors.items():
-        a = owners.setdefault(id(layer.a_sum), f"a.{name}")
-        if a not in jobs:
-            jobs[a] = (f"A of layer {name!r}", lambda layer=layer: layer.A)  # type: ignore[misc]
-        jobs[f"g.{name}"] = (f"G of layer {name!r}", lambda layer=layer: layer.G)  # type: ignore[misc]
-        layers[name] = (a, f"g.{name}")
-    return jobs, layers
+    return {
+        name: (owners.setdefault(id(layer.a_sum), f"a.{name}"), f"g.{name}")
+        for name, layer in factors.items()
+    }
+
+
+def _title(key: str) -> str:
+    side, name = key.split(".", 1)
+    return f"{side.upper()} of layer {name!r}"
+
+
+def _mean(factors: Factors, key: str) -> Tensor:
+    side, name = key.split(".", 1)
+    return factors[name].A if side == "a" else factors[name].G
 
 
 def _sum(factors: Factors, key: str) -> Tensor:

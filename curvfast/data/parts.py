@@ -37,10 +37,24 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class TextFile:
-    """Plain text: one document, or one a block between blank lines, or one a line."""
+class _File:
+    """What files of any kind tell."""
 
     path: Path
+
+    def name(self) -> str:
+        """Return the file's name: the folder may have moved."""
+        return self.path.name
+
+    def size(self) -> int:
+        """Return bytes."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class TextFile(_File):
+    """Plain text: one document, or one a block between blank lines, or one a line."""
+
     split: str
 
     def records(self) -> Iterator[str]:
@@ -62,14 +76,6 @@ class TextFile:
         """Return the record, which is text."""
         return record
 
-    def name(self) -> str:
-        """Return the file's name: the folder may have moved."""
-        return self.path.name
-
-    def size(self) -> int:
-        """Return bytes."""
-        return self.path.stat().st_size
-
     def facts(self) -> dict[str, Any]:
         """Return path, size and hash or time, and what a document is."""
         return {**file_facts(self.path), "split": self.split}
@@ -90,10 +96,9 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class JsonFile:
+class JsonFile(_File):
     """JSON lines: one object a line, its text in one field."""
 
-    path: Path
     field: str
 
     def records(self) -> Iterator[str]:
@@ -120,14 +125,6 @@ class JsonFile:
                 f"{where} is not JSON ({error}); a .json or .jsonl file must hold one object a line"
             ) from error
         return text_of(value, self.field, where)
-
-    def name(self) -> str:
-        """Return the file's name: the folder may have moved."""
-        return self.path.name
-
-    def size(self) -> int:
-        """Return bytes."""
-        return self.path.stat().st_size
 
     def facts(self) -> dict[str, Any]:
         """Return path, size and hash or time, and the field."""

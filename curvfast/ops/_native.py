@@ -20,11 +20,14 @@ else:
     _reason = None
 
 
+def switched_off() -> str | None:
+    """Return what switches native code off, or None."""
+    return "CURVFAST_NATIVE=0 is set" if os.environ.get("CURVFAST_NATIVE") == "0" else None
+
+
 def unavailable() -> str | None:
     """Return why the native core cannot be used, or None if it can."""
-    if os.environ.get("CURVFAST_NATIVE") == "0":
-        return "CURVFAST_NATIVE=0 is set"
-    return _reason
+    return switched_off() or _reason
 
 
 def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:

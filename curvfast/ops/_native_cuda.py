@@ -5,11 +5,12 @@ Everything runs on torch's current stream of the tensors' device, and does not w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from curvfast.ops import _native
 
 try:
     from curvfast import _cuda
@@ -21,9 +22,7 @@ else:
 
 def unavailable() -> str | None:
     """Return why the CUDA extension cannot be used, or None if it can."""
-    if os.environ.get("CURVFAST_NATIVE") == "0":
-        return "CURVFAST_NATIVE=0 is set"
-    return _reason
+    return _native.switched_off() or _reason
 
 
 def pack(matrix: Tensor, tiles: Tensor) -> None:
