@@ -310,3 +310,23 @@ def test_the_two_newest_states_are_kept(tmp_path: Path) -> None:
         state.save({"batches": count}, {"x": torch.full((3,), float(count))})
         slots = [json.loads(p.read_text())["state"] for p in tmp_path.glob("slot-*/config.json")]
         assert {slot["batches"] for slot in slots} == {count, max(1, count - 1)}
+
+
+@pytest.mark.parametrize(("every", "states"), [(1, 7), (3, 3), (7, 1), (50, 1)])
+def test_each_state_is_written_once(
+    tmp_path: Path, monkeypatch: Any, every: int, states: int
+) -> None:
+    written: list[int] = []
+    original = Checkpoint.save
+
+    def save(checkpoint: Checkpoint, facts: Any, tensors: Any) -> None:
+        written.append(facts["batches"])
+        original(checkpoint, facts, tensors)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    model, batches = llama(), data()
+    first = run(model, batches, checkpoint=tmp_path, every=every)
+    assert written == sorted(set(written))
+    assert (len(written), written[-1]) == (states, 7)
+    assert_same(run(model, batches, checkpoint=tmp_path, every=every), first)
+    assert len(written) == states
