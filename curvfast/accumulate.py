@@ -152,9 +152,7 @@ class Accumulator:
         for group in groups:
             moment = moments.get(group[0])
             if moment is None:
-                layer = self._layers[group[0]]
-                d = layer.d_in if side == "inputs" else layer.d_out
-                moment = self._empty(set(group), d, layer.parameter.device)
+                moment = self._fresh(side, group)
             elif moment.members != set(group):
                 moment = moment.split(set(group))
             moments.update(dict.fromkeys(group, moment))
@@ -175,7 +173,7 @@ class Accumulator:
                     tensors[f"{key}.spilled"] = moment.spilled.tiles
                 facts[side].append(
                     {
-                        "key": key, "members": sorted(moment.members), "d": moment.sum.d,
+                        "key": key, "members": sorted(moment.members),
                         "rows": moment.rows, "calls": moment.calls,
                     }
                 )  # fmt: skip
@@ -186,17 +184,20 @@ class Accumulator:
         for side, moments in (("inputs", self.inputs), ("gradients", self.gradients)):
             moments.clear()
             for entry in facts[side]:
-                moment = self._empty(set(entry["members"]), entry["d"], self._device(entry))
+                moment = self._fresh(side, entry["members"])
                 moment.sum.tiles.copy_(tensors[entry["key"]])
                 moment.rows, moment.calls = entry["rows"], entry["calls"]
                 spilled = tensors.get(f"{entry['key']}.spilled")
                 if spilled is not None:
                     tiles = spilled.to(moment.sum.tiles.device)
-                    moment.spilled = TriangularSum(tiles, entry["d"])
+                    moment.spilled = TriangularSum(tiles, moment.sum.d)
                 moments.update(dict.fromkeys(entry["members"], moment))
 
-    def _device(self, entry: Mapping[str, Any]) -> torch.device:
-        return self._layers[entry["members"][0]].parameter.device
+    def _fresh(self, side: str, members: Sequence[str]) -> Moment:
+        """Return an empty moment of layers of one width, where their weights are."""
+        layer = self._layers[members[0]]
+        d = layer.d_in if side == "inputs" else layer.d_out
+        return self._empty(set(members), d, layer.parameter.device)
 
     def release(self) -> None:
         """Let go of every sum; the counts stay."""

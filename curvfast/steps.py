@@ -43,7 +43,7 @@ def run_step(
     arguments = _arguments(model, batch, next(model.parameters()).device)
     gold = arguments.pop("labels", None)
     with torch.enable_grad():
-        logits = _logits(model(**arguments))
+        logits = logits_of(model(**arguments))
     if labels == "sampled":
         index = _label_rows(arguments, logits, causal)
         gradient, count = sampled_gradient(logits, index, generator)
@@ -110,14 +110,19 @@ def _arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[str, 
     return arguments
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """Return the logits that a model's output is, or has.
+
+    Raises:
+        InputError: If there are none.
+    """
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("logits")
     if not isinstance(found, Tensor):
         raise InputError(
             f"the model returned {type(output).__name__} without logits, so no label can be drawn; "
-            "use curvfast.collect() around a loop that computes its own loss"
+            "use the model with its head, or curvfast.collect() around a loop with its own loss"
         )
     return found
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvfast.adapters import LinearLayer
 from curvfast.capture import Arrival, Capture, SharedInput
-from curvfast.errors import InputError
 from curvfast.fisher import sampled_gradient
 from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
 from curvfast.planning.live import LiveBytes
@@ -26,6 +25,7 @@ from curvfast.planning.scratch import Scratch
 from curvfast.planning.sharing import shared_inputs
 from curvfast.provenance import is_causal_lm
 from curvfast.rows import Batch, Routed, read_call
+from curvfast.steps import logits_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def rehearse(
         with MetaAnswers(), count, live, torch.enable_grad():
             output = model(**arguments)
             capture.flush()
-            logits = _logits(output)
+            logits = logits_of(output)
             del output
             forward_flops, shape = count.get_total_flops(), logits.shape
             size = logits.nbytes
@@ -131,15 +131,3 @@ def rehearse(
         forward_flops=forward_flops,
         backward_flops=reached,
     )
-
-
-def _logits(output: Any) -> Tensor:
-    found = (
-        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    )
-    if not isinstance(found, Tensor):
-        raise InputError(
-            f"the model returned {type(output).__name__} without logits, so collect_from cannot "
-            "draw labels from it; plan for the model with its head"
-        )
-    return found
