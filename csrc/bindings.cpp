@@ -80,15 +80,26 @@ Result select_scores(std::uintptr_t scores, std::int64_t size, double mass, std:
   return {static_cast<double>(kept.threshold), kept.count, kept.mass};
 }
 
+template <class Value>
 void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::int64_t width,
-              std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, float scale,
-              int workers) {
+              std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, std::uintptr_t roots,
+              std::uintptr_t room, std::int64_t words, float scale, int workers) {
   const auto out = view<float>(tiles, values, "tiles");
   curvfast::triangle(d, width, values);
-  const auto places = view<const std::int64_t>(offsets, rows, "offsets");
-  const auto first = view<const std::uint16_t>(x, 1, "x");
+  const Value* first = view<const Value>(x, 1, "x").data();
+  const curvfast::Rows given{
+      view<const std::int64_t>(offsets, rows, "offsets"),
+      roots == 0 ? std::span<const float>{} : view<const float>(roots, rows, "roots"),
+      view<std::uint32_t>(room, words, "room")};
   const py::gil_scoped_release release;
-  curvfast::add_bfloat16_rows({out.data(), d, width}, first.data(), places, scale, workers);
+  curvfast::add_rows({out.data(), d, width}, first, given, scale, workers);
+}
+
+template <class Value>
+void define_add_rows(py::module_& module, const char* name) {
+  module.def(name, &add_rows<Value>, py::arg("tiles"), py::arg("values"), py::arg("d"),
+             py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("roots"),
+             py::arg("room"), py::arg("words"), py::arg("scale"), py::arg("workers"));
 }
 
 struct Threads {
@@ -138,9 +149,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("mask"), py::arg("bytes"), py::arg("workers"));
   module.def("cheapest_hook", &find_hook, py::arg("widths"), py::arg("rows"), py::arg("columns"),
              py::arg("band"));
+  module.def("multiplies_float32", &curvfast::multiplies_float32);
   module.def("multiplies_bfloat16", &curvfast::multiplies_bfloat16);
-  module.def("add_bfloat16_rows", &add_rows, py::arg("tiles"), py::arg("values"), py::arg("d"),
-             py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("scale"),
-             py::arg("workers"));
+  module.def("packed_words", &curvfast::packed_words, py::arg("d"), py::arg("rows"),
+             py::arg("bits"));
+  define_add_rows<float>(module, "add_float32_rows");
+  define_add_rows<std::uint16_t>(module, "add_bfloat16_rows");
   curvfast::define_triangle<Threads>(module, "workers");
 }

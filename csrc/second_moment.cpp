@@ -1,8 +1,7 @@
 #include "second_moment.h"
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
+#include <bit>
 #include <stdexcept>
 
 #include "parallel.h"
@@ -15,11 +14,34 @@
 
 namespace curvfast {
 
+namespace {
+
+// Both operands of xᵀx are the same numbers, so rows are packed once: strips of kStrip features,
+// and in each one word a feature and step, a step being one row of float32 or two of bfloat16.
+// kDepth steps are summed in registers: longer sums would round more, and two strips of them fill
+// a first-level cache. kBlock steps of all features are packed at a time.
+constexpr std::int64_t kStrip = 32, kRegisterRows = 8, kDepth = 128, kBlock = 512;
+
+constexpr std::int64_t upwards(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
+
+}  // namespace
+
+std::int64_t packed_words(std::int64_t d, std::int64_t rows, int bits) {
+  const std::int64_t steps = std::min(upwards(rows, 32 / bits), kBlock);
+  return upwards(d, kStrip) * kStrip * steps;
+}
+
 #ifndef CURVFAST_X86
+
+bool multiplies_float32() { return false; }
 
 bool multiplies_bfloat16() { return false; }
 
-void add_bfloat16_rows(PackedSum, const std::uint16_t*, std::span<const std::int64_t>, float, int) {
+void add_rows(PackedSum, const float*, const Rows&, float, int) {
+  throw std::runtime_error("this processor has no AVX-512");
+}
+
+void add_rows(PackedSum, const std::uint16_t*, const Rows&, float, int) {
   throw std::runtime_error("this processor does not multiply bfloat16");
 }
 
@@ -27,53 +49,99 @@ void add_bfloat16_rows(PackedSum, const std::uint16_t*, std::span<const std::int
 
 namespace {
 
-// Both operands of xᵀx are the same numbers, so rows are packed once: strips of kStrip features,
-// and in each, pair by pair of rows, both rows' values of a feature in one word.
-constexpr std::int64_t kStrip = 32, kRegisterRows = 8, kPairs = 128, kBlockRows = 4 * 2 * kPairs;
-
 struct Packed {
-  std::unique_ptr<std::uint32_t[]> words;
-  std::int64_t strips, pairs;
-  const std::uint32_t* strip(std::int64_t s) const { return words.get() + s * pairs * kStrip; }
+  std::uint32_t* words;
+  std::int64_t strips, steps;
+  std::uint32_t* strip(std::int64_t s) const { return words + s * steps * kStrip; }
 };
 
-void pack_strip(const Packed& packed, std::int64_t s, const std::uint16_t* x,
-                std::span<const std::int64_t> offsets, std::int64_t d) {
-  const std::int64_t first = s * kStrip, columns = std::min(kStrip, d - first);
-  std::uint32_t* out = packed.words.get() + s * packed.pairs * kStrip;
-  const auto rows = static_cast<std::int64_t>(offsets.size());
-  for (std::int64_t pair = 0; pair < packed.pairs; ++pair, out += kStrip) {
-    const std::uint16_t* even = x + offsets[2 * pair] + first;
-    const bool whole = 2 * pair + 1 < rows;
-    const std::uint16_t* odd = whole ? x + offsets[2 * pair + 1] + first : even;
-    const std::uint32_t keep = whole ? 0xFFFFFFFFu : 0x0000FFFFu;
-    for (std::int64_t c = 0; c < columns; ++c)
-      out[c] = (even[c] | static_cast<std::uint32_t>(odd[c]) << 16) & keep;
-    for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
-  }
+// The products of kRegisterRows features with a strip, in registers.
+using Products = __m512[kRegisterRows][2];
+
+__attribute__((target("avx512f"))) inline void store(const Products& products, float scale,
+                                                     float* out, std::int64_t stride) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int r = 0; r < kRegisterRows; ++r, out += stride)
+    for (int half = 0; half < 2; ++half) {
+      float* to = out + 16 * half;
+      const __m512 sum = _mm512_fmadd_ps(factor, products[r][half], _mm512_loadu_ps(to));
+      _mm512_storeu_ps(to, sum);
+    }
 }
 
-// Products of kRegisterRows features of one strip with all of another, over a block of pairs.
-__attribute__((target("avx512f,avx512bf16"))) void multiply(const std::uint32_t* a,
-                                                            const std::uint32_t* b,
-                                                            std::int64_t pairs, float* out) {
-  __m512 acc[kRegisterRows][2];
-  for (auto& row : acc) row[0] = row[1] = _mm512_setzero_ps();
-  for (std::int64_t k = 0; k < pairs; ++k, a += kStrip, b += kStrip) {
-    const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
-    const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 16));
-#pragma GCC unroll 8
-    for (int r = 0; r < kRegisterRows; ++r) {
-      const auto value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[r])));
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], value, left);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], value, right);
+struct Float32 {
+  using Value = float;
+  static constexpr std::int64_t kRows = 1;
+
+  static void pack(const float* x, std::span<const std::int64_t> offsets,
+                   std::span<const float> roots, std::int64_t first, std::int64_t columns,
+                   std::uint32_t* out) {
+    for (std::size_t row = 0; row < offsets.size(); ++row, out += kStrip) {
+      const float* from = x + offsets[row] + first;
+      const float root = roots.empty() ? 1.0f : roots[row];
+      for (std::int64_t c = 0; c < columns; ++c)
+        out[c] = std::bit_cast<std::uint32_t>(root * from[c]);
+      for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
     }
   }
-  for (int r = 0; r < kRegisterRows; ++r) {
-    _mm512_storeu_ps(out + r * kStrip, acc[r][0]);
-    _mm512_storeu_ps(out + r * kStrip + 16, acc[r][1]);
+
+  __attribute__((target("avx512f"))) static void multiply(const std::uint32_t* a,
+                                                          const std::uint32_t* b,
+                                                          std::int64_t steps, float scale,
+                                                          float* out, std::int64_t stride) {
+    Products acc;
+    for (auto& row : acc) row[0] = row[1] = _mm512_setzero_ps();
+    for (std::int64_t k = 0; k < steps; ++k, a += kStrip, b += kStrip) {
+      const __m512 left = _mm512_loadu_ps(b), right = _mm512_loadu_ps(b + 16);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegisterRows; ++r) {
+        const __m512 value = _mm512_set1_ps(std::bit_cast<float>(a[r]));
+        acc[r][0] = _mm512_fmadd_ps(value, left, acc[r][0]);
+        acc[r][1] = _mm512_fmadd_ps(value, right, acc[r][1]);
+      }
+    }
+    store(acc, scale, out, stride);
   }
-}
+};
+
+struct Bfloat16 {
+  using Value = std::uint16_t;
+  static constexpr std::int64_t kRows = 2;
+
+  static void pack(const std::uint16_t* x, std::span<const std::int64_t> offsets,
+                   std::span<const float>, std::int64_t first, std::int64_t columns,
+                   std::uint32_t* out) {
+    for (std::size_t row = 0; row < offsets.size(); row += 2, out += kStrip) {
+      const std::uint16_t* even = x + offsets[row] + first;
+      const bool whole = row + 1 < offsets.size();
+      const std::uint16_t* odd = whole ? x + offsets[row + 1] + first : even;
+      const std::uint32_t keep = whole ? 0xFFFFFFFFu : 0x0000FFFFu;
+      for (std::int64_t c = 0; c < columns; ++c)
+        out[c] = (even[c] | static_cast<std::uint32_t>(odd[c]) << 16) & keep;
+      for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
+    }
+  }
+
+  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const std::uint32_t* a,
+                                                                     const std::uint32_t* b,
+                                                                     std::int64_t steps,
+                                                                     float scale, float* out,
+                                                                     std::int64_t stride) {
+    Products acc;
+    for (auto& row : acc) row[0] = row[1] = _mm512_setzero_ps();
+    for (std::int64_t k = 0; k < steps; ++k, a += kStrip, b += kStrip) {
+      const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+      const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 16));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegisterRows; ++r) {
+        const auto value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[r])));
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], value, left);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], value, right);
+      }
+    }
+    store(acc, scale, out, stride);
+  }
+};
 
 float* place(const PackedSum& out, std::int64_t row, std::int64_t column) {
   const Triangle shape{static_cast<std::int32_t>(out.d), static_cast<std::int32_t>(out.width)};
@@ -81,68 +149,98 @@ float* place(const PackedSum& out, std::int64_t row, std::int64_t column) {
 }
 
 // Adds a block of products to the sum; a strip may reach over two panels and past the last feature.
-void add(const PackedSum& out, std::int64_t row, std::int64_t column, const float* block,
-         float scale) {
+void spread(const PackedSum& out, std::int64_t row, std::int64_t column, const float* block) {
   const std::int64_t rows = std::min(kRegisterRows, out.d - row);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < kStrip;) {
-      if (column + c >= out.d) break;
-      const std::int64_t panel_stop = ((column + c) / out.width + 1) * out.width;
-      const std::int64_t run = std::min({kStrip - c, panel_stop - column - c, out.d - column - c});
-      // Rows below a panel's diagonal tile are no part of it.
-      if (row + r < panel_stop) {
-        float* target = place(out, row + r, column + c);
-        for (std::int64_t j = 0; j < run; ++j) target[j] += scale * block[r * kStrip + c + j];
+  for (std::int64_t c = 0; c < kStrip && column + c < out.d;) {
+    const std::int64_t panel_stop = ((column + c) / out.width + 1) * out.width;
+    const std::int64_t run = std::min({kStrip - c, panel_stop - column - c, out.d - column - c});
+    // Rows below a panel's diagonal tile are no part of it.
+    for (std::int64_t r = 0; r < rows && row + r < panel_stop; ++r) {
+      float* target = place(out, row + r, column + c);
+      for (std::int64_t j = 0; j < run; ++j) target[j] += block[r * kStrip + c + j];
+    }
+    c += run;
+  }
+}
+
+// Adds the products of kRegisterRows features from row on with the strip from column on.
+template <class Kind>
+void add_block(const PackedSum& out, std::int64_t row, std::int64_t column, const std::uint32_t* a,
+               const std::uint32_t* b, std::int64_t steps, float scale) {
+  const std::int64_t panel_stop = std::min((column / out.width + 1) * out.width, out.d);
+  if (column + kStrip <= panel_stop && row + kRegisterRows <= panel_stop)
+    return Kind::multiply(a, b, steps, scale, place(out, row, column), out.width);
+  alignas(64) float block[kRegisterRows * kStrip] = {};
+  Kind::multiply(a, b, steps, scale, block, kStrip);
+  spread(out, row, column, block);
+}
+
+// Adds the products of the strips from row_strip on with those from column_strip on, a tile.
+template <class Kind>
+void add_tile(const PackedSum& out, const Packed& packed, std::int64_t row_strip,
+              std::int64_t column_strip, std::int64_t side, float scale) {
+  const std::int64_t last_row = std::min(row_strip + side, packed.strips);
+  const std::int64_t last_column = std::min(column_strip + side, packed.strips);
+  for (std::int64_t start = 0; start < packed.steps; start += kDepth) {
+    const std::int64_t steps = std::min(kDepth, packed.steps - start);
+    for (std::int64_t column = column_strip; column < last_column; ++column) {
+      const std::uint32_t* b = packed.strip(column) + start * kStrip;
+      for (std::int64_t strip = row_strip; strip < std::min(last_row, column + 1); ++strip) {
+        const std::uint32_t* a = packed.strip(strip) + start * kStrip;
+        for (std::int64_t r = 0; r < kStrip && strip * kStrip + r < out.d; r += kRegisterRows)
+          add_block<Kind>(out, strip * kStrip + r, column * kStrip, a + r, b, steps, scale);
       }
-      c += run;
     }
   }
 }
 
-void add_strip(const PackedSum& out, const Packed& packed, std::int64_t column, float scale) {
-  float block[kRegisterRows * kStrip];
-  for (std::int64_t start = 0; start < packed.pairs; start += kPairs) {
-    const std::int64_t pairs = std::min(kPairs, packed.pairs - start);
-    const std::uint32_t* b = packed.strip(column) + start * kStrip;
-    for (std::int64_t strip = 0; strip <= column; ++strip) {
-      const std::uint32_t* a = packed.strip(strip) + start * kStrip;
-      for (std::int64_t r = 0; r < kStrip && strip * kStrip + r < out.d; r += kRegisterRows) {
-        multiply(a + r, b, pairs, block);
-        add(out, strip * kStrip + r, column * kStrip, block, scale);
-      }
-    }
+template <class Kind>
+void add_blocks(const PackedSum& out, const typename Kind::Value* x, const Rows& rows, float scale,
+                int workers) {
+  const auto total = static_cast<std::int64_t>(rows.offsets.size());
+  if (static_cast<std::int64_t>(rows.room.size()) < packed_words(out.d, total, 32 / Kind::kRows))
+    throw std::invalid_argument("room is too small for the packed rows");
+  const std::int64_t strips = upwards(out.d, kStrip), most = kBlock * Kind::kRows;
+  // Small tiles keep few features from idling a thread, large ones reuse what the cache holds.
+  const std::int64_t side = std::clamp<std::int64_t>(strips / 4, 1, 8);
+  const auto tiles = static_cast<std::uint32_t>(upwards(strips, side));
+  for (std::int64_t start = 0; start < total; start += most) {
+    const auto from = static_cast<std::size_t>(start);
+    const auto count = static_cast<std::size_t>(std::min(most, total - start));
+    const Packed packed{rows.room.data(), strips,
+                        upwards(static_cast<std::int64_t>(count), Kind::kRows)};
+    const auto offsets = rows.offsets.subspan(from, count);
+    const auto roots = rows.roots.empty() ? rows.roots : rows.roots.subspan(from, count);
+    parallel_for(static_cast<std::size_t>(strips), workers, [&](std::size_t s) {
+      const std::int64_t first = static_cast<std::int64_t>(s) * kStrip;
+      Kind::pack(x, offsets, roots, first, std::min(kStrip, out.d - first),
+                 packed.strip(static_cast<std::int64_t>(s)));
+    });
+    parallel_for(tiles_of(tiles), workers, [&](std::size_t t) {
+      const Tile tile = tile_at(static_cast<std::uint32_t>(t), tiles);
+      add_tile<Kind>(out, packed, tile.row * side, tile.column * side, side, scale);
+    });
   }
 }
 
 }  // namespace
 
+bool multiplies_float32() { return __builtin_cpu_supports("avx512f"); }
+
 bool multiplies_bfloat16() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
 }
 
-void add_bfloat16_rows(PackedSum out, const std::uint16_t* x, std::span<const std::int64_t> offsets,
-                       float scale, int workers) {
+void add_rows(PackedSum out, const float* x, const Rows& rows, float scale, int workers) {
+  if (!multiplies_float32()) throw std::runtime_error("this processor has no AVX-512");
+  add_blocks<Float32>(out, x, rows, scale, workers);
+}
+
+void add_rows(PackedSum out, const std::uint16_t* x, const Rows& rows, float scale, int workers) {
   if (!multiplies_bfloat16())
     throw std::runtime_error("this processor does not multiply bfloat16");
-  const std::int64_t strips = (out.d + kStrip - 1) / kStrip;
-  const auto rows = static_cast<std::int64_t>(offsets.size());
-  const std::int64_t most = (std::min(rows, kBlockRows) + 1) / 2;
-  Packed packed{std::make_unique_for_overwrite<std::uint32_t[]>(
-                    static_cast<std::size_t>(strips * most * kStrip)),
-                strips, most};
-  for (std::int64_t start = 0; start < rows; start += kBlockRows) {
-    const std::int64_t count = std::min(kBlockRows, rows - start);
-    packed.pairs = (count + 1) / 2;
-    const auto block = offsets.subspan(static_cast<std::size_t>(start),
-                                       static_cast<std::size_t>(count));
-    parallel_for(static_cast<std::size_t>(strips), workers, [&](std::size_t s) {
-      pack_strip(packed, static_cast<std::int64_t>(s), x, block, out.d);
-    });
-    // The longest columns first: the last to finish are then the shortest.
-    parallel_for(static_cast<std::size_t>(strips), workers, [&](std::size_t s) {
-      add_strip(out, packed, strips - 1 - static_cast<std::int64_t>(s), scale);
-    });
-  }
+  if (!rows.roots.empty()) throw std::invalid_argument("bfloat16 rows take no factors");
+  add_blocks<Bfloat16>(out, x, rows, scale, workers);
 }
 
 #endif

@@ -14,7 +14,23 @@ def scores_by_mass(
     scores: int, size: int, mass: float, mask: int, bytes: int, workers: int
 ) -> tuple[float, int, float]: ...
 def cheapest_hook(widths: int, rows: int, columns: int, band: int) -> tuple[int, int, int]: ...
+def multiplies_float32() -> bool: ...
 def multiplies_bfloat16() -> bool: ...
+def packed_words(d: int, rows: int, bits: int) -> int: ...
+def add_float32_rows(
+    tiles: int,
+    values: int,
+    d: int,
+    width: int,
+    x: int,
+    offsets: int,
+    rows: int,
+    roots: int,
+    room: int,
+    words: int,
+    scale: float,
+    workers: int,
+) -> None: ...
 def add_bfloat16_rows(
     tiles: int,
     values: int,
@@ -23,6 +39,9 @@ def add_bfloat16_rows(
     x: int,
     offsets: int,
     rows: int,
+    roots: int,
+    room: int,
+    words: int,
     scale: float,
     workers: int,
 ) -> None: ...

@@ -55,26 +55,39 @@ void hooks() {
   allow_refusal([&] { curvfast::cheapest_hook(widths, columns, band); });
 }
 
-// Small integers are exact in bfloat16, and so are their sums: every entry has one right value.
+float exact(int value, float) { return static_cast<float>(value); }
+std::uint16_t exact(int value, std::uint16_t) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(float(value)) >> 16);
+}
+
+// Small integers are exact in either type, and so are their sums: every entry has one right value.
+template <class Value>
 void moments(int workers) {
   const auto d = static_cast<std::int64_t>(1 + random_bits() % 100);
   const auto width = static_cast<std::int64_t>(1 + random_bits() % 120);
   const std::int64_t panels = (d + width - 1) / width;
   std::vector<float> tiles(static_cast<std::size_t>(panels * (panels + 1) / 2 * width * width));
-  std::vector<std::uint16_t> x(static_cast<std::size_t>(30 * d));
+  std::vector<Value> x(static_cast<std::size_t>(30 * d));
   std::vector<int> values(x.size());
   for (std::size_t i = 0; i < x.size(); ++i) {
     values[i] = static_cast<int>(random_bits() % 9) - 4;
-    x[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(float(values[i])) >> 16);
+    x[i] = exact(values[i], Value{});
   }
   std::vector<std::int64_t> offsets(random_bits() % 70);
   for (std::int64_t& offset : offsets) offset = static_cast<std::int64_t>(random_bits() % 30) * d;
-  curvfast::add_bfloat16_rows({tiles.data(), d, width}, x.data(), offsets, 2.0f, workers);
+  std::vector<float> roots(sizeof(Value) == 4 && random_bits() % 2 ? offsets.size() : 0);
+  for (float& root : roots) root = static_cast<float>(random_bits() % 3);
+  std::vector<std::uint32_t> room(static_cast<std::size_t>(curvfast::packed_words(
+      d, static_cast<std::int64_t>(offsets.size()), 8 * static_cast<int>(sizeof(Value)))));
+  curvfast::add_rows({tiles.data(), d, width}, x.data(), {offsets, roots, room}, 2.0f, workers);
   for (std::int64_t column = 0; column < d; ++column) {
     const std::int64_t panel = column / width, before = panel * (panel + 1) / 2 * width;
     for (std::int64_t row = 0; row <= column; ++row) {
       int expected = 0;
-      for (const std::int64_t o : offsets) expected += 2 * values[o + row] * values[o + column];
+      for (std::size_t i = 0; i < offsets.size(); ++i) {
+        const int root = roots.empty() ? 1 : static_cast<int>(roots[i]);
+        expected += 2 * root * root * values[offsets[i] + row] * values[offsets[i] + column];
+      }
       if (tiles[(before + row) * width + column - panel * width] != float(expected))
         throw std::logic_error("moments");
     }
@@ -119,7 +132,8 @@ int main(int, char** arguments) {
       if (found.pairs != pairs || !monotone(own)) throw std::logic_error("pairs");
     });
     hooks();
-    if (curvfast::multiplies_bfloat16() && round % 10 == 0) moments(workers);
+    if (curvfast::multiplies_bfloat16() && round % 10 == 0) moments<std::uint16_t>(workers);
+    if (curvfast::multiplies_float32() && round % 10 == 5) moments<float>(workers);
     std::vector<float> scores(1 + random_bits() % 3000);
     for (float& score : scores)
       score = random_bits() % 3 ? static_cast<float>(random_bits() % 50)

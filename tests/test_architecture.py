@@ -27,7 +27,7 @@ FLOORS = [
         "ops.panels",
         "ops.triangular",
         "ops.request",
-        "ops.bfloat16",
+        "ops.packed_rows",
         "ops.blocked",
         "ops.moments",
         "ops.projection",

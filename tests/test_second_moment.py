@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvfast import ops
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
-from curvfast.ops import TriangularSum, bfloat16, blocked, pack, reference, registry
+from curvfast.ops import TriangularSum, blocked, pack, packed_rows, reference, registry
 from curvfast.ops.launch import group
 from curvfast.ops.request import MomentRequest
 
@@ -272,45 +272,72 @@ def test_no_launch_adds_to_one_sum_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [int(s.dense()[0, 0] / defined(x)[0, 0]) for s in sums] == [3, 2, 1]
 
 
-needs_bfloat16 = pytest.mark.skipif(
-    bfloat16.unavailable() is not None, reason=bfloat16.unavailable() or ""
-)
+PACKED = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            packed_rows.unavailable(dtype) is not None, reason=f"no instructions: {dtype}"
+        ),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("d", [1, 7, 31, 32, 33, 64, 127, 255, 256, 300, 1000, 1030, 1300])
-def test_packed_bfloat16_integers_are_summed_bit_for_bit(d: int) -> None:
+def test_packed_integers_are_summed_bit_for_bit(d: int, dtype: torch.dtype) -> None:
     for rows in (1, 2, 37, 257):
-        x = integers(rows, d, dtype=torch.bfloat16)
+        x = integers(rows, d, dtype=dtype)
         index = torch.randperm(rows)[: rows // 2]
         for options in ({}, {"rows": index}, {"scale": 4.0}):
             assert torch.equal(summed("native", x, **options).double(), defined(x, **options))
 
 
-@needs_bfloat16
-def test_packed_bfloat16_rows_may_lie_anywhere() -> None:
-    base = integers(90, 120, dtype=torch.bfloat16)
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("rows", [511, 512, 513, 1024, 1025, 1026, 2100])
+def test_packed_blocks_of_rows_join_without_a_seam(rows: int, dtype: torch.dtype) -> None:
+    x = integers(rows, 70, dtype=dtype)
+    assert torch.equal(summed("native", x).double(), defined(x))
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_rows_may_lie_anywhere(dtype: torch.dtype) -> None:
+    base = integers(90, 120, dtype=dtype)
     for x in (base[::2], base[:, 3:99], base.flip(0)[:50], base[:1].expand(9, 120)):
         assert torch.equal(summed("native", x).double(), defined(x))
-    x = integers(4, 11, 40, dtype=torch.bfloat16)
+    x = integers(4, 11, 40, dtype=dtype)
     lengths = torch.tensor([11, 0, 3, 10], dtype=torch.int32)
     assert torch.equal(summed("native", x[:, :-1]).double(), defined(x[:, :-1]))
     assert torch.equal(summed("native", x, lengths=lengths).double(), defined(x, lengths=lengths))
 
 
-@needs_bfloat16
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_rows_that_do_not_count_are_not_read(dtype: torch.dtype) -> None:
+    x = integers(60, 40, dtype=dtype)
+    x[1::2] = float("nan")
+    index = torch.arange(0, 60, 2)
+    assert torch.equal(summed("native", x, rows=index).double(), defined(x[::2]))
+
+
+@pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("width", [16, 20, 50, 200])
-def test_packed_bfloat16_fills_panels_of_any_width(width: int) -> None:
-    x = integers(40, 130, dtype=torch.bfloat16)
+def test_packed_rows_fill_panels_of_any_width(width: int, dtype: torch.dtype) -> None:
+    x = integers(40, 130, dtype=dtype)
     out = TriangularSum.zeros(130, width)
+    before = out.tiles.clone()
     with ops.use_backend("native"):
         ops.second_moment_(out, x)
     assert torch.equal(out.dense().double(), defined(x))
+    # What lies past the last feature stays zero, as reading and merging sums take for granted.
+    last = out.tiles[(out.tiles.shape[0] // width - 1) * width :]
+    assert torch.equal(last[:, 130 % width or width :], before[: len(last), 130 % width or width :])
 
 
-@needs_bfloat16
-def test_packed_bfloat16_has_torchs_error_on_any_number_of_threads() -> None:
-    x = (torch.randn(3000, 600) * torch.logspace(0, -4, 600)).bfloat16()
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_rows_have_torchs_error_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    x = (torch.randn(3000, 600) * torch.logspace(0, -4, 600)).to(dtype)
     exact = defined(x)
     sums = []
     threads = torch.get_num_threads()
@@ -320,24 +347,47 @@ def test_packed_bfloat16_has_torchs_error_on_any_number_of_threads() -> None:
     torch.set_num_threads(threads)
     assert torch.equal(*sums)
     torchs = (x.float().T @ x.float()).double()
-    assert (sums[0] - exact).norm() <= 2 * (torchs - exact).norm() + 1e-7 * exact.norm()
+    error = (sums[0] - exact).norm()
+    assert error <= 2 * (torchs - exact).norm() + 1e-7 * exact.norm()
     # The spectrum as well: a matrix error can hide a half-random eigenspace.
     found, expected = (torch.linalg.eigvalsh(m.double()).flip(0) for m in (sums[0], exact))
     leading = expected > 1e-5 * expected[0]
     assert ((found - expected).abs() <= 1e-3 * expected)[leading].all()
 
 
-@needs_bfloat16
-def test_packed_bfloat16_is_chosen_unasked_and_refuses_what_it_cannot() -> None:
-    x = integers(9, 40, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", PACKED[:1])
+def test_packed_float32_rows_are_weighted_on_the_way(dtype: torch.dtype) -> None:
+    x = integers(700, 70, dtype=dtype)
+    first, second = (torch.randint(0, 3, (700,)).float().square() for _ in range(2))
+    index = torch.randperm(700)[:640]
+    out, also = empty("native", 70), empty("native", 70)
+    with ops.use_backend("native"):
+        ops.second_moment_(
+            out, x, rows=index, weights=first, also=also, also_weights=second, scale=2.0
+        )
+    for found, weights in ((out, first), (also, second)):
+        expected = defined(x, rows=index, weights=weights, scale=2.0)
+        assert torch.equal(found.dense().double(), expected)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_rows_are_chosen_unasked(dtype: torch.dtype) -> None:
+    request = MomentRequest(TriangularSum.zeros(96, 96), integers(9, 96, dtype=dtype))
+    assert registry.resolve("second_moment_", request) is packed_rows.second_moment_
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_what_cannot_be_packed_goes_to_torch(dtype: torch.dtype) -> None:
+    x = integers(9, 40, dtype=dtype)
     out = TriangularSum.zeros(40, 40)
-    assert registry.resolve("second_moment_", MomentRequest(out, x)) is bfloat16.second_moment_
-    for request in (
-        MomentRequest(out, x.float()),
-        MomentRequest(out, x, weights=torch.ones(9)),
-        MomentRequest(out, integers(40, 9, dtype=torch.bfloat16).T),
+    refused = [
+        MomentRequest(out, x.half()),
+        MomentRequest(out, integers(40, 9, dtype=dtype).T),
         MomentRequest(TriangularSum.zeros(40, 40, dtype=torch.float64), x),
-    ):
+    ]
+    if dtype == torch.bfloat16:
+        refused.append(MomentRequest(out, x, weights=torch.ones(9)))
+    for request in refused:
         with ops.use_backend("native"), pytest.raises(BackendUnavailable):
             registry.resolve("second_moment_", request)
         assert registry.resolve("second_moment_", request) is blocked.second_moment_

@@ -5,10 +5,10 @@ from collections.abc import Callable as _Callable
 from curvfast.ops import _library as _library
 from curvfast.ops import (
     _native,
-    bfloat16,
     blocked,
     energies,
     native_triangle,
+    packed_rows,
     panels,
     projection,
     reference,
@@ -81,16 +81,16 @@ registry.register(
     registry.Backend(
         "native",
         {
-            "second_moment_": bfloat16.second_moment_,
-            "second_moments_": one_by_one(bfloat16.second_moment_),
+            "second_moment_": packed_rows.second_moment_,
+            "second_moments_": one_by_one(packed_rows.second_moment_),
             "pack": native_triangle.pack,
             "unpack": native_triangle.unpack,
             "mirror_": native_triangle.mirror_,
             "scale_": native_triangle.scale_,
         },
         {
-            "second_moment_": bfloat16.refusal,
-            "second_moments_": bfloat16.refusal,
+            "second_moment_": packed_rows.refusal,
+            "second_moments_": packed_rows.refusal,
             "pack": native_triangle.refusal_unless_named,
             "unpack": native_triangle.refusal,
             "mirror_": native_triangle.refusal,

@@ -78,27 +78,44 @@ def cheapest_hook(widths: npt.NDArray[np.int64], columns: int, band: int) -> tup
     return _C.cheapest_hook(kept.ctypes.data, kept.size, columns, band)
 
 
-def multiplies_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16 and the core is built."""
-    return unavailable() is None and bool(_C.multiplies_bfloat16())
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether the core is built and this processor has the instructions for ``dtype``."""
+    able = {torch.float32: "multiplies_float32", torch.bfloat16: "multiplies_bfloat16"}
+    return unavailable() is None and dtype in able and bool(getattr(_C, able[dtype])())
 
 
-def add_bfloat16_rows(
-    tiles: Tensor, d: int, x: Tensor, offsets: Tensor, scale: float, workers: int
+def packed_words(d: int, rows: int, dtype: torch.dtype) -> int:
+    """Return how many 32-bit words of room :func:`add_rows` needs for rows of d features."""
+    return _C.packed_words(d, rows, torch.finfo(dtype).bits)
+
+
+def add_rows(
+    tiles: Tensor,
+    d: int,
+    x: Tensor,
+    offsets: Tensor,
+    roots: Tensor | None,
+    room: Tensor,
+    scale: float,
+    workers: int,
 ) -> None:
     """Add the products of the rows at ``offsets`` to the packed ``tiles`` of d features.
 
     Args:
         tiles: float32 [tiles · width, width], contiguous. Written.
         d: Features.
-        x: bfloat16; each row's features side by side.
+        x: float32 or bfloat16; each row's features side by side.
         offsets: int64 [n], where each row begins, counted in elements from the first of x.
+        roots: float32 [n], what each row is multiplied by first, or None; of float32 rows only.
+        room: int32, at least :func:`packed_words` of them. Overwritten.
         scale: Factor of the products.
         workers: Threads; the answer does not depend on them.
     """
-    _C.add_bfloat16_rows(
+    add = _C.add_float32_rows if x.dtype == torch.float32 else _C.add_bfloat16_rows
+    add(
         tiles.data_ptr(), tiles.numel(), d, tiles.shape[1], x.data_ptr(), offsets.data_ptr(),
-        offsets.numel(), scale, workers,
+        offsets.numel(), 0 if roots is None else roots.data_ptr(),
+        room.data_ptr(), room.numel(), scale, workers,
     )  # fmt: skip
 
 

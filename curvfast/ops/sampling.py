@@ -45,12 +45,25 @@ def in_chunks(logits: Tensor, rows: Tensor | None, generator: torch.Generator) -
     index = torch.arange(count, device=logits.device) if rows is None else rows
     for chunk in index.split(max(1, _CHUNK_VALUES // classes)) if index.numel() else ():
         probabilities = logits[chunk].float().softmax(-1)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        drawn = draw(probabilities, generator)
         labels[chunk] = drawn[:, 0]
         logits[chunk] = minus_onehot_(probabilities, drawn).to(logits.dtype)
     if rows is not None:
         logits.masked_fill_((labels < 0)[:, None], 0)
     return labels
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class of each row [rows, classes] by one uniform number; return them, int64 [rows, 1].
+
+    The inverse of the distribution function, in float64: a row costs one random number, where
+    ``torch.multinomial`` draws one for each class.
+    """
+    below = probabilities.cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand(len(below), 1, dtype=below.dtype, device=below.device, generator=generator)
+    # In (0, total]: what has no probability is never drawn. NaN passes every class.
+    drawn = torch.searchsorted(below, (1 - uniform) * below[:, -1:])
+    return drawn.clamp_(max=probabilities.shape[1] - 1)
 
 
 def minus_onehot_(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from curvfast import pending
-from curvfast.ops import bfloat16, blocked
+from curvfast.ops import blocked, packed_rows
 
 
 class Scratch:
     """Makes on the meta device what adding rows makes on ``device``.
 
-    On a CPU rows pass through a float32 buffer, but for bfloat16 rows that this processor
-    multiplies as they are. Kernels of a GPU read rows where they lie, and keep narrow ones alive
+    On a CPU rows pass through a buffer: packed where this processor has instructions for it, in
+    float32 elsewhere. Kernels of a GPU read rows where they lie, and keep narrow ones alive
     until enough wait for one launch (:mod:`curvfast.pending`).
     """
 
@@ -35,7 +35,7 @@ class Scratch:
 
     @staticmethod
     def _buffer(x: Tensor, rows: int, d: int) -> int:
-        if x.dtype == torch.bfloat16 and bfloat16.unavailable() is None:
-            return 0
+        if packed_rows.packs(x.dtype, d):
+            return 4 * packed_rows.room_words(x.dtype, rows, d)
         gathered = 0 if x.element_size() == 4 else x.element_size()
         return min(rows, blocked.chunk_rows(d)) * d * (4 + gathered)

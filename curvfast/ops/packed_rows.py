@@ -1,0 +1,76 @@
+"""Second moments on CPUs with AVX-512: rows are packed once, where they lie, and never cast."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from curvfast.ops import _native, registry
+from curvfast.ops.request import MomentRequest
+
+_INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512_BF16"}
+
+# Of fewer float32 features torch's one GEMM costs less than the call alone.
+_NARROW = 96
+_too_narrow = registry.unless_named("native", f"fewer than {_NARROW} float32 features are torch's")
+
+
+@cache
+def unavailable(dtype: torch.dtype) -> str | None:
+    """Return why rows of ``dtype`` cannot be multiplied on this machine, or None."""
+    reason = _native.unavailable()
+    if reason or _native.multiplies(dtype):
+        return reason
+    return f"this processor has no {_INSTRUCTIONS[dtype]}"
+
+
+def packs(dtype: torch.dtype, d: int) -> bool:
+    """Return whether rows of d features are multiplied here unasked."""
+    if dtype not in _INSTRUCTIONS or unavailable(dtype):
+        return False
+    return dtype != torch.float32 or d >= _NARROW
+
+
+def refusal(call: MomentRequest) -> str | None:
+    """Return why this call cannot run here, or None."""
+    x = call.x
+    if x.dtype not in _INSTRUCTIONS or x.device.type != "cpu" or x.stride(-1) != 1:
+        return "only float32 and bfloat16 rows on a CPU, each row's features side by side"
+    if unavailable(x.dtype):
+        return unavailable(x.dtype)
+    if x.dtype == torch.bfloat16 and (call.weights is not None or call.also is not None):
+        return "weighted bfloat16 rows are not packed"
+    if call.out.tiles.dtype != torch.float32:
+        return f"the sum is {call.out.tiles.dtype}; packed rows are added to float32"
+    if call.precision not in (None, "ieee"):
+        return f"precision={call.precision!r} is the kernels'; products here are 'ieee'"
+    return _too_narrow() if x.dtype == torch.float32 and call.d < _NARROW else None
+
+
+def second_moment_(call: MomentRequest) -> None:
+    """Add the products of the rows that count, in float32; tiny bfloat16 numbers count as zero."""
+    index = call.index()
+    rows = torch.arange(call.x.shape[:-1].numel()) if index is None else index
+    if not rows.numel():
+        return
+    offsets = _offsets(call.x, rows)
+    room = torch.empty(room_words(call.x.dtype, rows.numel(), call.d), dtype=torch.int32)
+    workers = torch.get_num_threads()
+    for out, weights in call.sums():
+        # √w on both sides keeps the product symmetric.
+        roots = None if weights is None else weights.flatten()[rows].float().sqrt()
+        _native.add_rows(out.tiles, call.d, call.x, offsets, roots, room, call.scale, workers)
+
+
+def room_words(dtype: torch.dtype, rows: int, d: int) -> int:
+    """Return how many 32-bit words rows of d features are packed into at a time."""
+    return _native.packed_words(d, rows, dtype)
+
+
+def _offsets(x: Tensor, rows: Tensor) -> Tensor:
+    """Return where each row begins, in elements."""
+    if x.dim() == 2:
+        return rows * x.stride(0)
+    return rows // x.shape[1] * x.stride(0) + rows % x.shape[1] * x.stride(1)
