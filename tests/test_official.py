@@ -10,7 +10,7 @@ import official
 import pytest
 import torch
 from cases import llama
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import brute_force
 from torch.nn.functional import cross_entropy
@@ -98,6 +98,8 @@ def descending(primes: list[int]) -> st.SearchStrategy[torch.Tensor]:
     return some.map(lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float32))
 
 
+# The sum reaches ρ exactly: nothing more is popped.
+@example(torch.tensor([1.0]), torch.tensor([3.0, 1.0]), 0.75)
 @settings(deadline=None, max_examples=60)
 @given(descending(PRIMES[::2]), descending(PRIMES[1::2]), st.floats(0.01, 1.0))
 def test_the_heap_pops_what_sorting_every_product_finds(values_g, values_a, mass) -> None:

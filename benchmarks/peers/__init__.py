@@ -7,7 +7,8 @@ undoes its convention.
 
 All count the same rows: every position that has a label, gold, the next token. Who can drop the
 last position of a sequence is given whole sequences; the others are given them without their last
-token, which a causal model's earlier positions do not see.
+token, which a causal model's earlier positions do not see. Work that an option of a peer's own, or
+freezing parameters it does not need, can spare it is spared.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ PEERS = (
 
 ABSENT = {
     "kfac-pytorch": "pip: No matching distribution found for kfac-pytorch",
-    "logix-ai 0.1.1": "pip: versions that require a different python version: <3.11.0,>=3.6.0",
-    "laplace-torch 0.3": "no factors of its own: its Kron calls curvlinops or asdfghjkl",
+    "logix-ai 0.1.1": "pip: require a different python version: Requires-Python <3.11.0,>=3.6.0",
+    "laplace-torch 0.3": "no factors of its own: its Kron is a backend's, curvlinops's by default",
 }
 """Peers that are not run, and why."""
 
