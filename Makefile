@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help install demo test test-slow lint bench gpu wheel clean
+.PHONY: help install demo test test-slow lint bench bench-peers gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +40,19 @@ lint: install ## ruff and mypy
 bench: install ## CPU benchmarks: ratios in one run
 	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts= --import-mode=importlib
 
+bench-peers: $(PEERS_STAMP) ## other libraries' factors against ours, in .venv-peers
+	PYTHONPATH=benchmarks $(PEERS)/bin/python -m peers.run $(PEERS_ARGS)
+
+# --no-deps: kronfluence, nngeometry and bergson ask for torchvision, which would replace torch.
+$(PEERS_STAMP): $(SOURCES) benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11 cmake ninja
+	CURVFAST_CUDA=OFF PATH="$(abspath $(PEERS)/bin):$$PATH" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation -c constraints.txt -e .
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-c constraints.txt -r benchmarks/peers/requirements.txt
+	touch $@
+
 # GPU machines often have no network: what is there is used, and nothing is installed. The leading +
 # makes `make gpu --dry-run` run the whole host side, small, under Triton's interpreter.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -55,4 +70,4 @@ wheel: install ## a wheel and an sdist in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist demo-out *.egg-info curvfast/_C*.so curvfast/_cuda*.so
+	rm -rf $(VENV) $(PEERS) build dist demo-out *.egg-info curvfast/_C*.so curvfast/_cuda*.so

@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-_OTHERS = ("demo", "dry-run")
+_OTHERS = ("cpu", "demo", "dry-run")
 METHODS = (
     ("base", "unedited"),
     ("kfac", "**K-FAC edit**"),

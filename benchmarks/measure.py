@@ -1,0 +1,135 @@
+"""What a run costs beside its time: matrix products, traffic, tensors alive, resident memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    mm_flop,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+Shape = torch.Size
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def products(run: Callable[[], Any]) -> float:
+    """Return the floating-point operations of all matrix products, of those torch leaves out too:
+    products into a sum, and attention on a CPU."""
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as count:
+        run()
+    return float(count.get_total_flops())
+
+
+def _added(_out: Shape, a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    return mm_flop(a, b)
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+_UNCOUNTED = {
+    torch.ops.aten.addmm_: _added,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts torch's operations, and the bytes of the tensors each reads and writes.
+
+    A view moves nothing and is not counted. What an operation updates in place it reads and writes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read, written = _tensors((args, kwargs)), _tensors(out)
+        if func._schema.is_mutable or not _storages(read) & _storages(written):
+            self.operations += 1
+            self.bytes += sum(x.numel() * x.element_size() for x in (*read, *written))
+        return out
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
+
+
+def traffic(run: Callable[[], Any]) -> tuple[int, int]:
+    """Return the bytes that torch's operations read and wrote, and how many there were."""
+    with Traffic() as seen:
+        run()
+    return seen.bytes, seen.operations
+
+
+def live_bytes(run: Callable[[], Any]) -> int:
+    """Return the most bytes of tensors alive at once that ``run`` made."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def resident_peak(run: Callable[[], Any]) -> int:
+    """Return by how many bytes the process grew, at most, beyond what it held before (Linux)."""
+    process = Path("/proc/self")
+    try:
+        (process / "clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        # Where the mark cannot be taken down, it is right in a process whose first work this is.
+        pass
+    before = _status(process, "VmRSS")
+    run()
+    return _status(process, "VmHWM") - before
+
+
+def _status(process: Path, field: str) -> int:
+    lines = (process / "status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def worst_errors(found: Moments, truth: Moments) -> tuple[float, float]:
+    """Return the largest relative Frobenius errors among the A, and among the G.
+
+    Raises:
+        ValueError: If the two are not of the same layers.
+    """
+    if found.keys() != truth.keys():
+        raise ValueError(f"layers differ: {sorted(found.keys() ^ truth.keys())}")
+    a, g = (
+        torch.stack([_relative(found[name][side], truth[name][side]) for name in truth]).max()
+        for side in (0, 1)
+    )
+    return float(a), float(g)
+
+
+def _relative(found: Tensor, true: Tensor) -> Tensor:
+    return (found.double() - true.double()).norm() / true.double().norm()

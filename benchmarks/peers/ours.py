@@ -1,0 +1,26 @@
+"""curvfast itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+import curvfast
+from peers import DROPPED, Batch, Fit, Moments
+
+PACKAGE = "curvfast"
+CONVENTION = "plain sums"
+POSITIONS = DROPPED
+
+
+def prepare(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Fit:
+    def run() -> curvfast.Factors:
+        return curvfast.collect_from(
+            model, batches, lambda name, _: name in layers, labels="gold", progress=False
+        )
+
+    def sums(found: curvfast.Factors) -> Moments:
+        return {name: (found[name].a_sum, found[name].g_sum) for name in layers}
+
+    return Fit(run, sums)

@@ -1,0 +1,110 @@
+"""One peer in a process of its own, doing what it is told: ``python -m peers.worker``.
+
+It reads commands from standard input, a line each, and answers each by a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import measure
+from safetensors.torch import load_file
+
+from peers import Fit, load
+from peers.cases import CASES, Case
+
+Answer = dict[str, Any]
+
+
+class Worker:
+    """A peer with its model and data; its public methods are the commands."""
+
+    fit: Fit
+
+    def __init__(self, peer: str, case: Case, truth: Path) -> None:
+        self._peer, self._case, self._truth = peer, case, truth
+
+    def start(self) -> Answer:
+        """Import the peer and give it a model and data."""
+        model, batches = self._case.model(), self._case.data()
+        # What any process does once is none of the peer's memory.
+        small = batches[0]["input_ids"][:1, :8]
+        model(input_ids=small, use_cache=False).logits.sum().backward()
+        model.zero_grad()
+        peer = load(self._peer)
+        self.fit = peer.prepare(model, batches, self._case.names(model))
+        return {
+            "version": version(peer.PACKAGE) if peer.PACKAGE else "",
+            "convention": peer.CONVENTION, "positions": peer.POSITIONS,
+        }  # fmt: skip
+
+    def first(self) -> Answer:
+        """Fit once: what that added to the memory of the process, and how wrong it is."""
+        found = []
+        grown = measure.resident_peak(lambda: found.append(self.fit.run()))
+        stored = load_file(self._truth)
+        layers = [key.removeprefix("a.") for key in stored if key.startswith("a.")]
+        truth = {name: (stored[f"a.{name}"], stored[f"g.{name}"]) for name in layers}
+        a, g = measure.worst_errors(self.fit.sums(found[0]), truth)
+        return {"resident_peak_bytes": grown, "error_a": a, "error_g": g}
+
+    def go(self) -> Answer:
+        """Fit once more, against the clock."""
+        start = time.perf_counter()
+        found = self.fit.run()
+        seconds = time.perf_counter() - start
+        del found
+        return {"seconds": seconds}
+
+    def count(self) -> Answer:
+        """Count what does not depend on the clock."""
+        moved, operations = measure.traffic(self.fit.run)
+        return {
+            "flop_per_batch": measure.products(self.fit.run) / self._case.batches,
+            "traffic_bytes_per_batch": moved / self._case.batches,
+            "operations_per_batch": operations / self._case.batches,
+            "live_peak_bytes": measure.live_bytes(self.fit.run),
+        }
+
+
+def answered(command: Callable[[], Answer]) -> Answer:
+    """Return what a command returns, or how it failed."""
+    try:
+        return command()
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def main() -> None:
+    """Start, then answer commands until standard input ends."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peer")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("batches", type=int)
+    parser.add_argument("truth", type=Path)
+    options = parser.parse_args()
+    case = dataclasses.replace(CASES[options.case], batches=options.batches)
+    worker = Worker(options.peer, case, options.truth)
+    # Peers print and log to standard output, which the answers keep for themselves.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        for command in itertools.chain(["start"], sys.stdin):
+            said = answered(getattr(worker, command.strip()))
+            answers.write(json.dumps(said) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()
