@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,52 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from curvfast.ops import _native
+
 Shape = torch.Size
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def products(run: Callable[[], Any]) -> float:
     """Return the floating-point operations of all matrix products, of those torch leaves out too:
-    products into a sum, and attention on a CPU."""
-    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as count:
+    products into a sum, attention on a CPU, and what curvfast's native core multiplies."""
+    count = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    with native_calls() as calls, count:
         run()
-    return float(count.get_total_flops())
+    native = sum(2 * call.rows * _native.packed_products(call.d) for call in calls)
+    return float(count.get_total_flops() + native)
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """Rows that the native core added to a sum, which torch does not see."""
+
+    rows: int
+    d: int
+    element_size: int
+
+    @property
+    def bytes(self) -> int:
+        """Read: rows and sum; written: packed rows and sum; and the packed rows read once."""
+        packed = self.rows * self.d * self.element_size
+        return 3 * packed + 2 * 4 * _native.packed_products(self.d)
+
+
+@contextmanager
+def native_calls() -> Iterator[list[NativeCall]]:
+    """Yield a list that takes down every call of the native second moment in the block."""
+    calls: list[NativeCall] = []
+    original = _native.add_rows
+
+    def add_rows(tiles: Tensor, d: int, x: Tensor, offsets: Tensor, *rest: Any) -> None:
+        calls.append(NativeCall(len(offsets), d, x.element_size()))
+        original(tiles, d, x, offsets, *rest)
+
+    _native.add_rows = add_rows
+    try:
+        yield calls
+    finally:
+        _native.add_rows = original
 
 
 def _added(_out: Shape, a: Shape, b: Shape, *_: Any, **__: Any) -> int:
@@ -83,10 +121,11 @@ def _storages(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def traffic(run: Callable[[], Any]) -> tuple[int, int]:
-    """Return the bytes that torch's operations read and wrote, and how many there were."""
-    with Traffic() as seen:
+    """Return the bytes that operations read and wrote, and how many there were; the native core's
+    too, which packs blocks of rows and keeps them in the cache."""
+    with native_calls() as calls, Traffic() as seen:
         run()
-    return seen.bytes, seen.operations
+    return seen.bytes + sum(call.bytes for call in calls), seen.operations + len(calls)
 
 
 def live_bytes(run: Callable[[], Any]) -> int:

@@ -153,6 +153,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("multiplies_bfloat16", &curvfast::multiplies_bfloat16);
   module.def("packed_words", &curvfast::packed_words, py::arg("d"), py::arg("rows"),
              py::arg("bits"));
+  module.def("packed_products", &curvfast::packed_products, py::arg("d"));
   define_add_rows<float>(module, "add_float32_rows");
   define_add_rows<std::uint16_t>(module, "add_bfloat16_rows");
   curvfast::define_triangle<Threads>(module, "workers");

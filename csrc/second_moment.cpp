@@ -31,6 +31,15 @@ std::int64_t packed_words(std::int64_t d, std::int64_t rows, int bits) {
   return upwards(d, kStrip) * kStrip * steps;
 }
 
+std::int64_t packed_products(std::int64_t d) {
+  std::int64_t products = 0;
+  for (std::int64_t first = 0; first < d; first += kStrip) {
+    const std::int64_t rows = std::min(upwards(d - first, kRegisterRows) * kRegisterRows, kStrip);
+    products += rows * upwards(d - first, kStrip) * kStrip;
+  }
+  return products;
+}
+
 #ifndef CURVFAST_X86
 
 bool multiplies_float32() { return false; }

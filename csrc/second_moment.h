@@ -20,6 +20,9 @@ bool multiplies_bfloat16();
 // How many words of room add_rows needs to pack so many rows of so many bits a value.
 std::int64_t packed_words(std::int64_t d, std::int64_t rows, int bits);
 
+// How many of the d * d products of a row add_rows computes.
+std::int64_t packed_products(std::int64_t d);
+
 // Adds scale * sum of x xᵀ over the rows at x + offsets[i] to out: products and sums in float32,
 // in one order whatever the workers. roots is empty, or one factor for each row, by which its
 // values are multiplied first; bfloat16 rows take none, and their subnormal numbers count as zero.

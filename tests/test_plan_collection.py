@@ -17,10 +17,10 @@ import torch
 from cases import CASES, VOCABULARY, Case, llama
 from hypothesis import given
 from hypothesis import strategies as st
+from measure import products
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 import curvfast
 from curvfast import ops, pending
@@ -88,17 +88,6 @@ WIDE = [
     pytest.param(wide_gpt2, tokens, "attention", id="gpt2"),
     pytest.param(wide_vit, images, "mlp", id="vit"),
 ]
-
-
-def products(run: Callable[[], Any]) -> int:
-    """Operations of all matrix products, the in-place ones torch leaves out among them."""
-
-    def in_place(_out: Any, a: Any, b: Any, *rest: Any, **options: Any) -> int:
-        return mm_flop(a, b)
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as count:
-        run()
-    return count.get_total_flops()
 
 
 def most_bytes(run: Callable[[], Any]) -> int:

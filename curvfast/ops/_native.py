@@ -89,6 +89,11 @@ def packed_words(d: int, rows: int, dtype: torch.dtype) -> int:
     return _C.packed_words(d, rows, torch.finfo(dtype).bits)
 
 
+def packed_products(d: int) -> int:
+    """Return how many of the d · d products of a row :func:`add_rows` computes."""
+    return _C.packed_products(d)
+
+
 def add_rows(
     tiles: Tensor,
     d: int,

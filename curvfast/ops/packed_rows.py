@@ -69,6 +69,11 @@ def room_words(dtype: torch.dtype, rows: int, d: int) -> int:
     return _native.packed_words(d, rows, dtype)
 
 
+def products(d: int) -> int:
+    """Return how many of the d · d products of a row are computed."""
+    return _native.packed_products(d)
+
+
 def _offsets(x: Tensor, rows: Tensor) -> Tensor:
     """Return where each row begins, in elements."""
     if x.dim() == 2:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from curvfast.ops import blocked, sum_bytes
+from curvfast.ops import blocked, packed_rows, sum_bytes
 
 # Of a logit: subtract the maximum, exponentiate, add up, divide, compare with the number drawn.
 _FLOPS_OF_A_LOGIT = 5
@@ -20,10 +20,12 @@ def moment_flops(d: int, rows: int, device: torch.device) -> int:
     """Return the FLOPs of adding ``rows`` rows of d features to a packed sum: one triangle.
 
     On a GPU the tiles on the diagonal are multiplied whole; on a CPU only down to the diagonal of
-    narrower steps (:mod:`curvfast.ops.blocked`).
+    narrow strips (:mod:`curvfast.ops.packed_rows`), or of steps (:mod:`curvfast.ops.blocked`).
     """
     if device.type == "cuda":
         return 2 * rows * (sum_bytes(d, device) // 4)
+    if packed_rows.packs(torch.float32, d):
+        return 2 * rows * packed_rows.products(d)
     width, step = blocked.panel_width(d), blocked.diagonal_step(d)
     entries = 0
     for start in range(0, d, width):

@@ -36,6 +36,7 @@ class Scratch:
     @staticmethod
     def _buffer(x: Tensor, rows: int, d: int) -> int:
         if packed_rows.packs(x.dtype, d):
-            return 4 * packed_rows.room_words(x.dtype, rows, d)
+            # Where each row begins, and the packed rows.
+            return 8 * rows + 4 * packed_rows.room_words(x.dtype, rows, d)
         gathered = 0 if x.element_size() == 4 else x.element_size()
         return min(rows, blocked.chunk_rows(d)) * d * (4 + gathered)
