@@ -59,7 +59,7 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     The inverse of the distribution function, in float64: a row costs one random number, where
     ``torch.multinomial`` draws one for each class.
     """
-    below = probabilities.cumsum(-1, dtype=torch.float64)
+    below = probabilities.double().cumsum_(-1)
     uniform = torch.rand(len(below), 1, dtype=below.dtype, device=below.device, generator=generator)
     # In (0, total]: what has no probability is never drawn. NaN passes every class.
     drawn = torch.searchsorted(below, (1 - uniform) * below[:, -1:])
