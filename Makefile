@@ -37,8 +37,10 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## CPU benchmarks: ratios in one run
-	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts= --import-mode=importlib
+bench: install ## CPU benchmarks: ratios in one run, and how cost grows
+	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts= --import-mode=importlib \
+		-q --results benchmarks/results/cpu/bench.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/scaling.py
 
 bench-peers: $(PEERS_STAMP) ## other libraries' factors against ours, in .venv-peers
 	PYTHONPATH=benchmarks $(PEERS)/bin/python -m peers.run $(PEERS_ARGS)

@@ -1,4 +1,4 @@
-"""Races: two functions timed in turns in one run, so a noisy machine slows both alike."""
+"""Races: functions timed in turns in one run, so a noisy machine slows all alike."""
 
 from __future__ import annotations
 
@@ -7,26 +7,44 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from results import environment, write
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROUNDS = 15
-_TABLE: list[tuple[str, str, float, float]] = []
+# Seconds of one race: what takes longer is run fewer times, but five at least.
+BUDGET, FEWEST = 6.0, 5
+_RACES: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="write every ratio there, as JSON")
 
 
 @pytest.fixture
 def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]:
     """Time ``ours`` against ``theirs`` in turns; record and return the ratio of medians.
 
-    A ratio above 1 says that ours is faster. pytest-benchmark's own figures are of ours alone.
+    A ratio above 1 says that ours is faster. ``rival`` names who is raced, where there are several.
+    pytest-benchmark's own figures are of ours alone.
     """
 
-    def run(ours: Callable[[], Any], theirs: Callable[[], Any], *, rounds: int = ROUNDS) -> float:
+    def run(
+        ours: Callable[[], Any],
+        theirs: Callable[[], Any],
+        *,
+        rounds: int = ROUNDS,
+        rival: str = "",
+    ) -> float:
         times: dict[bool, list[float]] = {True: [], False: []}
+        started = time.perf_counter()
         ours(), theirs()
+        once = time.perf_counter() - started
+        rounds = max(FEWEST, min(rounds, int(BUDGET / max(once, 1e-9))))
         for turn in range(2 * rounds):
             # ABBA order: neither side always runs on the other's warm caches.
             mine = turn % 4 in (0, 3)
@@ -35,25 +53,42 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]
             times[mine].append(time.perf_counter() - start)
         ratios = sorted(b / a for a, b in zip(times[True], times[False], strict=True))
         ratio = statistics.median(times[False]) / statistics.median(times[True])
-        benchmark.extra_info["ratio"] = round(ratio, 3)
-        benchmark.extra_info["ratio_quartiles"] = [
-            round(ratios[len(ratios) // 4], 3),
-            round(ratios[3 * len(ratios) // 4], 3),
-        ]
-        benchmark.pedantic(ours, rounds=3, iterations=1)
-        low, high = benchmark.extra_info["ratio_quartiles"]
-        _TABLE.append((request.node.name, f"{ratio:.2f}", low, high))
+        found = {
+            "name": request.node.name,
+            **({"rival": rival} if rival else {}),
+            "ratio": round(ratio, 3),
+            "quartiles": [
+                round(ratios[len(ratios) // 4], 3),
+                round(ratios[3 * len(ratios) // 4], 3),
+            ],
+            "rounds": rounds,
+        }
+        benchmark.extra_info.setdefault("ratios", {})[rival] = ratio
+        if "used" not in benchmark.extra_info:
+            benchmark.extra_info["used"] = True
+            benchmark.pedantic(ours, rounds=1, iterations=1)
+        _RACES.append({**found, "facts": _facts(benchmark)})
         return ratio
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _TABLE:
+def _facts(benchmark: Any) -> dict[str, Any]:
+    return {k: v for k, v in benchmark.extra_info.items() if k not in ("ratios", "used")}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not _RACES:
         return
     terminalreporter.section("how many times faster than the rival (median; quartiles)")
-    for name, ratio, low, high in _TABLE:
-        terminalreporter.write_line(f"{name:<52} {ratio:>6}   [{low}, {high}]")
+    for race in _RACES:
+        low, high = race["quartiles"]
+        name = f"{race['name']} {race.get('rival', '')}"
+        terminalreporter.write_line(f"{name:<64} {race['ratio']:>9.2f}   [{low}, {high}]")
+    target = config.getoption("--results")
+    if target is not None:
+        write(target, {"schema_version": 1, "environment": environment(), "races": _RACES})
+        terminalreporter.write_line(f"wrote {target}")
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

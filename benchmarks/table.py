@@ -1,7 +1,7 @@
-"""Writes the README's tables from the JSON of the runs, so that no figure is typed by hand.
+"""Writes every table of the READMEs from the JSON of the runs, so that no figure is typed by hand.
 
-python benchmarks/table.py            print them
-python benchmarks/table.py --write    put them between the README's markers
+python benchmarks/table.py            print the documents as they should be
+python benchmarks/table.py --write    put the tables between their markers
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import tables_cpu
+from results import CPU
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "demo"
@@ -99,26 +102,53 @@ def load(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def filled(readme: str) -> str:
-    """Return the README with its tables as the runs say."""
-    tables = {"trained": trained(), "pretrained": pretrained()}
-    measured = newest_gpu()
-    if measured is not None:
-        tables["gpu"] = gpu(measured)
-    for name, table in tables.items():
+def filled(text: str) -> str:
+    """Return a text with the tables it has places for as the runs say.
+
+    Raises:
+        ValueError: If it has a place for a table that there is not.
+    """
+    places = re.findall(r"<!-- ([a-z-]+) -->", text)
+    for name in places:
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, count = re.subn(
-            pattern, lambda m, t=table: m[1] + t + "\n" + m[2], readme, flags=re.S
-        )
-        if count != 1:
-            raise ValueError(f"the README has {count} places for the table {name!r}, not 1")
-    return readme
+        table = TABLES[name]()
+        text = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
+    return text
+
+
+def _cpu(file: str, table: Callable[[Any], Sequence[Sequence[str]]]) -> Callable[[], str]:
+    def make() -> str:
+        found = load(CPU / file)
+        return f"{markdown(table(found))}\n\n{tables_cpu.machine(found)}."
+
+    return make
+
+
+def _newest() -> str:
+    measured = newest_gpu()
+    return "None was at hand." if measured is None else gpu(measured)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "trained": trained,
+    "pretrained": pretrained,
+    "gpu": _newest,
+    "second-moments": _cpu("bench.json", tables_cpu.second_moments),
+    "races": _cpu("bench.json", tables_cpu.races),
+    "peers": _cpu("peers.json", lambda found: tables_cpu.peers(found, "peers")),
+    "peers-wide": _cpu("peers.json", lambda found: tables_cpu.peers(found, "wide")),
+    "scaling": _cpu("scaling.json", tables_cpu.scaling),
+    "shares": _cpu("profile.json", tables_cpu.shares),
+}
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    text = filled(path.read_text(encoding="utf-8"))
-    if sys.argv[1:] == ["--write"]:
-        path.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(f"{trained()}\n\n{pretrained()}\n")
+    for path in DOCUMENTS:
+        text = filled(path.read_text(encoding="utf-8"))
+        if sys.argv[1:] == ["--write"]:
+            path.write_text(text, encoding="utf-8")
+        else:
+            sys.stdout.write(text)

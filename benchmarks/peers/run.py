@@ -20,13 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import official
 import torch
+from results import environment, write
 from safetensors.torch import save_file
 from table import markdown
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print."""
     options = _options(arguments)
     results: dict[str, Any] = {
-        "schema_version": SCHEMA, "environment": _environment(), "tolerance": TOLERANCE,
+        "schema_version": SCHEMA, "environment": environment(), "tolerance": TOLERANCE,
         "rounds": options.rounds, "absent": ABSENT, "cases": {},
     }  # fmt: skip
     for name in options.cases:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = dataclasses.replace(case, batches=options.batches)
         rows = compared(name, case, options.only, options.rounds)
         results["cases"][name] = {**dataclasses.asdict(case), "dtype": "float32", "rows": rows}
-        _write(options.out, results)
+        write(options.out, results)
         sys.stdout.write(f"\n{name}: {case}\n\n{table(rows)}\n")
     for peer, why in ABSENT.items():
         sys.stdout.write(f"{peer}: {why}\n")
@@ -193,32 +193,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.rounds = options.rounds or (1 if options.smoke else ROUNDS)
     options.out = options.out or results / "peers.json"
     return options
-
-
-def _environment() -> dict[str, Any]:
-    import platform
-
-    import transformers
-
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cpu": next((x.partition(": ")[2] for x in cpu if x.startswith("model name")), "unknown"),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "commit": commit or "unknown",
-    }  # fmt: skip
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":
