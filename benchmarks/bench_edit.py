@@ -18,8 +18,8 @@ from curvfast.core.projection import rotate, rotate_back, sweep
 MASSES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 CASE = CASES["wide"]
 LAYERS = ["model.layers.2.mlp.up_proj"]
-# 100 rows of a spectrum i^-2: the mass of a real layer is as uneven, and the heap still ends.
-UNEVEN = 2.0
+# The power of the spectra, i^-1: eight masses take the heap some seconds.
+UNEVEN = 1.0
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 

@@ -39,6 +39,7 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]
         *,
         rounds: int = ROUNDS,
         rival: str = "",
+        pause: float = 0.0,
     ) -> float:
         times: dict[bool, list[float]] = {True: [], False: []}
         started = time.perf_counter()
@@ -48,6 +49,7 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]
         for turn in range(2 * rounds):
             # ABBA order: neither side always runs on the other's warm caches.
             mine = turn % 4 in (0, 3)
+            time.sleep(pause)
             start = time.perf_counter()
             (ours if mine else theirs)()
             times[mine].append(time.perf_counter() - start)

@@ -19,15 +19,21 @@ namespace {
 // Both operands of xᵀx are the same numbers, so rows are packed once: strips of kStrip features,
 // and in each one word a feature and step, a step being one row of float32 or two of bfloat16.
 // kDepth steps are summed in registers: longer sums would round more, and two strips of them fill
-// a first-level cache. kBlock steps of all features are packed at a time.
-constexpr std::int64_t kStrip = 32, kRegisterRows = 8, kDepth = 128, kBlock = 512;
+// a first-level cache.
+constexpr std::int64_t kStrip = 32, kRegisterRows = 8, kDepth = 128;
 
 constexpr std::int64_t upwards(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
+
+// How many steps of d features are packed at a time: threads meet twice for each such block, so
+// few features are packed far ahead.
+constexpr std::int64_t block_steps(std::int64_t d) {
+  return std::max<std::int64_t>(512, (1 << 19) / (upwards(d, kStrip) * kStrip));
+}
 
 }  // namespace
 
 std::int64_t packed_words(std::int64_t d, std::int64_t rows, int bits) {
-  const std::int64_t steps = std::min(upwards(rows, 32 / bits), kBlock);
+  const std::int64_t steps = std::min(upwards(rows, 32 / bits), block_steps(d));
   return upwards(d, kStrip) * kStrip * steps;
 }
 
@@ -209,7 +215,7 @@ void add_blocks(const PackedSum& out, const typename Kind::Value* x, const Rows&
   const auto total = static_cast<std::int64_t>(rows.offsets.size());
   if (static_cast<std::int64_t>(rows.room.size()) < packed_words(out.d, total, 32 / Kind::kRows))
     throw std::invalid_argument("room is too small for the packed rows");
-  const std::int64_t strips = upwards(out.d, kStrip), most = kBlock * Kind::kRows;
+  const std::int64_t strips = upwards(out.d, kStrip), most = block_steps(out.d) * Kind::kRows;
   // Small tiles keep few features from idling a thread, large ones reuse what the cache holds.
   const std::int64_t side = std::clamp<std::int64_t>(strips / 4, 1, 8);
   const auto tiles = static_cast<std::uint32_t>(upwards(strips, side));

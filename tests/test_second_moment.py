@@ -298,7 +298,7 @@ def test_packed_integers_are_summed_bit_for_bit(d: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("rows", [511, 512, 513, 1024, 1025, 1026, 2100])
 def test_packed_blocks_of_rows_join_without_a_seam(rows: int, dtype: torch.dtype) -> None:
-    x = integers(rows, 70, dtype=dtype)
+    x = integers(rows, 1030, dtype=dtype)
     assert torch.equal(summed("native", x).double(), defined(x))
 
 
