@@ -47,9 +47,8 @@ class NativeCall:
 
     @property
     def bytes(self) -> int:
-        """Read: rows and sum; written: packed rows and sum; and the packed rows read once."""
-        packed = self.rows * self.d * self.element_size
-        return 3 * packed + 2 * 4 * _native.packed_products(self.d)
+        """Rows read, the triangle read and written; packing is within, as it is within a GEMM."""
+        return self.rows * self.d * self.element_size + 2 * 4 * _native.packed_products(self.d)
 
 
 @contextmanager
@@ -121,8 +120,7 @@ def _storages(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def traffic(run: Callable[[], Any]) -> tuple[int, int]:
-    """Return the bytes that operations read and wrote, and how many there were; the native core's
-    too, which packs blocks of rows and keeps them in the cache."""
+    """Return the bytes that operations, the native core's too, read and wrote, and their number."""
     with native_calls() as calls, Traffic() as seen:
         run()
     return seen.bytes + sum(call.bytes for call in calls), seen.operations + len(calls)

@@ -57,9 +57,18 @@ def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         of labels.
     """
     flat, targets = logits.detach().flatten(0, -2), labels.flatten()
-    gradient = torch.zeros_like(flat)
-    index = (targets != IGNORED_LABEL).nonzero().squeeze(1)
-    for chunk in index.split(max(1, _CHUNK_VALUES // flat.shape[1])) if index.numel() else ():
-        probabilities = flat[chunk].float().softmax(-1)
-        gradient[chunk] = ops.minus_onehot_(probabilities, targets[chunk, None]).to(flat.dtype)
-    return gradient.view(logits.shape), index.shape[0]
+    gradient = torch.empty_like(flat)
+    unlabelled = targets == IGNORED_LABEL
+    safe = targets.masked_fill(unlabelled, 0)[:, None]
+    step = max(1, _CHUNK_VALUES // flat.shape[1])
+    for rows, own, out in zip(
+        flat.split(step), safe.split(step), gradient.split(step), strict=True
+    ):
+        # In place where no cast is needed: the logits are the largest tensor of the step.
+        whole = out if out.dtype == torch.float32 else None
+        probabilities = torch.softmax(rows, -1, dtype=torch.float32, out=whole)
+        ops.minus_onehot_(probabilities, own)
+        if whole is None:
+            out.copy_(probabilities)
+    gradient.index_fill_(0, unlabelled.nonzero().squeeze(1), 0)
+    return gradient.view(logits.shape), flat.shape[0] - int(unlabelled.sum())

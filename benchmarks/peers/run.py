@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     results: dict[str, Any] = {
         "schema_version": SCHEMA, "environment": environment(), "tolerance": TOLERANCE,
-        "rounds": options.rounds, "absent": ABSENT, "cases": {},
+        "rounds": options.rounds, "absent": ABSENT, "cases": _earlier(options.out),
     }  # fmt: skip
     for name in options.cases:
         case = CASES[name]
@@ -60,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{peer}: {why}\n")
     sys.stdout.write(f"wrote {options.out}\n")
     return 0
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Return the cases measured before, of which those asked for are measured anew."""
+    return json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
 
 
 def compared(name: str, case: Case, peers: Sequence[str], rounds: int) -> list[Row]:
