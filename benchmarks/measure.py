@@ -168,5 +168,11 @@ def worst_errors(found: Moments, truth: Moments) -> tuple[float, float]:
     return float(a), float(g)
 
 
+def worst_trace_error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """Return the largest relative error of a trace, which draws of labels differ little in."""
+    errors = [(found[name].trace() / truth[name].trace() - 1).abs() for name in truth]
+    return float(torch.stack(errors).double().max())
+
+
 def _relative(found: Tensor, true: Tensor) -> Tensor:
     return (found.double() - true.double()).norm() / true.double().norm()

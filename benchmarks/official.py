@@ -48,8 +48,12 @@ def collect(
     layers: Sequence[str],
     *,
     dtype: torch.dtype = torch.float32,
+    sampled: bool = False,
 ) -> Means:
-    """Measure the factors of ``layers``, labels being the next tokens; sums are of ``dtype``."""
+    """Measure the factors of ``layers``; sums are of ``dtype``.
+
+    Labels are the next tokens, or ``sampled`` from the model's own prediction.
+    """
     (shape,) = {batch["input_ids"].shape for batch in batches}
     tokens = shape[0] * (shape[1] - 1)
     modules = {name: model.get_submodule(name) for name in layers}
@@ -63,8 +67,10 @@ def collect(
     with _hooked(modules, a, g, dtype):
         for batch in batches:
             logits = model(**batch, use_cache=False).logits[:, :-1]
-            labels = batch["input_ids"][:, 1:]
-            cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+            labels = batch["input_ids"][:, 1:].flatten()
+            if sampled:
+                labels = logits.detach().flatten(0, 1).softmax(-1).multinomial(1).flatten()
+            cross_entropy(logits.flatten(0, 1), labels).backward()
             model.zero_grad()
     rows = tokens * len(batches)
     for total in (*a.values(), *g.values()):

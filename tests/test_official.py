@@ -55,6 +55,18 @@ def test_the_collector_sums_every_position_but_the_last(measured) -> None:
             torch.testing.assert_close(theirs, true, rtol=0, atol=1e-6 * float(true.max()))
 
 
+def test_sampled_labels_follow_the_models_prediction(measured) -> None:
+    """Of a certain prediction the label is the prediction, and no gradient is left."""
+    model, batches, found, _ = measured
+    certain = copy.deepcopy(model)
+    with torch.no_grad():
+        certain.lm_head.weight.mul_(1e6)
+    sampled = official.collect(certain, batches, list(found.a), dtype=torch.float64, sampled=True)
+    for name, g in sampled.g.items():
+        assert float(g.abs().max()) < 1e-6 * float(found.g[name].abs().max())
+        torch.testing.assert_close(sampled.a[name], found.a[name])
+
+
 def test_the_collector_computes_weight_gradients_and_leaves_nothing(measured, monkeypatch) -> None:
     model, batches, _, _ = measured
     cleared = []

@@ -71,16 +71,45 @@ def test_its_table_has_a_line_for_each_peer(smoke: dict[str, Any]) -> None:
 
 def test_a_failing_peer_says_why_and_is_asked_no_more() -> None:
     assert worker.answered(lambda: {"x": 1 // 0})["failed"].startswith("ZeroDivisionError: ")
-    assert run.verdict({"peer": "x", "failed": "ValueError: no"}) == "failed"
+    assert run.verdict({"peer": "x", "failed": "ValueError: no"}, CASES["smoke"]) == "failed"
 
 
 @pytest.mark.parametrize("error", [2e-5, math.nan, math.inf])
 def test_a_wrong_peer_is_told_from_a_right_one(error: float) -> None:
-    assert run.verdict({"peer": "x", "error_a": 1e-6, "error_g": 1e-6}) == "ok"
+    case = CASES["smoke"]
+    assert run.verdict({"peer": "x", "error_a": 1e-6, "error_g": 1e-6}, case) == "ok"
     for wrong in ({"error_a": error, "error_g": 1e-6}, {"error_a": 1e-6, "error_g": error}):
-        assert run.verdict({"peer": "x", **wrong}) == "wrong"
+        assert run.verdict({"peer": "x", **wrong}, case) == "wrong"
         with pytest.raises(RuntimeError, match="ours is wrong"):
-            run.verdict({"peer": "ours", **wrong})
+            run.verdict({"peer": "ours", **wrong}, case)
+
+
+def test_sampled_labels_are_the_models_own(smoke: dict[str, Any]) -> None:
+    """A draw changes G little and A not at all."""
+    case = CASES["smoke-sampled"]
+    for row in smoke["cases"]["smoke-sampled"]["rows"]:
+        assert row["status"] == "ok"
+        assert 0 < row["error_a"] < run.TOLERANCE
+        assert 0 < row["error_g"] < run.DRAW_TOLERANCE
+    assert run.verdict({"peer": "x", "error_a": 1e-6, "error_g": 0.04}, case) == "ok"
+    assert run.verdict({"peer": "x", "error_a": 2e-5, "error_g": 0.04}, case) == "wrong"
+    assert run.verdict({"peer": "x", "error_a": 1e-6, "error_g": 0.06}, case) == "wrong"
+
+
+def test_every_peer_said_to_sample_does() -> None:
+    folder = ROOT / "benchmarks" / "peers"
+    sampling = {
+        name for name in peers.PEERS if "def prepare_sampled" in (folder / f"{name}.py").read_text()
+    }
+    assert sampling == set(peers.SAMPLING)
+
+
+def test_an_error_of_traces_is_the_worst_layers() -> None:
+    eye = torch.eye(2)
+    truth = {"x": eye, "y": 3 * eye}
+    assert measure.worst_trace_error(truth, truth) == 0
+    assert measure.worst_trace_error({"x": eye, "y": 1.5 * eye}, truth) == pytest.approx(0.5)
+    assert math.isnan(measure.worst_trace_error({"x": math.nan * eye, "y": 3 * eye}, truth))
 
 
 def test_errors_are_the_worst_layers_and_a_nan_is_one() -> None:

@@ -5,10 +5,12 @@ how it comes to count the rows it does, and whose ``prepare(model, batches, laye
 :class:`Fit`. What is timed is ``run`` alone: the peer's own fit, as its users call it. ``sums``
 undoes its convention.
 
-All count the same rows: every position that has a label, gold, the next token. Who can drop the
-last position of a sequence is given whole sequences; the others are given them without their last
-token, which a causal model's earlier positions do not see. Work that an option of a peer's own, or
-freezing parameters it does not need, can spare it is spared.
+All count the same rows: every position that has a label, the next token. Where a case samples
+labels, ``prepare_sampled`` of those in :data:`SAMPLING` does as ``prepare``, with labels drawn from
+the model's own prediction. Who can drop the last position of a sequence is given whole sequences;
+the others are given them without their last token, which a causal model's earlier positions do not
+see. Work that an option of a peer's own, or freezing parameters it does not need, can spare it is
+spared.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ Moments = Mapping[str, tuple[Tensor, Tensor]]
 PEERS = (
     "ours", "official", "kronfluence", "bergson", "curvlinops", "asdfghjkl", "nngeometry", "dattri",
 )  # fmt: skip
+
+SAMPLING = ("ours", "official", "kronfluence")
+"""Peers with labels drawn from the model's prediction."""
 
 ABSENT = {
     "kfac-pytorch": "pip: No matching distribution found for kfac-pytorch",

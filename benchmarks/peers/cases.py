@@ -21,6 +21,8 @@ class Case:
     sequences: int = 8
     length: int = 128
     batches: int = 8
+    sampled: bool = False
+    """Labels are drawn from the model's prediction, the default of the method and of libraries."""
 
     def model(self) -> nn.Module:
         """Return the model, float32, in eval mode, the same one every time."""
@@ -54,5 +56,9 @@ class Case:
 CASES = {
     "peers": Case(4, 256, 1024, 4, 2048, "eager"),
     "wide": Case(6, 512, 1408, 8, 2048, "sdpa"),
+    "wide-sampled": Case(6, 512, 1408, 8, 2048, "sdpa", sampled=True),
     "smoke": Case(2, 32, 48, 2, 64, "eager", sequences=2, length=16, batches=2),
+    "smoke-sampled": Case(
+        2, 32, 48, 2, 64, "eager", sequences=8, length=128, batches=4, sampled=True
+    ),
 }

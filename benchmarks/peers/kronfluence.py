@@ -20,17 +20,32 @@ POSITIONS = WITHOUT_LAST
 
 
 def prepare(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Fit:
+    return _fit(model, batches, layers, sampled=False)
+
+
+def prepare_sampled(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Fit:
+    return _fit(model, batches, layers, sampled=True)
+
+
+def _fit(
+    model: nn.Module, batches: Sequence[Batch], layers: Sequence[str], *, sampled: bool
+) -> Fit:
     class Language(Task):
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
-            assert not sample
             logits = model(input_ids=batch["tokens"], use_cache=False).logits
-            return summed_loss(logits, batch["labels"])
+            labels = drawn(logits) if sample else batch["labels"]
+            return summed_loss(logits, labels)
 
         def compute_measurement(self, batch: Any, model: Any) -> Tensor:
             return self.compute_train_loss(batch, model)
 
         def get_influence_tracked_modules(self) -> list[str]:
             return list(layers)
+
+    def drawn(logits: Tensor) -> Tensor:
+        # As in kronfluence's own examples of language models.
+        probabilities = logits.detach().flatten(0, 1).softmax(-1)
+        return probabilities.multinomial(1).flatten()
 
     task = Language()
     analyzer = Analyzer(
@@ -48,7 +63,7 @@ def prepare(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -
         with contextlib.redirect_stdout(None):
             analyzer.fit_covariance_matrices(
                 "fit", rows, per_device_batch_size=len(pairs[0][0]), overwrite_output_dir=True,
-                factor_args=FactorArguments(use_empirical_fisher=True),
+                factor_args=FactorArguments(use_empirical_fisher=not sampled),
             )  # fmt: skip
 
     def sums(_: None) -> Moments:

@@ -16,3 +16,10 @@ POSITIONS = DROPPED
 
 def prepare(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Fit:
     return Fit(lambda: official.collect(model, batches, layers), official.Means.sums)
+
+
+def prepare_sampled(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Fit:
+    def run() -> official.Means:
+        return official.collect(model, batches, layers, sampled=True)
+
+    return Fit(run, official.Means.sums)

@@ -43,7 +43,8 @@ class Worker:
         model(input_ids=small, use_cache=False).logits.sum().backward()
         model.zero_grad()
         peer = load(self._peer)
-        self.fit = peer.prepare(model, batches, self._case.names(model))
+        prepare = peer.prepare_sampled if self._case.sampled else peer.prepare
+        self.fit = prepare(model, batches, self._case.names(model))
         return {
             "version": version(peer.PACKAGE) if peer.PACKAGE else "",
             "convention": peer.CONVENTION, "positions": peer.POSITIONS,
@@ -56,7 +57,11 @@ class Worker:
         stored = load_file(self._truth)
         layers = [key.removeprefix("a.") for key in stored if key.startswith("a.")]
         truth = {name: (stored[f"a.{name}"], stored[f"g.{name}"]) for name in layers}
-        a, g = measure.worst_errors(self.fit.sums(found[0]), truth)
+        sums = self.fit.sums(found[0])
+        a, g = measure.worst_errors(sums, truth)
+        if self._case.sampled:
+            drawn, known = ({n: g for n, (_, g) in moments.items()} for moments in (sums, truth))
+            g = measure.worst_trace_error(drawn, known)
         return {"resident_peak_bytes": grown, "error_a": a, "error_g": g}
 
     def go(self) -> Answer:
