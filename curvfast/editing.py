@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.projection import project, work
 from curvfast.core.selection import Mask, Selection, Staircase
-from curvfast.distributed import refuse_layout
-from curvfast.errors import BasisMismatch, InputError, LayerNotFound
-from curvfast.layers import LayerSpec, linear_layers, matches
-
-DEFAULT_MASS = 0.6
-
-
-@dataclass(frozen=True)
-class LayerEdit:
-    """What the edit did to one layer."""
-
-    name: str
-    pairs: int
-    """Eigenpairs kept."""
-    fraction: float
-    """Kept share of the layer's eigenpairs."""
-    mass: float
-    """Kept share of the layer's curvature mass."""
-    relative_change: float
-    """‖W' − W‖ / ‖W‖ in Frobenius norm."""
-    work: float
-    """Executed share of a dense projection's FLOPs."""
-    seconds: float
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What :func:`edit` did, layer by layer; prints as a table."""
-
-    layers: tuple[LayerEdit, ...]
-    total_pairs: int
-    """All eigenpairs of the edited layers: their number of weights."""
-
-    @property
-    def kept_fraction(self) -> float:
-        """Kept share of all eigenpairs of the edited layers."""
-        return sum(layer.pairs for layer in self.layers) / max(1, self.total_pairs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-able values."""
-        return {
-            "kept_fraction": self.kept_fraction,
-            "layers": [asdict(layer) for layer in self.layers],
-        }
-
-    def __str__(self) -> str:
-        """Return the report as an aligned table."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'pairs':>10}  kept %  mass %  change %  work %  seconds"]
-        lines += [
-            f"{e.name:<{width}}  {e.pairs:>10}  {100 * e.fraction:6.2f}  {100 * e.mass:6.2f}  "
-            f"{100 * e.relative_change:8.2f}  {100 * e.work:6.2f}  {e.seconds:7.3f}"
-            for e in self.layers
-        ]
-        return "\n".join(lines)
+from curvfast.edit_plan import EditPlan, plan_edit
+from curvfast.edit_report import EditReport
+from curvfast.layers import LayerSpec
 
 
 def edit(
@@ -81,6 +24,7 @@ def edit(
     fraction: float | None = None,
     pairs: int | None = None,
     selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+    strength: float = 1.0,
 ) -> EditReport:
     """Keep the part of each weight in its high-curvature eigenpairs: W' = U_G (M ∘ C) U_Aᵀ.
 
@@ -97,17 +41,24 @@ def edit(
         fraction: Instead of ``mass``: share of each layer's eigenpairs to keep.
         pairs: Instead of ``mass``: number of each layer's eigenpairs to keep.
         selection: Instead of ``mass``: what to keep, by layer name.
+        strength: α, of W + α (W' − W): 1 is the edit, 0 leaves every bit, between them part of it
+            is made, and below 0 what it would remove is amplified.
 
     Returns:
         Pairs, mass, relative change and seconds of each layer.
 
     Raises:
-        InputError: If a rule is out of range or more than one is given, or a weight is stored
-            quantised.
+        InputError: If a rule or the strength is out of range, more than one rule is given, or a
+            weight is stored quantised.
         BasisMismatch: If the basis is of another model.
         LayerNotFound: If ``layers`` matches nothing in the basis.
     """
-    return _apply(_plan(model, basis, mass, layers, fraction, pairs, selection))
+    return _apply(
+        plan_edit(
+            model, basis, mass, layers, fraction=fraction, pairs=pairs, selection=selection,
+            strength=strength,
+        )
+    )  # fmt: skip
 
 
 @contextmanager
@@ -120,6 +71,7 @@ def edited(
     fraction: float | None = None,
     pairs: int | None = None,
     selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+    strength: float = 1.0,
 ) -> Iterator[EditReport]:
     """Edit a model inside a ``with`` block; afterwards its weights are the same, bit for bit.
 
@@ -131,6 +83,7 @@ def edited(
         fraction: As in :func:`edit`.
         pairs: As in :func:`edit`.
         selection: As in :func:`edit`.
+        strength: As in :func:`edit`.
 
     Yields:
         The report of the edit.
@@ -140,8 +93,11 @@ def edited(
         BasisMismatch: As in :func:`edit`.
         LayerNotFound: As in :func:`edit`.
     """
-    plan = _plan(model, basis, mass, layers, fraction, pairs, selection)
-    saved = [(layer, layer.stored().clone()) for layer, _, _ in plan]
+    plan = plan_edit(
+        model, basis, mass, layers, fraction=fraction, pairs=pairs, selection=selection,
+        strength=strength,
+    )  # fmt: skip
+    saved = [(step.layer, step.layer.stored().clone()) for step in plan.steps]
     try:
         yield _apply(plan)
     finally:
@@ -150,93 +106,10 @@ def edited(
                 layer.stored().copy_(original)
 
 
-_Plan = list[tuple[LinearLayer, Eigenbasis, Staircase | Mask]]
-
-
-def _plan(
-    model: nn.Module,
-    basis: Eigenbasis,
-    mass: float | None,
-    layers: LayerSpec | None,
-    fraction: float | None,
-    pairs: int | None,
-    selection: Selection | Mapping[str, Staircase | Mask] | None,
-) -> _Plan:
-    rules = (mass, fraction, pairs, selection)
-    if sum(rule is not None for rule in rules) > 1:
-        raise InputError("pass only one of mass=, fraction=, pairs= and selection=")
-    chosen = _choose(model, basis, layers)
-    part = Eigenbasis({name: basis[name] for name in chosen})
-    if selection is None:
-        if fraction is None and pairs is None and mass is None:
-            mass = DEFAULT_MASS
-        selection = part.keep(mass=mass, fraction=fraction, pairs=pairs)
-    for name, layer in chosen.items():
-        layer.require_writable()
-        if name not in selection:
-            raise LayerNotFound(
-                f"selection= says nothing about layer {name!r}; add it, or pass layers="
-            )
-        if selection[name].shape != (layer.d_out, layer.d_in):
-            raise BasisMismatch(
-                f"selection of layer {name!r} is {selection[name].shape}, its weight "
-                f"{(layer.d_out, layer.d_in)}"
-            )
-        part[name].require(name, selection[name])
-        sliced = isinstance(layer, ExpertLayer)
-        refuse_layout(f"the weight of layer {name!r}", layer.parameter, sliced=sliced)
-    return [(layer, part, selection[name]) for name, layer in chosen.items()]
-
-
-def _choose(
-    model: nn.Module, basis: Eigenbasis, layers: LayerSpec | None
-) -> dict[str, LinearLayer]:
-    there = linear_layers(model)
-    missing = [name for name in basis if name not in there]
-    if missing:
-        raise BasisMismatch(
-            f"the basis has layer {missing[0]!r} and {len(missing) - 1} more that this "
-            f"{type(model).__name__} lacks; it was measured on another model, or on one with other "
-            "names (a wrapper around it?)"
-        )
-    chosen = {n: there[n] for n in basis if layers is None or matches(layers, there[n])}
-    if not chosen:
-        raise LayerNotFound(
-            f"layers={layers!r} matches none of the basis's layers: "
-            f"{', '.join(map(repr, basis)) or 'it is empty'}"
-        )
-    for name, layer in chosen.items():
-        shape = (len(basis[name].values_g), len(basis[name].values_a))
-        if shape != (layer.d_out, layer.d_in):
-            raise BasisMismatch(
-                f"the basis of layer {name!r} is for a weight {shape}, the model's is "
-                f"{(layer.d_out, layer.d_in)}: it was measured on another model"
-            )
-    return chosen
-
-
-def _apply(plan: _Plan) -> EditReport:
-    reports = []
-    total = 0
-    for layer, basis, kept in plan:
-        started = time.perf_counter()
-        weight = layer.matrix()
-        new = project(weight, basis[layer.name], kept)
-        change = relative_change(weight, new)
-        layer.write(new)
-        total += weight.numel()
-        seconds = time.perf_counter() - started
-        reports.append(
-            LayerEdit(
-                layer.name, kept.pairs, kept.fraction, kept.mass, change,
-                work(basis[layer.name], kept), seconds,
-            )
-        )  # fmt: skip
-    return EditReport(tuple(reports), total)
-
-
-def relative_change(weight: Tensor, new: Tensor) -> float:
-    """Return ‖W' − W‖ / ‖W‖ in Frobenius norm, in the dtype of ``new``."""
-    before = weight.to(new.dtype)
-    scale = before.norm().clamp_min(torch.finfo(new.dtype).tiny)
-    return float((new - before).norm() / scale)
+def _apply(plan: EditPlan) -> EditReport:
+    entries = []
+    for layer, new, entry in plan.evaluated():
+        if plan.strength:
+            layer.write(new)
+        entries.append(entry)
+    return plan.report(entries)

@@ -99,8 +99,11 @@ FLOORS = [
         "convergence",
         "passes",
         "driver",
+        "edit_report",
+        "edit_plan",
         "editing",
     ],
+    ["writing.difference", "writing.fingerprint", "writing.patch", "writing.checkpoint", "writing"],
     ["hf", "evals", "baselines", "report"],
     [
         "planning.sizes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from typing import Any
 
@@ -94,6 +95,54 @@ def test_editing_twice_is_editing_once(measured) -> None:
         assert (parameter - once[name]).norm() <= 3e-6 * once[name].norm().clamp_min(1)
 
 
+def test_full_strength_is_the_edit_and_none_leaves_every_bit(measured) -> None:
+    model, basis = measured
+    # The zero that is negative: adding a multiple of nothing would make it positive.
+    curvfast.layers.linear_layers(model)[next(iter(basis))].parameter.data[0, 0] = -0.0
+    before, twin = weights(model), copy.deepcopy(model)
+    report = curvfast.edit(model, basis, mass=0.6, strength=0)
+    assert all(layer.relative_change == 0 for layer in report.layers)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.view(torch.int32), before[name].view(torch.int32))
+    curvfast.edit(model, basis, mass=0.6, strength=1)
+    curvfast.edit(twin, basis, mass=0.6)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("strength", [0.3, -0.5, 1.7])
+def test_strength_goes_along_the_line_through_weight_and_edit(measured, strength: float) -> None:
+    """W + α (W' − W): between, before and beyond; kept pairs stay, removed ones scale by 1 − α."""
+    model, basis = measured
+    before = {name: matrix(model, name) for name in basis}
+    with curvfast.edited(model, basis, mass=0.6, strength=strength) as report:
+        assert report.strength == strength
+        assert f"strength {strength}" in str(report)
+        for entry in report.layers:
+            name, weight = entry.name, before[entry.name]
+            kept = basis.keep(mass=0.6)[name].dense()
+            found = rotate(matrix(model, name), basis[name])
+            was = rotate(weight, basis[name])
+            expected = was * torch.where(kept, 1.0, 1 - strength)
+            assert (found - expected).norm() <= 3e-6 * weight.norm() * max(1, abs(strength))
+            change = (matrix(model, name) - weight).norm() / weight.norm()
+            assert entry.relative_change == pytest.approx(float(change), rel=1e-3)
+    assert all(torch.equal(matrix(model, name), before[name]) for name in basis)
+
+
+def test_the_report_says_what_it_was_made_from(measured, tmp_path) -> None:
+    model, basis = measured
+    report = curvfast.edit(model, basis, mass=0.7, strength=0.5)
+    assert report.provenance["rule"] == {"mass": 0.7}
+    assert report.provenance["factors"]["tokens"] > 0
+    assert report.provenance["model"]["class"] == type(model).__name__
+    basis.save_pretrained(tmp_path)
+    for lazy in (False, True):
+        stored = Eigenbasis.from_pretrained(tmp_path, lazy=lazy)
+        assert stored.provenance == basis.provenance
+    again = curvfast.EditReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again == report
+
+
 def test_undo_is_bitwise_even_after_an_exception(measured) -> None:
     model, basis = measured
     before = weights(model)
@@ -179,6 +228,8 @@ class TestNothingIsWrittenOnAnError:
             ({"mass": 0.5, "fraction": 0.5}, InputError, "only one"),
             ({"layers": "*.q_proj"}, LayerNotFound, "matches none"),
             ({"selection": {}}, LayerNotFound, "says nothing"),
+            ({"strength": float("nan")}, InputError, "α"),
+            ({"strength": float("inf")}, InputError, "α"),
         ],
     )
     def test_bad_requests(self, measured, options, error, match) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
 from torch import Tensor
 
@@ -114,6 +115,8 @@ class Eigenbasis(Mapping[str, LayerBasis]):
     """Eigenbases of many layers, by layer name."""
 
     layers: Mapping[str, LayerBasis]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What the factors were measured on, as of :class:`curvfast.Factors`."""
 
     def __getitem__(self, name: str) -> LayerBasis:
         """Return the basis of one layer.
@@ -218,7 +221,7 @@ class Eigenbasis(Mapping[str, LayerBasis]):
                     writer.add(stored_part(f"a.{name}", basis.values_a, basis.vectors_a))
                 writer.add(stored_part(f"g.{name}", basis.values_g, basis.vectors_g))
                 layers[name] = {"a": keys[shared], "g": f"g.{name}"}
-            writer.finish({"layers": layers})
+            writer.finish({"layers": layers, "provenance": dict(self.provenance)})
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike[str], *, lazy: bool = False) -> Eigenbasis:
@@ -236,17 +239,19 @@ class Eigenbasis(Mapping[str, LayerBasis]):
             StorageError: If the folder is missing, foreign, damaged, or of a newer format.
         """
         meta, stored = storage.open_folder(directory, kind=KIND)
+        provenance = meta.get("provenance", {})
+        layers: dict[str, LayerBasis] = {}
         if lazy:
-            return cls({n: StoredBasis(stored, e["a"], e["g"]) for n, e in meta["layers"].items()})
+            layers |= {n: StoredBasis(stored, e["a"], e["g"]) for n, e in meta["layers"].items()}
+            return cls(layers, provenance)
         tensors = dict(stored.items())
-        layers = {}
         for name, entry in meta["layers"].items():
             a, g = entry["a"], entry["g"]
             layers[name] = LayerBasis(
                 tensors[f"{a}.values"], tensors[f"{a}.vectors"],
                 tensors[f"{g}.values"], tensors[f"{g}.vectors"],
             )  # fmt: skip
-        return cls(layers)
+        return cls(layers, provenance)
 
 
 def stored_part(key: str, values: Tensor, vectors: Tensor) -> dict[str, Tensor]:

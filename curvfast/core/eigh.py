@@ -91,7 +91,8 @@ def decompose(
                 if writer:
                     writer.add(stored_part(key, spectrum.values, spectrum.vectors))
         if writer:
-            writer.finish({"layers": {n: {"a": a, "g": g} for n, (a, g) in layers.items()}})
+            names = {name: {"a": a, "g": g} for name, (a, g) in layers.items()}
+            writer.finish({"layers": names, "provenance": dict(factors.provenance)})
     _warn_negative(negative, factors.rows)
     distributed.gather("written", group)
     if directory is not None:
@@ -101,7 +102,8 @@ def decompose(
         {
             name: LayerBasis(found[a].values, found[a].vectors, found[g].values, found[g].vectors)
             for name, (a, g) in layers.items()
-        }
+        },
+        factors.provenance,
     )
 
 

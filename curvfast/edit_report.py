@@ -1,0 +1,76 @@
+"""What an edit did, layer by layer, and what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """What the edit did to one layer."""
+
+    name: str
+    pairs: int
+    """Eigenpairs kept."""
+    fraction: float
+    """Kept share of the layer's eigenpairs."""
+    mass: float
+    """Kept share of the layer's curvature mass."""
+    relative_change: float
+    """‖W + α (W' − W) − W‖ / ‖W‖ in Frobenius norm."""
+    work: float
+    """Executed share of a dense projection's FLOPs."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What :func:`curvfast.edit` did, layer by layer; prints as a table."""
+
+    layers: tuple[LayerEdit, ...]
+    total_pairs: int
+    """All eigenpairs of the edited layers: their number of weights."""
+    strength: float = 1.0
+    """α of W + α (W' − W)."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What it was made from, JSON-able: model, rule, factors."""
+
+    @property
+    def kept_fraction(self) -> float:
+        """Kept share of all eigenpairs of the edited layers."""
+        return sum(layer.pairs for layer in self.layers) / max(1, self.total_pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {
+            "kept_fraction": self.kept_fraction,
+            "total_pairs": self.total_pairs,
+            "strength": self.strength,
+            # JSON has no NaN, the mass of a mask of which none is known.
+            "layers": [
+                {k: v if v == v else None for k, v in asdict(e).items()} for e in self.layers
+            ],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditReport:
+        """Return the report that :meth:`to_dict` gave ``values`` of."""
+        known = [each.name for each in fields(LayerEdit)]
+        layers = tuple(LayerEdit(**{k: e[k] for k in known}) for e in values["layers"])
+        return cls(layers, values["total_pairs"], values["strength"], values["provenance"])
+
+    def __str__(self) -> str:
+        """Return the report as an aligned table."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':<{width}}  {'pairs':>10}  kept %  mass %  change %  work %  seconds"]
+        lines += [
+            f"{e.name:<{width}}  {e.pairs:>10}  {100 * e.fraction:6.2f}  {100 * e.mass:6.2f}  "
+            f"{100 * e.relative_change:8.2f}  {100 * e.work:6.2f}  {e.seconds:7.3f}"
+            for e in self.layers
+        ]
+        if self.strength != 1:
+            lines.append(f"at strength {self.strength:g}")
+        return "\n".join(lines)
