@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from curvfast.core.selection import Staircase as Staircase
     from curvfast.curvature import Curvature as Curvature
     from curvfast.driver import collect_from as collect_from
-    from curvfast.editing import EditReport as EditReport
+    from curvfast.edit_report import EditReport as EditReport
     from curvfast.editing import edit as edit
     from curvfast.editing import edited as edited
     from curvfast.errors import CurvfastError as CurvfastError
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from curvfast.ops.registry import use_backend as use_backend
     from curvfast.planning.plan import CollectionPlan as CollectionPlan
     from curvfast.planning.plan import plan_collection as plan_collection
+    from curvfast.writing.patch import Patch as Patch
+    from curvfast.writing.patch import make_patch as make_patch
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
@@ -58,7 +60,7 @@ _HOMES = {
     "Selection": "core.selection",
     "Staircase": "core.selection",
     "collect_from": "driver",
-    "EditReport": "editing",
+    "EditReport": "edit_report",
     "edit": "editing",
     "edited": "editing",
     "CurvfastError": "errors",
@@ -71,6 +73,8 @@ _HOMES = {
     "use_backend": "ops.registry",
     "CollectionPlan": "planning.plan",
     "plan_collection": "planning.plan",
+    "Patch": "writing.patch",
+    "make_patch": "writing.patch",
 }
 
 

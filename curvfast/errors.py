@@ -33,6 +33,10 @@ class BasisMismatch(CurvfastError, ValueError):
     """A basis or selection does not belong to the model."""
 
 
+class PatchMismatch(CurvfastError, ValueError):
+    """A patch does not fit the weights as they are."""
+
+
 class StorageError(CurvfastError, RuntimeError):
     """A folder cannot be written, or is missing, foreign, damaged or too new."""
 

@@ -68,8 +68,12 @@ class LinearLayer:
             InputError: If it cannot be edited.
         """
         self.require_writable()
+        write_(self.stored(), self.as_stored(new))
+
+    def as_stored(self, new: Tensor) -> Tensor:
+        """Return W [d_out, d_in] in the shape and dtype in which the weight is stored."""
         stored = self.stored()
-        write_(stored, (new.T if self.transposed else new).reshape(stored.shape))
+        return (new.T if self.transposed else new).reshape(stored.shape).to(stored.dtype)
 
     def require_writable(self) -> None:
         """Make sure that the weight can be edited.

@@ -8,6 +8,9 @@ folder is either the old state or the new one, whenever the writer is killed. A 
 * ``tensors-<first 16 digits of the hash>.safetensors``, one or more
 """
 
+from curvfast.storage.checkpoint import TensorPlace as TensorPlace
+from curvfast.storage.checkpoint import copied as copied
+from curvfast.storage.checkpoint import tensor_places as tensor_places
 from curvfast.storage.layout import FORMAT_VERSION as FORMAT_VERSION
 from curvfast.storage.reading import StoredTensors as StoredTensors
 from curvfast.storage.reading import open_folder as open_folder

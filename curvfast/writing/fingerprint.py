@@ -1,0 +1,107 @@
+"""Which weights these are: what a patch was made from, what it gave, or something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+
+from torch import Tensor
+
+from curvfast.errors import PatchMismatch
+from curvfast.writing.difference import bits_of
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a stored weight from any other."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    """Of its bytes, in row-major order."""
+
+
+def fingerprint_of(tensor: Tensor) -> Fingerprint:
+    """Return the fingerprint of a weight as it is stored."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Fingerprint(dtype, tuple(tensor.shape), sha256(bits_of(tensor).data).hexdigest())
+
+
+def require_unpatched(
+    found: Mapping[str, Fingerprint],
+    before: Mapping[str, Fingerprint],
+    after: Mapping[str, Fingerprint],
+    source: str | None,
+) -> None:
+    """Raise unless each layer's weight is the one that a patch was made from.
+
+    Args:
+        found: What is there, by layer name.
+        before: What the patch was made from.
+        after: What it gives.
+        source: Name of the model it was made from, if it has one.
+
+    Raises:
+        PatchMismatch: If one is not; the message tells patched weights from others.
+    """
+    if _all_on_one_side(found, wanted=before, other=after, source=source):
+        raise PatchMismatch("the patch is applied already: revert it first, or leave it")
+
+
+def require_patched(
+    found: Mapping[str, Fingerprint],
+    before: Mapping[str, Fingerprint],
+    after: Mapping[str, Fingerprint],
+    source: str | None,
+) -> None:
+    """Raise unless each layer's weight is the one that a patch gives.
+
+    Args:
+        found: As of :func:`require_unpatched`.
+        before: As of :func:`require_unpatched`.
+        after: As of :func:`require_unpatched`.
+        source: As of :func:`require_unpatched`.
+
+    Raises:
+        PatchMismatch: If one is not; the message tells unpatched weights from others.
+    """
+    if _all_on_one_side(found, wanted=after, other=before, source=source):
+        raise PatchMismatch("the patch is not applied: these weights are those it was made from")
+
+
+def _all_on_one_side(
+    found: Mapping[str, Fingerprint],
+    wanted: Mapping[str, Fingerprint],
+    other: Mapping[str, Fingerprint],
+    source: str | None,
+) -> bool:
+    """Say whether all weights are on the other side; raise if some are, or some on neither."""
+    for name, have in found.items():
+        if have not in (wanted[name], other[name]):
+            raise _foreign(name, have, wanted[name], source)
+    changed = [name for name in found if wanted[name] != other[name]]
+    wrong = [name for name in changed if found[name] == other[name]]
+    if wrong and len(wrong) < len(changed):
+        raise PatchMismatch(
+            f"some of the layers are patched and some are not; {wrong[0]!r} and {len(wrong) - 1} "
+            f"more of {len(changed)} are not as they must be: load the model anew"
+        )
+    return bool(wrong)
+
+
+def _foreign(
+    name: str, have: Fingerprint, wanted: Fingerprint, source: str | None
+) -> PatchMismatch:
+    if (have.dtype, have.shape) != (wanted.dtype, wanted.shape):
+        return PatchMismatch(
+            f"the patch is for layer {name!r} in {wanted.dtype} {list(wanted.shape)}, and here it "
+            f"is {have.dtype} {list(have.shape)}: load the model the patch was made of with "
+            f"dtype=torch.{wanted.dtype}, or make a patch of this one"
+        )
+    return PatchMismatch(
+        f"layer {name!r} holds other weights than the patch was made of (sha256 "
+        f"{have.sha256[:12]}…, not {wanted.sha256[:12]}…): another model or revision, or edited or "
+        f"trained since. Load {repr(source) if source else 'the model it was made of'}, or make a "
+        "patch of this one by curvfast.make_patch"
+    )

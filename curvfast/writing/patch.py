@@ -1,0 +1,218 @@
+"""Patch: an edit as a file of its own, applied to the weights it was made from, and taken back.
+
+It holds the difference of the bits as the model stores them, so both ways are exact in every dtype,
+and the hashes of the weights on either side, so it fits nothing else. Its size goes with what is
+changed: for weights that change by 30 % (in Frobenius norm) it is 0.62 of the edited weights in
+bfloat16, 0.78 in float16 and 0.81 in float32; by 1 %, 0.29, 0.50 and 0.65.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+
+from curvfast import storage
+from curvfast.adapters import ExpertLayer, LinearLayer
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.distributed import gathered, refuse_layout, write_
+from curvfast.edit_plan import EditOptions, plan_edit
+from curvfast.edit_report import EditReport
+from curvfast.errors import PatchMismatch
+from curvfast.layers import linear_layers
+from curvfast.writing.difference import (
+    Bits,
+    backward,
+    bits_of,
+    difference,
+    forward,
+    pack,
+    unpack,
+    with_bits,
+)
+from curvfast.writing.fingerprint import (
+    Fingerprint,
+    fingerprint_of,
+    require_patched,
+    require_unpatched,
+)
+
+KIND = "curvfast-patch"
+
+
+@dataclass(frozen=True)
+class LayerPatch:
+    """The difference of one layer's weight, as it is stored."""
+
+    tensor: str
+    """Its name in the model's state."""
+    expert: int | None
+    """Which slice of the tensor it is, where experts are stacked."""
+    before: Fingerprint
+    after: Fingerprint
+    planes: tuple[bytes, ...]
+    """As of :func:`curvfast.writing.difference.pack`."""
+
+    def applied(self, bits: Bits) -> Bits:
+        """Return the edited weight's bits from those of the weight."""
+        return forward(bits, unpack(self.planes, len(bits)))
+
+    def reverted(self, bits: Bits) -> Bits:
+        """Return the weight's bits from those of the edited weight."""
+        return backward(bits, unpack(self.planes, len(bits)))
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """An edit of some layers, kept apart from the model; see :func:`make_patch`."""
+
+    layers: Mapping[str, LayerPatch]
+    report: EditReport
+    """The edit: pairs, mass and change of each layer, strength, model, rule and factors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the differences take, in memory and on disk."""
+        return sum(len(plane) for layer in self.layers.values() for plane in layer.planes)
+
+    def apply(self, model: nn.Module) -> None:
+        """Edit the model in place, to the bits that :func:`curvfast.edit` would have written.
+
+        Everything is checked before the first weight is written. Weights sharded by FSDP2 are
+        gathered layer by layer, which every rank must then do.
+
+        Raises:
+            PatchMismatch: If a weight is not the one the patch was made from, or is patched
+                already.
+            InputError: If a weight is stored quantised, or laid out in a way that is not supported.
+        """
+        self._write(model, revert=False)
+
+    def revert(self, model: nn.Module) -> None:
+        """Take the edit back, bit for bit; checked as :meth:`apply` is.
+
+        Raises:
+            PatchMismatch: If a weight is not the one the patch gave.
+            InputError: As of :meth:`apply`.
+        """
+        self._write(model, revert=True)
+
+    def require(self, found: Mapping[str, Fingerprint], *, revert: bool) -> None:
+        """Raise unless the weights are those that the patch was made from, or that it gave.
+
+        Args:
+            found: Of every layer of the patch.
+            revert: Whether those that it gave are meant.
+
+        Raises:
+            PatchMismatch: If one is not.
+        """
+        before = {name: layer.before for name, layer in self.layers.items()}
+        after = {name: layer.after for name, layer in self.layers.items()}
+        source = self.report.provenance.get("model", {}).get("name")
+        (require_patched if revert else require_unpatched)(found, before, after, source)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the patch to a folder, atomically; called on one rank.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        layers, planes = {}, {}
+        for name, layer in self.layers.items():
+            keys = [f"{name}.{i}" for i in range(len(layer.planes))]
+            for key, plane in zip(keys, layer.planes, strict=True):
+                planes[key] = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
+            layers[name] = {
+                "tensor": layer.tensor, "expert": layer.expert, "before": asdict(layer.before),
+                "after": asdict(layer.after), "planes": keys,
+            }  # fmt: skip
+        meta = {"layers": layers, "edit": self.report.to_dict()}
+        storage.write_folder(directory, kind=KIND, meta=meta, tensors=planes)
+
+    @classmethod
+    def load(cls, directory: str | PathLike[str]) -> Patch:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StorageError: If the folder is missing, foreign, damaged, or of a newer format.
+        """
+        meta, tensors = storage.read_folder(directory, kind=KIND)
+        layers = {
+            name: LayerPatch(
+                entry["tensor"], entry["expert"], _fingerprint(entry["before"]),
+                _fingerprint(entry["after"]),
+                tuple(tensors[key].numpy().tobytes() for key in entry["planes"]),
+            )
+            for name, entry in meta["layers"].items()
+        }  # fmt: skip
+        return cls(layers, EditReport.from_dict(meta["edit"]))
+
+    def _write(self, model: nn.Module, *, revert: bool) -> None:
+        there = linear_layers(model)
+        missing = [name for name in self.layers if name not in there]
+        if missing:
+            raise PatchMismatch(
+                f"the patch has layer {missing[0]!r} and {len(missing) - 1} more that this "
+                f"{type(model).__name__} lacks: it was made of another model"
+            )
+        found = {}
+        for name in self.layers:
+            _refuse(there[name])
+            found[name] = fingerprint_of(gathered(there[name].stored()))
+        self.require(found, revert=revert)
+        change = LayerPatch.reverted if revert else LayerPatch.applied
+        for name, patch in self.layers.items():
+            stored = there[name].stored()
+            whole = gathered(stored)
+            write_(stored, with_bits(whole, change(patch, bits_of(whole))))
+
+
+def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOptions]) -> Patch:
+    """Return what :func:`curvfast.edit` would do, as a patch; the model stays as it is.
+
+    Args:
+        model: The model the basis was measured on, in the dtype the patch is meant for.
+        basis: Eigenbases by layer name.
+        options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection`` and ``strength``, as
+            in :func:`curvfast.edit`.
+
+    Returns:
+        The patch, with the report of the edit.
+
+    Raises:
+        InputError: As in :func:`curvfast.edit`.
+        BasisMismatch: As in :func:`curvfast.edit`.
+        LayerNotFound: As in :func:`curvfast.edit`.
+    """
+    plan = plan_edit(model, basis, **options)
+    layers, entries = {}, []
+    for layer, new, entry in plan.evaluated():
+        before, after = gathered(layer.stored()), layer.as_stored(new)
+        change = pack(difference(bits_of(before), bits_of(after)))
+        layers[layer.name] = LayerPatch(
+            *_tensor_of(layer), fingerprint_of(before), fingerprint_of(after), tuple(change)
+        )
+        entries.append(entry)
+    return Patch(layers, plan.report(entries))
+
+
+def _fingerprint(entry: Mapping[str, Any]) -> Fingerprint:
+    return Fingerprint(entry["dtype"], tuple(entry["shape"]), entry["sha256"])
+
+
+def _tensor_of(layer: LinearLayer) -> tuple[str, int | None]:
+    if isinstance(layer, ExpertLayer):
+        module = layer.name.removesuffix(f"{layer.expert}.{layer.leaf}")
+        return f"{module}{layer.leaf}", layer.expert
+    return f"{layer.name}.{layer.leaf}" if layer.name else layer.leaf, None
+
+
+def _refuse(layer: LinearLayer) -> None:
+    layer.require_writable()
+    sliced = isinstance(layer, ExpertLayer)
+    refuse_layout(f"the weight of layer {layer.name!r}", layer.parameter, sliced=sliced)
