@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+
+def as_json(entry: Any) -> dict[str, Any]:
+    """Return the fields of a layer's entry; None for NaN, which JSON has not."""
+    return {key: None if value != value else value for key, value in asdict(entry).items()}
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,14 @@ class EditReport:
             "kept_fraction": self.kept_fraction,
             "total_pairs": self.total_pairs,
             "strength": self.strength,
-            # JSON has no NaN, the mass of a mask of which none is known.
-            "layers": [
-                {k: v if v == v else None for k, v in asdict(e).items()} for e in self.layers
-            ],
+            "layers": [as_json(layer) for layer in self.layers],
             "provenance": dict(self.provenance),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditReport:
         """Return the report that :meth:`to_dict` gave ``values`` of."""
-        known = [each.name for each in fields(LayerEdit)]
-        layers = tuple(LayerEdit(**{k: e[k] for k in known}) for e in values["layers"])
+        layers = tuple(_read(entry) for entry in values["layers"])
         return cls(layers, values["total_pairs"], values["strength"], values["provenance"])
 
     def __str__(self) -> str:
@@ -74,3 +76,9 @@ class EditReport:
         if self.strength != 1:
             lines.append(f"at strength {self.strength:g}")
         return "\n".join(lines)
+
+
+def _read(entry: Mapping[str, Any]) -> LayerEdit:
+    values: dict[str, Any] = {each.name: entry[each.name] for each in fields(LayerEdit)}
+    values |= {key: math.nan for key, value in values.items() if value is None}
+    return LayerEdit(**values)

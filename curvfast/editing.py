@@ -109,7 +109,6 @@ def edited(
 def _apply(plan: EditPlan) -> EditReport:
     entries = []
     for layer, new, entry in plan.evaluated():
-        if plan.strength:
-            layer.write(new)
+        layer.write(new)
         entries.append(entry)
     return plan.report(entries)

@@ -81,6 +81,14 @@ def vit() -> nn.Module:
     )
 
 
+def basis_of(model: nn.Module, layers: str = "mlp") -> Any:
+    """Return the eigenbasis of a language model's layers on more rows than they are wide."""
+    import curvfast
+
+    batches = token_batches(sizes=(40, 41))
+    return curvfast.collect_from(model, batches, layers=layers, progress=False).eigh()
+
+
 def token_batches(
     padding: str = "both", sizes: Sequence[int] = (11, 12, 13)
 ) -> list[dict[str, Any]]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import warnings
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import gpt2, llama, token_batches
+from cases import basis_of, gpt2, llama
 from families import mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 import curvfast
+from curvfast.baselines.selections import random_selection
 from curvfast.cli import main
 from curvfast.errors import CurvfastError, InputError, PatchMismatch, StorageError
 from curvfast.writing import difference
@@ -26,13 +27,6 @@ from curvfast.writing.checkpoint import patch_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def basis_of(model: torch.nn.Module, layers: str = "mlp") -> curvfast.Eigenbasis:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        batches = token_batches(sizes=(40, 41))
-        return curvfast.collect_from(model, batches, layers=layers, progress=False).eigh()
 
 
 def made(model: torch.nn.Module, **options: Any) -> curvfast.Patch:
@@ -109,7 +103,8 @@ def test_small_changes_take_little(dtype: torch.dtype) -> None:
 
 def test_damaged_planes_are_noticed() -> None:
     planes = difference.pack(np.arange(1000, dtype=np.uint16))
-    for wrong in ([planes[0], planes[1][:-3]], [planes[0][:-1], planes[1]]):
+    short = zlib.compress(b"x")
+    for wrong in ([planes[0], planes[1][:-3]], [planes[0][:-1], planes[1]], [planes[0], short]):
         with pytest.raises(StorageError, match="damaged"):
             difference.unpack(wrong, 1000)
 
@@ -159,14 +154,27 @@ def test_experts_of_a_mixture_are_patched_each(tmp_path) -> None:
 
 def test_edits_that_change_nothing_apply_and_revert(original) -> None:
     model, basis = copy.deepcopy(original[0]), original[1]
+    layers = curvfast.layers.linear_layers(model)
+    layers[next(iter(basis))].parameter.data[0, 0] = -0.0
     before = bits(model)
     patch = curvfast.make_patch(model, basis, strength=0)
+    assert all(layer.before == layer.after for layer in patch.layers.values())
     patch.apply(model)
     patch.revert(model)
     assert equal(bits(model), before)
     assert patch.nbytes < 0.1 * sum(
         basis[n].values_a.nbytes * len(basis[n].values_g) for n in basis
     )
+
+
+def test_a_mask_whose_mass_is_not_known_is_kept_as_such(original, tmp_path) -> None:
+    model, basis = original
+    kept = random_selection(basis, basis.keep(mass=0.6), seed=0)
+    curvfast.make_patch(model, basis, selection=kept).save(tmp_path)
+    stored = curvfast.Patch.load(tmp_path)
+    assert all(layer.mass != layer.mass for layer in stored.report.layers)
+    assert len(str(stored.report).splitlines()) == 1 + len(basis)
+    assert "NaN" not in (tmp_path / "config.json").read_text()
 
 
 class TestWhatIsRefused:

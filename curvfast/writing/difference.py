@@ -80,9 +80,11 @@ def unpack(planes: Sequence[bytes], count: int) -> Bits:
         try:
             # A plane that is as long as it would be unpacked was not worth deflating.
             raw = plane if len(plane) == count else zlib.decompress(plane)
-            whole[:, i] = np.frombuffer(raw, np.uint8)
-        except (zlib.error, ValueError) as error:
+        except zlib.error as error:
             raise StorageError(f"a difference is damaged: {error}") from error
+        if len(raw) != count:
+            raise StorageError(f"a difference is damaged: {len(raw)} bytes for {count} numbers")
+        whole[:, i] = np.frombuffer(raw, np.uint8)
     return whole.reshape(-1).view(f"<u{width}").astype(f"u{width}", copy=False)
 
 
