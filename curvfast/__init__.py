@@ -40,10 +40,14 @@ if TYPE_CHECKING:
     from curvfast.evals.suite import EvalReport as EvalReport
     from curvfast.evals.suite import evaluate as evaluate
     from curvfast.hf.callback import CurvatureCallback as CurvatureCallback
+    from curvfast.hf.factored import load_factored as load_factored
+    from curvfast.hf.factored import save_factored as save_factored
     from curvfast.ops.registry import backends as backends
     from curvfast.ops.registry import use_backend as use_backend
     from curvfast.planning.plan import CollectionPlan as CollectionPlan
     from curvfast.planning.plan import plan_collection as plan_collection
+    from curvfast.writing.factored import FactorReport as FactorReport
+    from curvfast.writing.factored import factorize as factorize
     from curvfast.writing.patch import Patch as Patch
     from curvfast.writing.patch import make_patch as make_patch
 
@@ -69,10 +73,14 @@ _HOMES = {
     "EvalReport": "evals.suite",
     "evaluate": "evals.suite",
     "CurvatureCallback": "hf.callback",
+    "load_factored": "hf.factored",
+    "save_factored": "hf.factored",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
     "CollectionPlan": "planning.plan",
     "plan_collection": "planning.plan",
+    "FactorReport": "writing.factored",
+    "factorize": "writing.factored",
     "Patch": "writing.patch",
     "make_patch": "writing.patch",
 }

@@ -90,7 +90,7 @@ def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
             f"{', '.join(map(repr, KINDS))}, a glob such as '*.mlp.*', or a predicate. "
             f"Its linear layers are:\n  {listing}\nNot supported are:\n  {others or '(none)'}"
         )
-    _refuse_tied(model, chosen)
+    refuse_tied(model, chosen)
     return chosen
 
 
@@ -155,7 +155,12 @@ def _refuse_unsupported(
             )
 
 
-def _refuse_tied(model: nn.Module, chosen: Mapping[str, LinearLayer]) -> None:
+def refuse_tied(model: nn.Module, chosen: Mapping[str, LinearLayer]) -> None:
+    """Raise if a chosen layer's weight is another module's too.
+
+    Raises:
+        LayerNotFound: If it is.
+    """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for full_name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

@@ -22,7 +22,7 @@ def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:
     Returns:
         C, [d_out, d_in]; the leading block of it if only leading eigenvectors are known.
     """
-    dtype = _working_dtype(weight)
+    dtype = working_dtype(weight)
     u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
     return u_g.T @ weight.to(dtype) @ u_a
 
@@ -52,7 +52,7 @@ def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> T
     """
     if isinstance(selection, Mask) or not basis.complete:
         return rotate_back(drop_(rotate(weight, basis), selection), basis)
-    dtype = _working_dtype(weight)
+    dtype = working_dtype(weight)
     u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
     return ops.project(weight.to(dtype), u_g, u_a, selection.widths)
 
@@ -85,5 +85,6 @@ def sweep(
         yield rotate_back(drop_(coefficients.clone(), selection), basis)
 
 
-def _working_dtype(weight: Tensor) -> torch.dtype:
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a weight is edited: float64 if it is, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

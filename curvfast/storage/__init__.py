@@ -1,7 +1,8 @@
 """Folders of tensors on disk: versioned, written atomically, in one file or one a part.
 
-``config.json`` names every tensor file with its size, SHA-256 and keys, and is replaced last: a
-folder is either the old state or the new one, whenever the writer is killed. A folder holds:
+``config.json``, or another index where that is taken, names every tensor file with its size,
+SHA-256 and keys, and is replaced last: a folder is either the old state or the new one, whenever
+the writer is killed. A folder holds:
 
 * ``config.json``: {"kind", "format_version", "curvfast_version", "files": [{"file", "bytes",
   "sha256", "keys"}], "meta_sha256", ...meta}
@@ -18,3 +19,5 @@ from curvfast.storage.reading import read_folder as read_folder
 from curvfast.storage.writing import FolderWriter as FolderWriter
 from curvfast.storage.writing import write_folder as write_folder
 from curvfast.storage.writing import write_json as write_json
+from curvfast.storage.writing import write_tensors as write_tensors
+from curvfast.storage.writing import write_text as write_text

@@ -84,9 +84,14 @@ def read_folder(
 
 
 def open_folder(
-    directory: str | PathLike[str], *, kind: str
+    directory: str | PathLike[str], *, kind: str, index: str = CONFIG
 ) -> tuple[dict[str, Any], StoredTensors]:
     """Read a folder's metadata; its tensors are read, and their files checked, when asked for.
+
+    Args:
+        directory: The folder.
+        kind: What it must hold.
+        index: As of :class:`curvfast.storage.FolderWriter`.
 
     Returns:
         Metadata and tensors.
@@ -95,7 +100,7 @@ def open_folder(
         StorageError: If the folder is missing, of another kind or a newer format, or damaged.
     """
     folder = Path(directory)
-    config = _read_config(folder, kind)
+    config = _read_config(folder, kind, index)
     for record in config["files"]:
         path = folder / Path(record["file"]).name
         if not path.is_file():
@@ -106,12 +111,12 @@ def open_folder(
     return meta, StoredTensors(folder, config["files"])
 
 
-def _read_config(folder: Path, kind: str) -> dict[str, Any]:
-    path = folder / CONFIG
+def _read_config(folder: Path, kind: str, index: str) -> dict[str, Any]:
+    path = folder / index
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise StorageError(f"no {CONFIG} in {str(folder)!r}: not a folder of {kind}") from error
+        raise StorageError(f"no {index} in {str(folder)!r}: not a folder of {kind}") from error
     except (OSError, ValueError) as error:
         raise StorageError(f"{str(path)!r} cannot be read: {error}") from error
     found = config.get("kind") if isinstance(config, dict) else None

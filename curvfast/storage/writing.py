@@ -21,13 +21,18 @@ from curvfast.storage.layout import CONFIG, FORMAT_VERSION, meta_sha256, sha256
 class FolderWriter:
     """Writes a folder part by part; nothing of it counts until :meth:`finish`."""
 
-    def __init__(self, directory: str | PathLike[str], kind: str) -> None:
+    def __init__(self, directory: str | PathLike[str], kind: str, *, index: str = CONFIG) -> None:
         """Make the folder if it is missing.
+
+        Args:
+            directory: The folder.
+            kind: What it holds; checked on reading.
+            index: The file that is replaced last, where ``config.json`` is another's.
 
         Raises:
             StorageError: If it cannot be made.
         """
-        self._folder, self._kind = Path(directory), kind
+        self._folder, self._kind, self._index = Path(directory), kind, index
         self._records: list[dict[str, Any]] = []
         self._finished = False
         try:
@@ -47,7 +52,7 @@ class FolderWriter:
     ) -> None:
         """Remove what was written if it was not finished."""
         if not self._finished:
-            kept = {name for name in _named_files(self._folder)}
+            kept = {name for name in _named_files(self._folder / self._index)}
             self._remove({record["file"] for record in self._records} - kept)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -76,7 +81,7 @@ class FolderWriter:
         self._records.append(record)
 
     def finish(self, meta: Mapping[str, Any]) -> None:
-        """Write ``config.json`` and remove the files of an earlier state.
+        """Write the index and remove the files of an earlier state.
 
         Args:
             meta: JSON-able; must not use the reserved keys.
@@ -89,7 +94,7 @@ class FolderWriter:
             "files": self._records, "meta_sha256": meta_sha256(meta, self._records),
         }  # fmt: skip
         try:
-            write_json(self._folder / CONFIG, {**head, **meta})
+            write_json(self._folder / self._index, {**head, **meta})
         except OSError as error:
             raise self._failure(error) from error
         self._finished = True
@@ -130,22 +135,42 @@ def write_folder(
         writer.finish(meta)
 
 
-def write_json(path: str | PathLike[str], value: Any) -> None:
-    """Write ``value`` as JSON; the file is either the old one or the whole new one."""
+def write_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors as other libraries read them; it is the old one or the new one."""
+    from safetensors.torch import save_file
+
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _scratch(target.parent)
     try:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(whole, partial, metadata={"format": "pt"})
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _named_files(folder: Path) -> list[str]:
+def write_json(path: str | PathLike[str], value: Any) -> None:
+    """Write ``value`` as JSON; the file is either the old one or the whole new one."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write a file of text; it is either the old one or the whole new one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _scratch(target.parent)
+    try:
+        partial.write_text(text, encoding="utf-8", newline="")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _named_files(index: Path) -> list[str]:
     """Return the files the folder's current state names."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(index.read_text(encoding="utf-8"))
         return [record["file"] for record in config["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -1,0 +1,253 @@
+"""Layers kept as the two factors an edit leaves of them, where those have fewer numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from curvfast.adapters import LinearLayer
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.distributed import is_sharded_model
+from curvfast.edit_plan import Rule, plan_edit, relative_change
+from curvfast.edit_report import as_json
+from curvfast.errors import InputError
+from curvfast.layers import refuse_tied
+from curvfast.writing.low_rank import cover, low_rank_factors
+
+LOW_RANK, DENSE = "low rank", "dense"
+
+
+class FactoredLinear(nn.Sequential):
+    """y = L (R x) + b with L [d_out, r] and R [r, d_in]: a linear layer of rank r.
+
+    Its children ``right`` and ``left`` are ``nn.Linear``, whose weights are R and L; the latter has
+    the bias.
+    """
+
+    right: nn.Linear
+    left: nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool, dtype: torch.dtype
+    ) -> None:
+        """Make it on the meta device, to be given its weights.
+
+        Args:
+            in_features: d_in.
+            out_features: d_out.
+            rank: r.
+            bias: Whether there is one.
+            dtype: Of the weights.
+        """
+        with warnings.catch_warnings():
+            # Of rank 0, which is what is left where nothing is kept.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            # On the meta device nothing is initialised, so no random number is drawn.
+            right = nn.Linear(in_features, rank, bias=False, device="meta", dtype=dtype)
+            left = nn.Linear(rank, out_features, bias=bias, device="meta", dtype=dtype)
+        super().__init__(OrderedDict(right=right, left=left))
+
+    @property
+    def in_features(self) -> int:
+        """d_in."""
+        return self.right.in_features
+
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        return self.left.out_features
+
+    @property
+    def rank(self) -> int:
+        """r, the width between the factors."""
+        return self.left.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """W' = L R, [d_out, d_in], multiplied anew each time: for code that looks at a weight."""
+        return self.left.weight @ self.right.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b, [d_out]."""
+        return self.left.bias
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """The form one layer was given. Biases are not counted."""
+
+    name: str
+    form: str
+    """``"low rank"``, or ``"dense"`` where two factors would be more numbers."""
+    rank: int
+    """Of W', at most; the width between the factors."""
+    parameters_before: int
+    """d_out · d_in."""
+    parameters_after: int
+    pairs: int
+    """Eigenpairs kept."""
+    mass: float
+    """Kept share of the layer's curvature mass."""
+    relative_change: float
+    """‖W' − W‖ / ‖W‖ in Frobenius norm."""
+
+
+@dataclass(frozen=True)
+class FactorReport:
+    """What :func:`factorize` did, layer by layer; prints as a table. Biases are not counted."""
+
+    layers: tuple[LayerForm, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What it was made from, JSON-able: model, rule, factors."""
+
+    @property
+    def parameters_before(self) -> int:
+        """Numbers in the weights of these layers before."""
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def parameters_after(self) -> int:
+        """Numbers in the weights of these layers now."""
+        return sum(layer.parameters_after for layer in self.layers)
+
+    @property
+    def flops_before(self) -> int:
+        """Floating-point operations these layers took a token: two for each number."""
+        return 2 * self.parameters_before
+
+    @property
+    def flops_after(self) -> int:
+        """Floating-point operations these layers take a token now."""
+        return 2 * self.parameters_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "layers": [as_json(layer) for layer in self.layers],
+            "provenance": dict(self.provenance),
+        }
+
+    def __str__(self) -> str:
+        """Return the report as an aligned table."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':<{width}}  {'form':<8}  {'rank':>6}  {'before':>12}  {'after':>12}"]
+        lines += [
+            f"{e.name:<{width}}  {e.form:<8}  {e.rank:>6}  {e.parameters_before:>12}  "
+            f"{e.parameters_after:>12}"
+            for e in self.layers
+        ]
+        share = self.parameters_after / max(1, self.parameters_before)
+        lines.append(f"{share:.1%} of the parameters, and of the FLOPs a token, of these layers")
+        return "\n".join(lines)
+
+
+def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> FactorReport:
+    """Edit a model as :func:`curvfast.edit` does, and replace layers by factors of the edited ones.
+
+    A layer whose W' is a product of two factors of fewer numbers than d_out · d_in becomes a
+    :class:`FactoredLinear` of its dtype, with its bias; it computes the edited layer to rounding.
+    Any other layer is edited in place. Everything is checked before the first is replaced.
+
+    Args:
+        model: The model the basis was measured on; changed in place.
+        basis: Eigenbases by layer name.
+        rule: ``mass``, ``layers``, ``fraction``, ``pairs`` and ``selection``, as in
+            :func:`curvfast.edit`.
+
+    Returns:
+        Form, rank and parameters of each layer, before and after.
+
+    Raises:
+        InputError: As in :func:`curvfast.edit`; or if a layer is not an ``nn.Linear`` or
+            transformers' ``Conv1D`` by itself, has hooks, or is sharded.
+        BasisMismatch: As in :func:`curvfast.edit`.
+        LayerNotFound: As in :func:`curvfast.edit`; or if a layer shares its weight.
+    """
+    plan = plan_edit(model, basis, **rule)
+    if plan.strength != 1:
+        raise InputError(
+            f"strength={plan.strength}: only the whole edit, of strength 1, has low rank"
+        )
+    refuse_tied(model, {step.layer.name: step.layer for step in plan.steps})
+    for step in plan.steps:
+        _refuse(model, step.layer)
+    forms = []
+    for step in plan.steps:
+        layer, kept = step.layer, step.kept
+        weight = layer.matrix()
+        rank, before = sum(map(len, cover(kept))), weight.numel()
+        small = rank * sum(weight.shape) < before
+        if small:
+            left, right = low_rank_factors(weight, step.basis, kept)
+            new = left @ right
+        else:
+            new = step.new_weight(weight)
+        change = relative_change(weight, new)
+        if small:
+            _replace(model, layer.module, _factored(layer, left, right))
+        else:
+            layer.write(new)
+        after = rank * sum(weight.shape) if small else before
+        form = LOW_RANK if small else DENSE
+        forms.append(
+            LayerForm(layer.name, form, rank, before, after, kept.pairs, kept.mass, change)
+        )
+    return FactorReport(tuple(forms), plan.provenance)
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
+    """Return the factored layers of a model, by every name they have."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, FactoredLinear)}
+
+
+def _factored(layer: LinearLayer, left: Tensor, right: Tensor) -> FactoredLinear:
+    old: Any = layer.module
+    dtype, trained = layer.parameter.dtype, layer.parameter.requires_grad
+    new = FactoredLinear(
+        layer.d_in, layer.d_out, len(right), bias=old.bias is not None, dtype=dtype
+    )
+    new.left.weight = nn.Parameter(left.to(dtype), requires_grad=trained)
+    new.right.weight = nn.Parameter(right.to(dtype), requires_grad=trained)
+    if old.bias is not None:
+        new.left.bias = old.bias
+    return new.train(old.training)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _refuse(model: nn.Module, layer: LinearLayer) -> None:
+    module = layer.module
+    plain = type(layer) is LinearLayer and (layer.transposed or type(module) is nn.Linear)
+    if not plain:
+        raise InputError(
+            f"layer {layer.name!r} is of {type(module).__name__}: only nn.Linear and transformers' "
+            "Conv1D can be replaced by factors; leave it out of layers="
+        )
+    if module is model:
+        raise InputError("the model is itself the layer: put it into a module to have it replaced")
+    if is_sharded_model(module):
+        raise InputError(f"layer {layer.name!r} is sharded: factorize before fully_shard")
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    if any(hooks) or "forward" in vars(module):
+        raise InputError(
+            f"layer {layer.name!r} has hooks, which the new module would not have: end what put "
+            "them there (a collect() block, accelerate's dispatch) before"
+        )
