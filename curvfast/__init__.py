@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from curvfast.planning.plan import plan_collection as plan_collection
     from curvfast.writing.factored import FactorReport as FactorReport
     from curvfast.writing.factored import factorize as factorize
+    from curvfast.writing.lora import export_lora as export_lora
     from curvfast.writing.patch import Patch as Patch
     from curvfast.writing.patch import make_patch as make_patch
 
@@ -81,6 +82,7 @@ _HOMES = {
     "plan_collection": "planning.plan",
     "FactorReport": "writing.factored",
     "factorize": "writing.factored",
+    "export_lora": "writing.lora",
     "Patch": "writing.patch",
     "make_patch": "writing.patch",
 }

@@ -1,0 +1,183 @@
+"""An edit as a LoRA adapter: ΔW = α (W' − W) cut to a rank by its singular values, PEFT's format.
+
+ΔW is what is removed and as a rule of full rank: an adapter is an approximation, of stated error.
+A folder has ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT reads them, and the
+report in ``curvfast.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from curvfast._version import __version__
+from curvfast.adapters import LinearLayer
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.distributed import is_sharded_model
+from curvfast.edit_plan import EditOptions, plan_edit
+from curvfast.edit_report import as_json
+from curvfast.errors import InputError, StorageError
+from curvfast.provenance import is_causal_lm, model_facts
+from curvfast.storage import FORMAT_VERSION, write_json, write_tensors
+
+_PREFIX = "base_model.model"
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What an adapter makes of the edit of one layer."""
+
+    name: str
+    rank: int
+    energy: float
+    """Kept share of ‖ΔW‖², the squared Frobenius norm of the change; 1 if nothing changes."""
+    relative_error: float
+    """‖ΔW − B A‖ / ‖ΔW‖ in Frobenius norm; 0 if nothing changes."""
+    change: float
+    """‖ΔW‖ / ‖W‖."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What :func:`export_lora` wrote, layer by layer; prints as a table."""
+
+    layers: tuple[LayerAdapter, ...]
+    energy: float
+    """Kept share of Σ ‖ΔW‖² over all layers."""
+    strength: float = 1.0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What it was made from, JSON-able: model, rule, factors."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {
+            "energy": self.energy,
+            "strength": self.strength,
+            "layers": [as_json(layer) for layer in self.layers],
+            "provenance": dict(self.provenance),
+        }
+
+    def __str__(self) -> str:
+        """Return the report as an aligned table."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':<{width}}  {'rank':>5}  energy %  error %  change %"]
+        lines += [
+            f"{e.name:<{width}}  {e.rank:>5}  {100 * e.energy:8.2f}  {100 * e.relative_error:7.2f}"
+            f"  {100 * e.change:8.2f}"
+            for e in self.layers
+        ]
+        lines.append(f"{self.energy:.2%} of the energy of the whole change")
+        return "\n".join(lines)
+
+
+def export_lora(
+    model: nn.Module,
+    basis: Eigenbasis,
+    directory: str | PathLike[str],
+    *,
+    rank: int,
+    **options: Unpack[EditOptions],
+) -> AdapterReport:
+    """Write what :func:`curvfast.edit` would change as a LoRA adapter; the model stays as it is.
+
+    Args:
+        model: The model the basis was measured on.
+        basis: Eigenbases by layer name.
+        directory: Of the adapter; made if missing.
+        rank: r of the adapter; a layer narrower than that has its own width instead.
+        options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection`` and ``strength``, as
+            in :func:`curvfast.edit`.
+
+    Returns:
+        The share of the change that the adapter keeps, layer by layer and in all.
+
+    Raises:
+        InputError: As in :func:`curvfast.edit`; or if the rank is below 1, or a layer is not an
+            ``nn.Linear`` or transformers' ``Conv1D``, or sharded.
+        BasisMismatch: As in :func:`curvfast.edit`.
+        LayerNotFound: As in :func:`curvfast.edit`.
+        StorageError: If the folder cannot be written.
+    """
+    if rank < 1:
+        raise InputError(f"rank={rank}: pass the rank of the adapter, such as 64")
+    plan = plan_edit(model, basis, **options)
+    for step in plan.steps:
+        _refuse(step.layer)
+    tensors, entries, kept, whole = {}, [], 0.0, 0.0
+    for layer, new, _ in plan.evaluated():
+        weight = layer.matrix().to(new.dtype)
+        down, up, values = truncated(new - weight, rank)
+        tensors[f"{_PREFIX}.{layer.name}.lora_A.weight"] = down
+        tensors[f"{_PREFIX}.{layer.name}.lora_B.weight"] = up
+        energies = values.double().square()
+        total, lost = float(energies.sum()), float(energies[len(down) :].sum())
+        share = lost / total if total else 0.0
+        change = math.sqrt(total) / max(float(weight.double().norm()), 1e-300)
+        entries.append(LayerAdapter(layer.name, len(down), 1 - share, math.sqrt(share), change))
+        kept, whole = kept + total - lost, whole + total
+    energy = kept / whole if whole else 1.0
+    report = AdapterReport(tuple(entries), energy, plan.strength, plan.provenance)
+    layers = [step.layer for step in plan.steps]
+    folder = Path(directory)
+    head = {"kind": "curvfast-lora", "format_version": FORMAT_VERSION}
+    try:
+        write_tensors(folder / "adapter_model.safetensors", tensors)
+        write_json(folder / "adapter_config.json", adapter_config(model, layers, rank))
+        facts = {**head, "curvfast_version": __version__, **report.to_dict()}
+        write_json(folder / "curvfast.json", facts)
+    except OSError as error:
+        raise StorageError(f"could not write an adapter to {str(folder)!r}: {error}") from error
+    return report
+
+
+def truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and B with B A the matrix of rank r nearest to a change, and all singular values.
+
+    Args:
+        change: ΔW, [d_out, d_in], float32 or float64.
+        rank: r, cut to the smaller of the two widths.
+
+    Returns:
+        A [r, d_in] and B [d_out, r], of one Frobenius norm; singular values, descending.
+    """
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root, s
+
+
+def adapter_config(model: nn.Module, layers: list[LinearLayer], rank: int) -> dict[str, Any]:
+    """Return what PEFT needs to know of an adapter of these layers, scaled by 1."""
+    narrow = {n.name: min(n.d_in, n.d_out) for n in layers if min(n.d_in, n.d_out) < rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if is_causal_lm(model) else None,
+        "base_model_name_or_path": model_facts(model)["name"],
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": narrow,
+        "alpha_pattern": narrow,
+        "target_modules": [layer.name for layer in layers],
+        "fan_in_fan_out": any(layer.transposed for layer in layers),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "modules_to_save": None,
+    }
+
+
+def _refuse(layer: LinearLayer) -> None:
+    if type(layer) is not LinearLayer:
+        raise InputError(
+            f"layer {layer.name!r} is of {type(layer.module).__name__}: adapters of nn.Linear and "
+            "transformers' Conv1D can be written; leave it out of layers="
+        )
+    if is_sharded_model(layer.module):
+        raise InputError(f"layer {layer.name!r} is sharded: load the model whole on one process")
