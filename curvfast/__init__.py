@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from curvfast.ops.registry import use_backend as use_backend
     from curvfast.planning.plan import CollectionPlan as CollectionPlan
     from curvfast.planning.plan import plan_collection as plan_collection
+    from curvfast.writing.card import save_edited as save_edited
     from curvfast.writing.factored import FactorReport as FactorReport
     from curvfast.writing.factored import factorize as factorize
     from curvfast.writing.lora import export_lora as export_lora
@@ -80,6 +81,7 @@ _HOMES = {
     "use_backend": "ops.registry",
     "CollectionPlan": "planning.plan",
     "plan_collection": "planning.plan",
+    "save_edited": "writing.card",
     "FactorReport": "writing.factored",
     "factorize": "writing.factored",
     "export_lora": "writing.lora",
