@@ -159,8 +159,19 @@ def edits(out: Path, rank: int) -> None:
     with curvfast.edited(fsdp, basis, fraction=0.3):
         pass
     same = all(torch.equal(p.full_tensor(), before[n]) for n, p in fsdp.named_parameters())
+    # Made of whole weights, applied to sharded ones, and back.
+    patch = curvfast.make_patch(model(), basis, mass=0.7)
+    fsdp = sharded()
+    before = {n: p.full_tensor().clone() for n, p in fsdp.named_parameters()}
+    patch.apply(fsdp)
+    patched = {n: p.full_tensor().clone() for n, p in fsdp.named_parameters()}
+    again = curvfast.make_patch(sharded(), basis, mass=0.7)
+    same &= all(again.layers[n].before == layer.before for n, layer in patch.layers.items())
+    patch.revert(fsdp)
+    same &= all(torch.equal(p.full_tensor(), before[n]) for n, p in fsdp.named_parameters())
     if rank == 0:
-        torch.save({"weights": whole, "report": report.to_dict(), "same": same}, out / "edit.pt")
+        saved = {"weights": whole, "patched": patched, "report": report.to_dict(), "same": same}
+        torch.save(saved, out / "edit.pt")
 
 
 def die(rank: int) -> None:

@@ -93,6 +93,7 @@ def test_sharded_weights_are_edited_as_whole_ones(results: Path) -> None:
     report = curvfast.edit(net, Eigenbasis.from_pretrained(results / "stored"), mass=0.7)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(saved["weights"][name], parameter.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(saved["patched"][name], parameter.detach(), rtol=0, atol=1e-6)
     assert saved["report"]["kept_fraction"] == report.kept_fraction
     assert saved["same"]
 

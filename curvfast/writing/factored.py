@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.distributed import is_sharded_model
-from curvfast.edit_plan import Rule, plan_edit, relative_change
+from curvfast.edit_plan import EditStep, Rule, plan_edit, relative_change
 from curvfast.edit_report import as_json
 from curvfast.errors import InputError
 from curvfast.layers import refuse_tied
@@ -180,34 +180,30 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> Fact
     refuse_tied(model, {step.layer.name: step.layer for step in plan.steps})
     for step in plan.steps:
         _refuse(model, step.layer)
-    forms = []
-    for step in plan.steps:
-        layer, kept = step.layer, step.kept
-        weight = layer.matrix()
-        rank, before = sum(map(len, cover(kept))), weight.numel()
-        small = rank * sum(weight.shape) < before
-        if small:
-            left, right = low_rank_factors(weight, step.basis, kept)
-            new = left @ right
-        else:
-            new = step.new_weight(weight)
-        change = relative_change(weight, new)
-        if small:
-            _replace(model, layer.module, _factored(layer, left, right))
-        else:
-            layer.write(new)
-        after = rank * sum(weight.shape) if small else before
-        form = LOW_RANK if small else DENSE
-        forms.append(
-            LayerForm(layer.name, form, rank, before, after, kept.pairs, kept.mass, change)
-        )
-    return FactorReport(tuple(forms), plan.provenance)
+    return FactorReport(tuple(_give_form(model, step) for step in plan.steps), plan.provenance)
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
     """Return the factored layers of a model, by every name they have."""
     named = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if isinstance(module, FactoredLinear)}
+
+
+def _give_form(model: nn.Module, step: EditStep) -> LayerForm:
+    layer, kept = step.layer, step.kept
+    weight = layer.matrix()
+    rank, before = sum(map(len, cover(kept))), weight.numel()
+    after = rank * (layer.d_out + layer.d_in)
+    if after < before:
+        form = LOW_RANK
+        left, right = low_rank_factors(weight, step.basis, kept)
+        change = relative_change(weight, left @ right)
+        _replace(model, layer.module, _factored(layer, left, right))
+    else:
+        form, after, new = DENSE, before, step.new_weight(weight)
+        change = relative_change(weight, new)
+        layer.write(new)
+    return LayerForm(layer.name, form, rank, before, after, kept.pairs, kept.mass, change)
 
 
 def _factored(layer: LinearLayer, left: Tensor, right: Tensor) -> FactoredLinear:
