@@ -18,7 +18,7 @@ from curvfast.core.selection import Mask, Selection, Staircase
 from curvfast.distributed import refuse_layout
 from curvfast.edit_report import EditReport, LayerEdit
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
-from curvfast.layers import LayerSpec, linear_layers, matches
+from curvfast.layers import LayerSpec, linear_layers, matches, refuse_tied
 from curvfast.provenance import model_facts
 
 DEFAULT_MASS = 0.6
@@ -124,6 +124,7 @@ def plan_edit(
     if sum(rule is not None for rule in rules) > 1:
         raise InputError("pass only one of mass=, fraction=, pairs= and selection=")
     chosen = _choose(model, basis, layers)
+    refuse_tied(model, chosen)
     part = Eigenbasis({name: basis[name] for name in chosen})
     if selection is None:
         if fraction is None and pairs is None and mass is None:

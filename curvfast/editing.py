@@ -51,7 +51,8 @@ def edit(
         InputError: If a rule or the strength is out of range, more than one rule is given, or a
             weight is stored quantised.
         BasisMismatch: If the basis is of another model.
-        LayerNotFound: If ``layers`` matches nothing in the basis.
+        LayerNotFound: If ``layers`` matches nothing in the basis, or a layer shares its weight with
+            another module.
     """
     return _apply(
         plan_edit(

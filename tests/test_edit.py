@@ -256,6 +256,17 @@ class TestNothingIsWrittenOnAnError:
         with pytest.raises(BasisMismatch, match="another model"):
             curvfast.edit(torch.nn.Linear(3, 3), basis)
 
+    def test_weights_that_are_shared_here_and_were_not_there(self, measured) -> None:
+        """Each edit would be made of what the other one left."""
+        model, basis = measured
+        one, *others = (curvfast.layers.linear_layers(model)[n].module for n in basis)
+        other = next(m for m in others if m.weight.shape == one.weight.shape)
+        one.weight = other.weight
+        before = weights(model)
+        with pytest.raises(LayerNotFound, match=r"shares its weight.*layers="):
+            curvfast.edit(model, basis)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
     def test_a_selection_of_another_shape(self, measured) -> None:
         model, basis = measured
         name = next(iter(basis))

@@ -416,9 +416,13 @@ class TestFolders:
             curvfast.save_factored(model, tmp_path / "whole")
         with pytest.raises(InputError, match="no model of transformers"):
             curvfast.save_factored(nn.Sequential(model.get_submodule(next(iter(basis)))), tmp_path)
+        (tmp_path / "taken" / "config.json").mkdir(parents=True)
+        with pytest.raises(StorageError, match="could not write"):
+            curvfast.save_factored(model, tmp_path / "taken")
+        assert [path.name for path in (tmp_path / "taken").iterdir()] == ["config.json"]
         with pytest.raises(InputError, match="save_factored"):
             curvfast.save_edited(model, curvfast.EditReport((), 0), tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "taken"}
 
     def test_what_cannot_be_read(self, measured, tmp_path) -> None:
         model, basis = measured

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import tracemalloc
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,14 @@ from hypothesis.extra import numpy as stn
 import curvfast
 from curvfast.baselines.selections import random_selection
 from curvfast.cli import main
-from curvfast.errors import CurvfastError, InputError, PatchMismatch, StorageError
+from curvfast.core.selection import Mask
+from curvfast.errors import (
+    CurvfastError,
+    InputError,
+    LayerNotFound,
+    PatchMismatch,
+    StorageError,
+)
 from curvfast.writing import difference
 from curvfast.writing.checkpoint import patch_checkpoint
 
@@ -107,6 +116,40 @@ def test_damaged_planes_are_noticed() -> None:
     for wrong in ([planes[0], planes[1][:-3]], [planes[0][:-1], planes[1]], [planes[0], short]):
         with pytest.raises(StorageError, match="damaged"):
             difference.unpack(wrong, 1000)
+
+
+def test_no_more_is_inflated_than_there_should_be() -> None:
+    """A patch may come from anywhere: a few bytes must not fill the memory."""
+    planes = [zlib.compress(bytes(1 << 26)), bytes(1000)]
+    tracemalloc.start()
+    with pytest.raises(StorageError, match="damaged"):
+        difference.unpack(planes, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_patch_tells_factors_and_selections_apart(original, tmp_path) -> None:
+    model, basis = original
+
+    def told(patch: curvfast.Patch) -> tuple[list[str], list[str]]:
+        layers = patch.layers.values()
+        return [layer.factors for layer in layers], [layer.kept for layer in layers]
+
+    patch = curvfast.make_patch(model, basis, mass=0.6)
+    basis.save_pretrained(tmp_path)
+    stored = curvfast.Eigenbasis.from_pretrained(tmp_path, lazy=True)
+    kept = {name: Mask(step.dense()) for name, step in basis.keep(mass=0.6).items()}
+    again = curvfast.make_patch(model, stored, mass=0.6)
+    assert told(again) == told(patch)
+    other = curvfast.make_patch(model, basis, mass=0.5)
+    assert told(other)[0] == told(patch)[0]
+    assert not set(told(other)[1]) & set(told(patch)[1])
+    assert not set(told(curvfast.make_patch(model, basis, selection=kept))[1]) & set(told(patch)[1])
+    longer = {n: replace(b, values_a=2 * b.values_a) for n, b in basis.items()}
+    found = told(curvfast.make_patch(model, curvfast.Eigenbasis(longer), mass=0.6))
+    assert not set(found[0]) & set(told(patch)[0])
+    assert found[1] == told(patch)[1]
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])
@@ -226,6 +269,15 @@ class TestWhatIsRefused:
         patch = curvfast.make_patch(model, basis)
         self.refused(llama(num_hidden_layers=2), patch.apply, "layers.2.mlp.*lacks")
         self.refused(llama(intermediate_size=44), patch.apply, r"\[40, 24\].*\[44, 24\]")
+
+    def test_weights_that_are_shared_here_and_were_not_there(self, original) -> None:
+        model, basis = copy.deepcopy(original[0]), original[1]
+        one, other = (model.model.layers[i].mlp.up_proj for i in (0, 1))
+        other.weight.data.copy_(one.weight.data)
+        patch = curvfast.make_patch(model, basis)
+        other.weight = one.weight
+        self.refused(model, patch.apply, "shares its weight", LayerNotFound)
+        self.refused(model, patch.revert, "shares its weight", LayerNotFound)
 
     def test_a_quantised_weight(self, original) -> None:
         model, basis = copy.deepcopy(original[0]), original[1]

@@ -59,11 +59,14 @@ def save_factored(
     with storage.FolderWriter(directory, KIND, index=INDEX) as writer:
         for part in _parts(tensors):
             writer.add(part)
-        inner.config.save_pretrained(directory)
-        if inner.can_generate():
-            inner.generation_config.save_pretrained(directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        try:
+            inner.config.save_pretrained(directory)
+            if inner.can_generate():
+                inner.generation_config.save_pretrained(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+        except OSError as error:
+            raise StorageError(f"could not write to {str(directory)!r}: {error}") from error
         writer.finish(
             {
                 "architecture": type(inner).__name__,

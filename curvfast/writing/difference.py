@@ -77,11 +77,7 @@ def unpack(planes: Sequence[bytes], count: int) -> Bits:
     width = len(planes)
     whole = np.empty((count, width), np.uint8)
     for i, plane in enumerate(planes):
-        try:
-            # A plane that is as long as it would be unpacked was not worth deflating.
-            raw = plane if len(plane) == count else zlib.decompress(plane)
-        except zlib.error as error:
-            raise StorageError(f"a difference is damaged: {error}") from error
+        raw = _inflated(plane, count)
         if len(raw) != count:
             raise StorageError(f"a difference is damaged: {len(raw)} bytes for {count} numbers")
         whole[:, i] = np.frombuffer(raw, np.uint8)
@@ -109,3 +105,18 @@ def _deflated(plane: bytes) -> bytes:
     squeeze = zlib.compressobj(strategy=zlib.Z_RLE)
     packed = squeeze.compress(plane) + squeeze.flush()
     return packed if len(packed) < len(plane) else plane
+
+
+def _inflated(plane: bytes, count: int) -> bytes:
+    # A plane that is as long as it would be unpacked was not worth deflating.
+    if len(plane) == count:
+        return plane
+    stream = zlib.decompressobj()
+    try:
+        # Of a stream that claims any length no more is inflated than shows that it is too long.
+        raw = stream.decompress(plane, count + 1)
+    except zlib.error as error:
+        raise StorageError(f"a difference is damaged: {error}") from error
+    if len(raw) == count and not stream.eof:
+        raise StorageError("a difference is damaged: it is cut short")
+    return raw

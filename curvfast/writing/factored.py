@@ -17,7 +17,6 @@ from curvfast.distributed import is_sharded_model
 from curvfast.edit_plan import EditStep, Rule, plan_edit, relative_change
 from curvfast.edit_report import as_json
 from curvfast.errors import InputError
-from curvfast.layers import refuse_tied
 from curvfast.writing.low_rank import cover, low_rank_factors
 
 LOW_RANK, DENSE = "low rank", "dense"
@@ -155,7 +154,8 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> Fact
 
     A layer whose W' is a product of two factors of fewer numbers than d_out · d_in becomes a
     :class:`FactoredLinear` of its dtype, with its bias; it computes the edited layer to rounding.
-    Any other layer is edited in place. Everything is checked before the first is replaced.
+    Any other layer is edited in place. Everything is checked before the first is replaced. What
+    holds the model's parameters, an optimizer or DistributedDataParallel, is to be made after.
 
     Args:
         model: The model the basis was measured on; changed in place.
@@ -170,14 +170,13 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> Fact
         InputError: As in :func:`curvfast.edit`; or if a layer is not an ``nn.Linear`` or
             transformers' ``Conv1D`` by itself, has hooks, or is sharded.
         BasisMismatch: As in :func:`curvfast.edit`.
-        LayerNotFound: As in :func:`curvfast.edit`; or if a layer shares its weight.
+        LayerNotFound: As in :func:`curvfast.edit`.
     """
     plan = plan_edit(model, basis, **rule)
     if plan.strength != 1:
         raise InputError(
             f"strength={plan.strength}: only the whole edit, of strength 1, has low rank"
         )
-    refuse_tied(model, {step.layer.name: step.layer for step in plan.steps})
     for step in plan.steps:
         _refuse(model, step.layer)
     return FactorReport(tuple(_give_form(model, step) for step in plan.steps), plan.provenance)

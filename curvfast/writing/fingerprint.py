@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
+import torch
 from torch import Tensor
 
 from curvfast.errors import PatchMismatch
@@ -26,6 +27,16 @@ def fingerprint_of(tensor: Tensor) -> Fingerprint:
     """Return the fingerprint of a weight as it is stored."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Fingerprint(dtype, tuple(tensor.shape), sha256(bits_of(tensor).data).hexdigest())
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """Return the SHA-256 of tensors: their dtypes, shapes and bytes, in row-major order."""
+    digest = sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def require_unpatched(

@@ -1,7 +1,8 @@
 """Patch: an edit as a file of its own, applied to the weights it was made from, and taken back.
 
 It holds the difference of the bits as the model stores them, so both ways are exact in every dtype,
-and the hashes of the weights on either side, so it fits nothing else. Its size goes with what is
+and the hashes of the weights on either side, so it fits nothing else; those of the factors and of
+what was kept say where it is from. Its size goes with what is
 changed: for weights that change by 30 % (in Frobenius norm) it is 0.62 of the edited weights in
 bfloat16, 0.78 in float16 and 0.81 in float32; by 1 %, 0.29, 0.50 and 0.65.
 """
@@ -19,11 +20,12 @@ from torch import nn
 from curvfast import storage
 from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.selection import Mask, Staircase
 from curvfast.distributed import gathered, refuse_layout, write_
 from curvfast.edit_plan import EditOptions, plan_edit
 from curvfast.edit_report import EditReport
 from curvfast.errors import PatchMismatch
-from curvfast.layers import linear_layers
+from curvfast.layers import linear_layers, refuse_tied
 from curvfast.writing.difference import (
     Bits,
     backward,
@@ -36,6 +38,7 @@ from curvfast.writing.difference import (
 )
 from curvfast.writing.fingerprint import (
     Fingerprint,
+    digest_of,
     fingerprint_of,
     require_patched,
     require_unpatched,
@@ -54,6 +57,10 @@ class LayerPatch:
     """Which slice of the tensor it is, where experts are stacked."""
     before: Fingerprint
     after: Fingerprint
+    factors: str
+    """SHA-256 of the eigenvalues of G and A, by which factors are told apart."""
+    kept: str
+    """SHA-256 of what was kept: a staircase's widths, or a mask."""
     planes: tuple[bytes, ...] = field(repr=False)
     """As of :func:`curvfast.writing.difference.pack`."""
 
@@ -89,6 +96,7 @@ class Patch:
             PatchMismatch: If a weight is not the one the patch was made from, or is patched
                 already.
             InputError: If a weight is stored quantised, or laid out in a way that is not supported.
+            LayerNotFound: If a layer shares its weight with another module.
         """
         self._write(model, revert=False)
 
@@ -98,6 +106,7 @@ class Patch:
         Raises:
             PatchMismatch: If a weight is not the one the patch gave.
             InputError: As of :meth:`apply`.
+            LayerNotFound: As of :meth:`apply`.
         """
         self._write(model, revert=True)
 
@@ -129,7 +138,8 @@ class Patch:
                 planes[key] = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
             layers[name] = {
                 "tensor": layer.tensor, "expert": layer.expert, "before": asdict(layer.before),
-                "after": asdict(layer.after), "planes": keys,
+                "after": asdict(layer.after), "factors": layer.factors, "kept": layer.kept,
+                "planes": keys,
             }  # fmt: skip
         meta = {"layers": layers, "edit": self.report.to_dict()}
         storage.write_folder(directory, kind=KIND, meta=meta, tensors=planes)
@@ -145,7 +155,7 @@ class Patch:
         layers = {
             name: LayerPatch(
                 entry["tensor"], entry["expert"], _fingerprint(entry["before"]),
-                _fingerprint(entry["after"]),
+                _fingerprint(entry["after"]), entry["factors"], entry["kept"],
                 tuple(tensors[key].numpy().tobytes() for key in entry["planes"]),
             )
             for name, entry in meta["layers"].items()
@@ -160,6 +170,7 @@ class Patch:
                 f"the patch has layer {missing[0]!r} and {len(missing) - 1} more that this "
                 f"{type(model).__name__} lacks: it was made of another model"
             )
+        refuse_tied(model, {name: there[name] for name in self.layers})
         found = {}
         for name in self.layers:
             _refuse(there[name])
@@ -191,12 +202,14 @@ def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOption
     """
     plan = plan_edit(model, basis, **options)
     layers, entries = {}, []
-    for layer, new, entry in plan.evaluated():
+    for step, (layer, new, entry) in zip(plan.steps, plan.evaluated(), strict=True):
         before, after = gathered(layer.stored()), layer.as_stored(new)
         change = pack(difference(bits_of(before), bits_of(after)))
         layers[layer.name] = LayerPatch(
-            *_tensor_of(layer), fingerprint_of(before), fingerprint_of(after), tuple(change)
-        )
+            *_tensor_of(layer), fingerprint_of(before), fingerprint_of(after),
+            digest_of(step.basis.values_g, step.basis.values_a), _digest_of_kept(step.kept),
+            tuple(change),
+        )  # fmt: skip
         entries.append(entry)
     return Patch(layers, plan.report(entries))
 
@@ -210,6 +223,10 @@ def _tensor_of(layer: LinearLayer) -> tuple[str, int | None]:
         module = layer.name.removesuffix(f"{layer.expert}.{layer.leaf}")
         return f"{module}{layer.leaf}", layer.expert
     return f"{layer.name}.{layer.leaf}" if layer.name else layer.leaf, None
+
+
+def _digest_of_kept(kept: Staircase | Mask) -> str:
+    return digest_of(kept.widths if isinstance(kept, Staircase) else kept.kept)
 
 
 def _refuse(layer: LinearLayer) -> None:
