@@ -13,6 +13,7 @@ from torch import nn
 
 import curvfast
 from curvfast import Converged, Eigenbasis, Factors, LayerBasis, LayerFactors, storage
+from curvfast.config import CollectConfig
 from curvfast.core.marginals import diagonal, marginals_of
 from curvfast.errors import BasisMismatch, InputError
 
@@ -137,6 +138,14 @@ def test_halves_and_spilled_sums_add_up() -> None:
     expected = run(model, batches, labels="gold")
     until = Converged(shared_mass=0.999999, first=2)
     assert_same(run(model, batches, labels="gold", until=until), expected, 1e-6)
+    config = CollectConfig(layers="mlp", marginals=True)
+    halved = curvfast.Curvature(model, config, "mlp", halves=True)
+    model(**batches[0]).loss.backward()
+    model(**batches[1]).loss.backward()
+    for half in halved.halves():
+        assert len(half) == 9
+        assert all(f.a_weighted is None and f.g_sum.any() for f in half.values())
+    halved.close()
     with curvfast.collect(model, marginals=True, spill_every=2) as curvature:
         for batch in batches:
             model(**batch).loss.backward()
@@ -244,6 +253,14 @@ class TestBasis:
             assert not torch.equal(weight, before)
         with curvfast.edited(model, found, fraction=1.0):
             torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-5)
+
+    def test_rounding_below_zero_is_zero(self) -> None:
+        a, g = torch.eye(3), torch.diag(torch.tensor([2.0, 1.0]))
+        weighted = torch.diag(torch.tensor([2.0, -1e-9]))
+        factors = Factors({"up": LayerFactors(a, g, 4, 4, a * 2 / 3, weighted)})
+        found = factors.eigh().with_marginals(factors)
+        assert found["up"].values_g[1] == 0
+        assert found.keep(mass=1.0)["up"].pairs == 3
 
     def test_no_curvature_at_all_is_zeros(self) -> None:
         zero = LayerFactors(
