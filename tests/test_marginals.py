@@ -12,10 +12,13 @@ from families import mixture
 from torch import nn
 
 import curvfast
-from curvfast import Converged, Eigenbasis, Factors, LayerBasis, LayerFactors, storage
+from curvfast import Converged, Eigenbasis, Factors, LayerBasis, LayerFactors, ops, storage
+from curvfast.accumulate import Moment
 from curvfast.config import CollectConfig
 from curvfast.core.marginals import diagonal, marginals_of
 from curvfast.errors import BasisMismatch, InputError
+from curvfast.ops import TriangularSum
+from curvfast.rows import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
@@ -161,6 +164,22 @@ def test_a_part_of_the_rows_keeps_its_pairs(padding: str) -> None:
     for layer in factors.values():
         trace = float(layer.a_weighted.trace())
         assert trace == pytest.approx(float(layer.g_weighted.trace()), rel=1e-5)
+
+
+def test_weights_follow_rows_that_a_view_chooses() -> None:
+    """Off the CPU, unpadded sequences are a view without their last positions."""
+    shape, x = torch.Size([3, 7]), torch.randint(-3, 4, (3, 7, 4)).float()
+    weights = torch.arange(21.0).view(3, 7)
+    found = []
+    for place in ("meta", "cpu"):
+        rows = Batch(skip_last=True, positions=shape).rows("layer", shape, torch.device(place))
+        moment = Moment(TriangularSum.zeros(4, 4))
+        ops.second_moments_([moment.request(x, rows, 1.0, weights)])
+        found.append(moment.dense())
+    rows = x[:, :-1].flatten(0, 1)
+    exact = rows.T @ (weights[:, :-1].reshape(-1, 1) * rows)
+    for each in found:
+        torch.testing.assert_close(each, exact)
 
 
 def test_overflowed_steps_of_amp_are_left_out() -> None:
