@@ -46,13 +46,15 @@ class _Running:
         return (self.spilled + self.sum).float()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Projected:
     """Inputs in the eigenbasis, for the other layers that read them."""
 
     of: tuple[SharedInput, Rows, Any]
     rows: Tensor
     """[rows, k_a] float32."""
+    readers: int
+    """How many layers have yet to come for them."""
 
     def fits(self, of: tuple[SharedInput, Rows, Any]) -> bool:
         """Say whether these are the same rows of the same input, in the same eigenvectors."""
@@ -95,14 +97,16 @@ class CorrectionSums:
         q = self._inputs(arrival.shared, name, rows, x)
         vectors = self._held(("g", name), lambda: basis.vectors_g, g.device)
         p = ops.project_rows(rows.take(g), vectors).mul_(unit)
-        running = self._running(name)
+        running = self._running(name, g.device)
         if self._per == SEQUENCE:
-            self._require_first(name, arrival.batch)
+            self._require_first(name, running, arrival.batch)
             owners = arrival.batch.sequences(g.shape[:-1], rows, g.device)
-            # The rows of an expert may come in any order.
-            owners, order = owners.sort(stable=True)
+            if isinstance(arrival.batch, Routed):
+                # The rows of an expert come in any order.
+                owners, order = owners.sort(stable=True)
+                p, q = p[order], q[order]
             lengths = owners.unique_consecutive(return_counts=True)[1].tolist()
-            ops.add_by_sequence_(running.sum, p[order], q[order], lengths)
+            ops.add_by_sequence_(running.sum, p, q, lengths)
             running.count += len(lengths)
         else:
             ops.add_by_position_(running.sum, p, q)
@@ -138,7 +142,7 @@ class CorrectionSums:
         for name, count in zip(self._layers, counts.tolist(), strict=True):
             if not count:
                 continue
-            running = self._running(name)
+            running = self._running(name, self._layers[name].parameter.device)
             running.count = count
             if self._spill_every is not None:
                 running.spill()
@@ -178,9 +182,8 @@ class CorrectionSums:
         for running in self._sums.values():
             running.sum, running.spilled = running.sum.new_empty(0), None
 
-    def _running(self, name: str) -> _Running:
+    def _running(self, name: str, device: torch.device) -> _Running:
         if name not in self._sums:
-            device = self._layers[name].parameter.device
             self._sums[name] = _Running(torch.zeros(self._basis[name].ranks, device=device))
         return self._sums[name]
 
@@ -189,27 +192,28 @@ class CorrectionSums:
         basis = self._basis[name]
         vectors = self._held(basis.key_a, lambda: basis.vectors_a, x.device)
         of = (shared, rows, vectors)
-        if self._last is not None and self._last.fits(of):
-            return self._last.rows
-        q = ops.project_rows(rows.take(x), vectors)
-        self._last = _Projected(of, q) if len(shared.readers) > 1 else None
-        return q
+        last = self._last
+        if last is None or not last.fits(of):
+            last = _Projected(of, ops.project_rows(rows.take(x), vectors), len(shared.readers))
+        last.readers -= 1
+        self._last = last if last.readers else None
+        return last.rows
 
     def _held(self, key: Any, read: Callable[[], Tensor], device: torch.device) -> Tensor:
         """Return eigenvectors where they are needed, read once."""
-        if key not in self._vectors:
-            self._vectors[key] = read().to(device, torch.float32)
-        return self._vectors[key]
+        if (key, device) not in self._vectors:
+            self._vectors[key, device] = read().to(device, torch.float32)
+        return self._vectors[key, device]
 
-    def _require_first(self, name: str, batch: Batch | Routed) -> None:
+    @staticmethod
+    def _require_first(name: str, running: _Running, batch: Batch | Routed) -> None:
         whole = batch.batch if isinstance(batch, Routed) else batch
-        batches = self._running(name).batches
-        if whole in batches:
+        if whole in running.batches:
             raise CoverageError(
                 f"layer {name!r} was called twice in one call of the model, so the gradient of a "
                 "sequence is a sum over both; measure with per='position', or leave the layer out"
             )
-        batches.add(whole)
+        running.batches.add(whole)
 
 
 def bytes_of(basis: Eigenbasis) -> int:

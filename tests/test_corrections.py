@@ -527,6 +527,9 @@ def test_layers_that_share_an_input_project_it_once(monkeypatch: pytest.MonkeyPa
     curvfast.correct(model, rotations(model, "mlp"), token_batches()[:1], progress=False)
     # Inputs of gate and up together, and of down; three gradients.
     assert sorted(widths) == [24, 24, 40, 40, 40]
+    with curvfast.collect_corrections(model, rotations(model, "mlp")) as correction:
+        model(**token_batches()[0]).loss.backward()
+        assert correction._sums._last is None, "what no layer has yet to read is held"
 
 
 def test_rows_are_the_same_whether_an_index_or_a_view_says_so() -> None:
