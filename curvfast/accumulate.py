@@ -217,7 +217,7 @@ class Accumulator:
         """Go back to a state; sums are where they were, or where this placement puts them."""
         for side, moments in self.sides.items():
             moments.clear()
-            for entry in facts.get(side, ()):
+            for entry in facts[side]:
                 moment = self._fresh(side, entry["members"])
                 moment.sum.tiles.copy_(tensors[entry["key"]])
                 moment.rows, moment.calls = entry["rows"], entry["calls"]

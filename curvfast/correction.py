@@ -74,12 +74,12 @@ class Correction(Measurement):
         """
         if self._result is not None:
             return self._result
-        sums: CorrectionSums = self._added_up(final=not self._active)
+        final = not self._active
+        sums: CorrectionSums = self._added_up(final=final)
         idle = self._require(sums)
-        found = Corrections(
-            sums.corrections(), self._per, {**self._provenance(idle), "per": self._per}
-        )
-        if not self._active:
+        layers = (sums if final else sums.copy()).corrections()
+        found = Corrections(layers, self._per, {**self._provenance(idle), "per": self._per})
+        if final:
             self._result = found
             self._sums.release()
         return found

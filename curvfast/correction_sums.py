@@ -40,10 +40,8 @@ class _Running:
         self.calls = 0
 
     def total(self) -> Tensor:
-        """Return a copy of the whole sum, float32."""
-        if self.spilled is None:
-            return self.sum.clone()
-        return (self.spilled + self.sum).float()
+        """Return the whole sum, float32: of what was never spilled, the sum itself."""
+        return self.sum if self.spilled is None else (self.spilled + self.sum).float()
 
 
 @dataclass(eq=False)
@@ -121,7 +119,7 @@ class CorrectionSums:
         return count, count
 
     def corrections(self) -> dict[str, LayerCorrection]:
-        """Return the correction of every layer with rows, a copy."""
+        """Return the correction of every layer with rows; what is added later may show in it."""
         self._last = None
         return {
             name: LayerCorrection(self._sums[name].total(), self._sums[name].count)

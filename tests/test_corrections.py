@@ -333,6 +333,23 @@ def test_products_are_float32_whatever_training_allows_itself(allowed: str) -> N
         torch.set_float32_matmul_precision(before)
 
 
+def test_a_setting_made_for_all_of_torch_goes_on_being_followed() -> None:
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has no such setting")
+    whole, own = torch.backends.fp32_precision, [each.fp32_precision for each in matmuls()]
+    try:
+        for each in matmuls():
+            each.fp32_precision = "none"
+        for setting in ("tf32", "ieee", "none"):
+            torch.backends.fp32_precision = setting
+            assert [each.fp32_precision for each in matmuls()] == [setting] * 2
+            ops.project_rows(torch.randn(6, 4), torch.eye(4))
+    finally:
+        torch.backends.fp32_precision = whole
+        for each, setting in zip(matmuls(), own, strict=True):
+            each.fp32_precision = setting
+
+
 def test_blocks_of_rows_and_columns_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     p, q = torch.randint(-3, 4, (50, 6)).double(), torch.randint(-3, 4, (50, 5)).double()
     lengths = [7, 1, 30, 12]
@@ -434,7 +451,7 @@ def test_copied_sums_are_the_sums_and_go_their_own_way() -> None:
         for batch in batches:
             model(**batch).loss.backward()
         copy = correction._sums.copy()
-        before = {name: each.sum for name, each in copy.corrections().items()}
+        before = {name: each.sum.clone() for name, each in copy.corrections().items()}
         assert all(
             torch.equal(before[name], each.sum)
             for name, each in correction._sums.corrections().items()

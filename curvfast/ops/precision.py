@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-EXACT = "ieee"
+EXACT, INHERITED = "ieee", "none"
 
 
 @contextmanager
@@ -34,4 +34,7 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         for each, setting in zip(matmuls, settings, strict=True):
-            each.fp32_precision = setting
+            # A setting that came from torch.backends.fp32_precision must go on following it.
+            each.fp32_precision = INHERITED
+            if each.fp32_precision != setting:
+                each.fp32_precision = setting
