@@ -5,6 +5,8 @@ Glossary:
         the summed loss with respect to its outputs; its Fisher block is about G ⊗ A.
     Second moment: the uncentred E[x xᵀ]; a Kronecker factor is one.
     Eigenbasis: eigenvectors U_A, U_G of the factors; the weight in it is C = U_Gᵀ W U_A.
+    EK-FAC correction: Λ_ij, the mean squared gradient along eigenpair (i, j). It is λᵢ μⱼ where
+        gradients and inputs are independent.
     Curvature mass: the sum of eigenpair products λᵢ μⱼ; a pair's mass is how much the population
         loss bends along it. LOW population curvature is where verbatim memorization lives: each
         memorized example bends the loss along a direction of its own, flat on average. HIGH
@@ -22,6 +24,8 @@ from curvfast._version import __version__ as __version__
 if TYPE_CHECKING:
     from curvfast.collection import collect as collect
     from curvfast.convergence import Converged as Converged
+    from curvfast.core.corrections import Corrections as Corrections
+    from curvfast.core.corrections import LayerCorrection as LayerCorrection
     from curvfast.core.eigenbasis import Eigenbasis as Eigenbasis
     from curvfast.core.eigenbasis import LayerBasis as LayerBasis
     from curvfast.core.factors import Factors as Factors
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from curvfast.core.selection import Mask as Mask
     from curvfast.core.selection import Selection as Selection
     from curvfast.core.selection import Staircase as Staircase
+    from curvfast.correcting import collect_corrections as collect_corrections
+    from curvfast.correcting import correct as correct
+    from curvfast.correction import Correction as Correction
     from curvfast.curvature import Curvature as Curvature
     from curvfast.driver import collect_from as collect_from
     from curvfast.edit_report import EditReport as EditReport
@@ -58,6 +65,11 @@ _HOMES = {
     "Curvature": "curvature",
     "collect": "collection",
     "Converged": "convergence",
+    "Corrections": "core.corrections",
+    "LayerCorrection": "core.corrections",
+    "collect_corrections": "correcting",
+    "correct": "correcting",
+    "Correction": "correction",
     "Eigenbasis": "core.eigenbasis",
     "LayerBasis": "core.eigenbasis",
     "Factors": "core.factors",

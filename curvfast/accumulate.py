@@ -16,6 +16,8 @@ from curvfast.ops import MomentRequest, TriangularSum
 from curvfast.placement import Placement
 from curvfast.rows import Batch, Routed, Rows
 
+SIDES = ("inputs", "gradients", "weighted_inputs", "weighted_gradients")
+
 
 @dataclass
 class Moment:
@@ -29,15 +31,21 @@ class Moment:
     calls: int = 0
     """Calls since the last spill."""
 
-    def request(self, x: Tensor, rows: Rows, scale: float) -> MomentRequest:
-        """Count the rows of x [..., d] that count; return the call that adds them."""
+    def request(
+        self, x: Tensor, rows: Rows, scale: float, weights: Tensor | None = None
+    ) -> MomentRequest:
+        """Count the rows of x [..., d] that count; return the call that adds them, weighted."""
         self.rows += rows.count
         self.calls += 1
         if rows.kept is not None:
             sequences, length, first = rows.kept
             x = x.reshape(sequences, length, x.shape[-1])[:, :first]
-            return MomentRequest(self.sum, x, scale=scale)
-        return MomentRequest(self.sum, x.flatten(0, -2), rows=rows.index, scale=scale)
+            if weights is not None:
+                weights = weights.reshape(sequences, length)[:, :first]
+            return MomentRequest(self.sum, x, weights=weights, scale=scale)
+        weights = None if weights is None else weights.flatten()
+        x = x.flatten(0, -2)
+        return MomentRequest(self.sum, x, rows=rows.index, weights=weights, scale=scale)
 
     def spill(self) -> None:
         """Move the float32 sum into float64."""
@@ -69,10 +77,11 @@ class Moment:
 
 
 class Accumulator:
-    """The Kronecker factors of layers in the making.
+    """The Kronecker factors of layers in the making, by side: inputs, gradients, and each weighted.
 
     Layers that read one tensor share one A for as long as they always do: when a call shows that a
-    member of a shared moment did not read this tensor, those that did part with a copy.
+    member of a shared moment did not read this tensor, those that did part with a copy. Weighted
+    moments are never shared, since the weights of inputs are of the layer's own gradients.
     """
 
     def __init__(
@@ -87,8 +96,8 @@ class Accumulator:
         self._layers = layers
         self._spill_every = spill_every
         self._placement = Placement(place, overlap=overlap)
-        self.inputs: dict[str, Moment] = {}
-        self.gradients: dict[str, Moment] = {}
+        self.sides: dict[str, dict[str, Moment]] = {side: {} for side in SIDES}
+        self.inputs, self.gradients = self.sides["inputs"], self.sides["gradients"]
 
     def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
         """Add the rows of an input x [..., d_in] to the A of every layer that read it.
@@ -112,42 +121,67 @@ class Accumulator:
             g: The gradient, in the units of the caller's loss.
             unit: What g is multiplied by to be the gradient of the summed loss.
         """
-        moment = self.gradients.get(name)
-        if moment is None:
-            moment = self.gradients[name] = self._empty({name}, self._layers[name].d_out, g.device)
+        moment = self._own("gradients", name, g.device)
         self._add(moment, g, batch.rows(name, g.shape[:-1], g.device), unit * unit)
+
+    def add_weighted(
+        self, name: str, batch: Batch | Routed, x: Tensor, g: Tensor, unit: float
+    ) -> None:
+        """Add the rows of one call to Σ‖g‖² a aᵀ and to Σ‖a‖² g gᵀ of its layer.
+
+        Args:
+            name: The layer.
+            batch: Says which rows count.
+            x: The input, [..., d_in].
+            g: The gradient of that very call, [..., d_out], in the units of the caller's loss.
+            unit: What g is multiplied by to be the gradient of the summed loss.
+        """
+        rows = batch.rows(name, x.shape[:-1], x.device)
+        own_a = self._own("weighted_inputs", name, x.device)
+        own_g = self._own("weighted_gradients", name, g.device)
+        self._add(own_a, x, rows, unit * unit, _squared_norms(g))
+        self._add(own_g, g, rows, unit * unit, _squared_norms(x))
 
     def flush(self) -> None:
         """Finish what waits for company; needed before a sum is read."""
         self._placement.flush()
 
-    def _add(self, moment: Moment, x: Tensor, rows: Rows, scale: float) -> None:
+    def _own(self, side: str, name: str, device: torch.device) -> Moment:
+        """Return a moment of one layer alone."""
+        moments = self.sides[side]
+        if name not in moments:
+            moments[name] = self._empty({name}, self._width(side, name), device)
+        return moments[name]
+
+    def _add(
+        self, moment: Moment, x: Tensor, rows: Rows, scale: float, weights: Tensor | None = None
+    ) -> None:
         if not rows.count:
             return
-        self._placement.add(moment.request(x, rows, scale))
+        self._placement.add(moment.request(x, rows, scale, weights))
         if self._spill_every is not None and moment.calls >= self._spill_every:
             self.flush()
             moment.spill()
 
     def groups(self) -> dict[str, list[list[str]]]:
-        """Return which layers share a sum: inputs, and gradients, each group sorted."""
+        """Return which layers share a sum, by side, each group sorted."""
         return {
             side: sorted({tuple(sorted(m.members)) for m in moments.values()})  # type: ignore[misc]
-            for side, moments in (("inputs", self.inputs), ("gradients", self.gradients))
+            for side, moments in self.sides.items()
         }
 
     def regroup(self, side: str, groups: Sequence[Sequence[str]]) -> list[Moment]:
         """Part sums until exactly these groups share one, and make those there are none of.
 
         Args:
-            side: ``"inputs"`` or ``"gradients"``.
+            side: One of :data:`SIDES`.
             groups: Each within one of :meth:`groups`, or of layers without rows here.
 
         Returns:
             The moment of each group.
         """
         self.flush()
-        moments = self.inputs if side == "inputs" else self.gradients
+        moments = self.sides[side]
         found = []
         for group in groups:
             moment = moments.get(group[0])
@@ -164,7 +198,7 @@ class Accumulator:
         self.flush()
         facts: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
-        for side, moments in (("inputs", self.inputs), ("gradients", self.gradients)):
+        for side, moments in self.sides.items():
             facts[side] = []
             for moment in {id(m): m for m in moments.values()}.values():
                 key = f"{side}.{len(facts[side])}"
@@ -181,7 +215,7 @@ class Accumulator:
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go back to a state; sums are where they were, or where this placement puts them."""
-        for side, moments in (("inputs", self.inputs), ("gradients", self.gradients)):
+        for side, moments in self.sides.items():
             moments.clear()
             for entry in facts[side]:
                 moment = self._fresh(side, entry["members"])
@@ -195,14 +229,18 @@ class Accumulator:
 
     def _fresh(self, side: str, members: Sequence[str]) -> Moment:
         """Return an empty moment of layers of one width, where their weights are."""
-        layer = self._layers[members[0]]
-        d = layer.d_in if side == "inputs" else layer.d_out
-        return self._empty(set(members), d, layer.parameter.device)
+        device = self._layers[members[0]].parameter.device
+        return self._empty(set(members), self._width(side, members[0]), device)
+
+    def _width(self, side: str, name: str) -> int:
+        layer = self._layers[name]
+        return layer.d_in if side.endswith("inputs") else layer.d_out
 
     def release(self) -> None:
         """Let go of every sum; the counts stay."""
-        for moment in (*self.inputs.values(), *self.gradients.values()):
-            moment.release()
+        for moments in self.sides.values():
+            for moment in moments.values():
+                moment.release()
 
     def _empty(self, members: set[str], d: int, device: torch.device) -> Moment:
         return Moment(self._placement.new_sum(d, device), members=set(members))
@@ -223,6 +261,13 @@ class Accumulator:
             self.inputs.update(dict.fromkeys(newcomers, moment))
             result.append(moment)
         return result
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Return ‖x_t‖² of each row of x [..., d], [...] float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
+    return norms.float().square_()
 
 
 def sum_bytes(layers: dict[str, LinearLayer]) -> int:

@@ -116,7 +116,7 @@ class _Call:
 
     pieces: list[_Piece]
     kept: Any
-    """The autograd node that keeps the input; None once it was read, or in a driven pass."""
+    """The autograd node that keeps the input; None once it was read, or was counted before."""
     done: bool = False
 
 
@@ -128,7 +128,7 @@ class Capture:
         layers: dict[str, LinearLayer],
         current_batch: Callable[[], Batch],
         on_arrival: Callable[[Arrival], None],
-        on_input: Callable[[str, Batch | Routed, SharedInput, Tensor], None],
+        on_input: Callable[[str, Batch | Routed, SharedInput, Tensor], None] | None,
         *,
         share_inputs: bool,
         driven: bool,
@@ -139,11 +139,12 @@ class Capture:
             layers: Layers by name.
             current_batch: Tells which batch a forward running now belongs to.
             on_arrival: Called with every complete call, in its backward.
-            on_input: Called with (layer, batch, shared, x) in the forward of a driven pass.
+            on_input: Called with (layer, batch, shared, x) in the forward of a driven pass; None
+                keeps the input there too, until its gradient arrives.
             share_inputs: Whether layers that read one tensor are told so.
-            driven: Whether each forward runs once and its backward follows. Inputs are then counted
-                in the forward, and an output without gradient becomes the place where the backward
-                ends: nothing below the first layer of a frozen model needs one.
+            driven: Whether each forward runs once and its backward follows. Inputs may then be
+                counted in the forward, and an output without gradient becomes the place where the
+                backward ends: nothing below the first layer of a frozen model needs one.
         """
         self.calls = {name: Calls() for name in layers}
         self._layers = layers
@@ -210,7 +211,7 @@ class Capture:
             y = _Start.apply(anchor, y)  # type: ignore[no-untyped-call]
         pieces = [self._piece(part, x, batch) for part in product.parts]
         kept = None
-        if self._driven:
+        if self._driven and self._on_input is not None:
             self._read(pieces, x)
         else:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
@@ -238,6 +239,7 @@ class Capture:
             self._count(piece, x.detach())
 
     def _count(self, piece: _Piece, x: Tensor) -> None:
+        assert self._on_input is not None
         piece.shared.added = True
         with torch.no_grad(), _no_autocast(x.device):
             self._on_input(piece.layer.name, piece.batch, piece.shared, piece.inputs(x))

@@ -32,6 +32,7 @@ def collect(
     every: int = 1,
     sums_device: str = "same",
     streams: str = "one",
+    marginals: bool = False,
     seed: int = 0,
     group: Any = "auto",
 ) -> Iterator[Curvature]:
@@ -67,6 +68,8 @@ def collect(
             memory, ``"disk"`` in files mapped to memory, in the system's temporary folder (TMPDIR)
             and gone with the process; copies run beside the computation.
         streams: ``"overlap"`` runs the moments on a CUDA stream of their own, beside the step.
+        marginals: Sums Σ‖g‖² a aᵀ and Σ‖a‖² g gᵀ too, for :meth:`Eigenbasis.with_marginals`, at
+            more than twice the memory and products: no layer shares these. G's units hold for ‖g‖.
         seed: Seed of the generator that draws ``rows_per_step``.
         group: Whose ranks' rows are added up when ``factors()`` is called, which every rank must
             then do: ``"auto"`` is the default process group where there is one, None this process
@@ -92,6 +95,7 @@ def collect(
         every=every,
         sums_device=sums_device,
         streams=streams,
+        marginals=marginals,
         seed=seed,
     )
     curvature = Curvature(

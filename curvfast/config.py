@@ -40,6 +40,8 @@ class CollectConfig:
     """Whether moments run on the stream of the step, or "overlap" it on another (CUDA)."""
     seed: int = 0
     """Of the generator that draws ``rows_per_step``."""
+    marginals: bool = False
+    """Whether the moments weighted by the other side's squared norms are summed too."""
 
     def __post_init__(self) -> None:
         """Check every field.

@@ -1,46 +1,32 @@
-"""The measurement under way: hooks, batches, and the sums they feed."""
+"""Kronecker factors under way: what collect() yields."""
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from curvfast import distributed
 from curvfast.accumulate import factor_bytes, sum_bytes
-from curvfast.adapters import outside_graphs
-from curvfast.capture import Arrival, Calls, Capture
+from curvfast.capture import Arrival
 from curvfast.config import CollectConfig
 from curvfast.core.factors import Factors
-from curvfast.coverage import Coverage, describe
-from curvfast.diagnosis import (
-    require_cuda,
-    require_rows,
-    unrouted,
-    warn_few_rows,
-    warn_unrouted,
-)
-from curvfast.errors import InputError
+from curvfast.diagnosis import warn_few_rows
 from curvfast.layers import LayerSpec, select
-from curvfast.own_loss import OwnLosses
-from curvfast.provenance import is_causal_lm, model_facts
-from curvfast.rows import Batch, Routed, RowRule, output_tensors, read_call
+from curvfast.measurement import Measurement
+from curvfast.rows import RowRule
 from curvfast.sums import Sums
-from curvfast.thinning import Thinning, nothing
 
 log = logging.getLogger(__name__)
 
 
-class Curvature:
+class Curvature(Measurement):
     """What :func:`collect` yields: the measurement under way, and its result."""
+
+    _sums: Sums
 
     def __init__(
         self,
@@ -60,99 +46,20 @@ class Curvature:
 
         With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
         """
-        self._model = model
-        self._config = config
-        self._rule = rows
-        self._grad_scaler = grad_scaler
-        self._one_of_many = one_of_many
-        self._facts = dict(facts or {})
-        if config.streams == "overlap":
-            require_cuda(model)
-        part = config.rows_per_step
-        self._skip_last = is_causal_lm(model) if config.skip_last is None else config.skip_last
-        self._layers = select(model, layers)
-        self._group, self._ranks = group, distributed.rank_and_size(group)[1]
-        self._sums = Sums(self._layers, config, halves)
-        self._draws = torch.Generator().manual_seed(config.seed)
-        self._thin = None if part is None else Thinning(part, self._draws).thin
-        self._calls = self._counted = 0
-        self._skipped = dict.fromkeys(self._layers, 0)
-        self._next = self._new_batch()
-        self._forward: Batch | None = None
-        self._backward: Batch | None = None
-        self._signature = inspect.signature(model.forward)
-        self._active = True
-        self._losses = OwnLosses()
+        chosen = select(model, layers)
+        self._sums = Sums(chosen, config, halves)
         self._result: Factors | None = None
+        copies = 2 if config.marginals else 1
         log.info(
             "collecting %d layers: the sums will need at most %.1f MB, the factors %.1f MB",
-            len(self._layers), sum_bytes(self._layers) / 1e6, factor_bytes(self._layers) / 1e6,
+            len(chosen), copies * sum_bytes(chosen) / 1e6, copies * factor_bytes(chosen) / 1e6,
         )  # fmt: skip
-        # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
-        share = config.share_inputs and grad_scaler is None
-        self._capture = Capture(
-            self._layers, self._current_batch, self._add, self._sums.add_input,
-            share_inputs=share, driven=driven,
+        super().__init__(
+            model, config, chosen, rows=rows, grad_scaler=grad_scaler, driven=driven, group=group,
+            one_of_many=one_of_many, facts=facts, parts=2 if halves else 1,
+            # A weight of either side is the norm of the other, so both must be there.
+            on_input=None if config.marginals else self._sums.add_input,
         )  # fmt: skip
-        self._handles: list[RemovableHandle] = []
-        self.resume()
-
-    def mask(self, mask: Tensor) -> None:
-        """Say which positions of the *next* call of the model are real.
-
-        Args:
-            mask: Bool or 0/1, [sequences, length]. Overrides ``attention_mask``.
-
-        Raises:
-            InputError: If it is not two-dimensional.
-        """
-        if mask.dim() != 2:
-            raise InputError(f"mask must be [sequences, length], got {list(mask.shape)}")
-        self._next.mask = mask.detach().bool()
-
-    def labels(self, n: int) -> None:
-        """Say over how many labels the mean loss of the *next* call of the model is averaged.
-
-        Args:
-            n: Number of labels, at least 1.
-
-        Raises:
-            InputError: If ``n`` is less than 1.
-        """
-        if n < 1:
-            raise InputError(f"a mean loss is averaged over at least one label, got {n}")
-        self._next.labels = int(n)
-
-    def skip_next(self) -> None:
-        """Let the *next* call of the model run as if it counted, and count none of its rows."""
-        self._next.thin = nothing
-
-    def resume(self) -> None:
-        """Put the hooks on that :meth:`pause` took off."""
-        before = outside_graphs(self._before_forward)
-        after = outside_graphs(self._after_forward)
-        self._capture.attach()
-        self._handles = [
-            self._model.register_forward_pre_hook(before, with_kwargs=True),
-            self._model.register_forward_hook(after, always_call=True),
-        ]
-
-    def pause(self) -> None:
-        """Take every hook off until :meth:`resume`; the sums stay."""
-        self._capture.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._forward = self._backward = None
-
-    def mean_loss(self) -> float | None:
-        """Return the mean loss per label of what was counted, where ``loss_scale`` is None."""
-        return self._losses.mean()
-
-    def coverage(self) -> Coverage:
-        """Return which parameters are covered, by how many rows, and why the others are not."""
-        rows = {name: self._sums.rows(name)[1] for name in self._layers}
-        idle = unrouted(self._layers, self._sums, self._capture.calls, self._skipped)
-        return describe(self._model, self._layers, rows, idle, sum_bytes(self._layers))
 
     def factors(self) -> Factors:
         """Return the factors of everything summed so far, on all ranks together.
@@ -170,131 +77,32 @@ class Curvature:
         """
         if self._result is not None:
             return self._result
-        sums = self._added_up(final=not self._active)
-        idle = unrouted(self._layers, sums, self._capture.calls, self._skipped)
-        required = [name for name in self._layers if name not in idle]
-        if not required and not self._one_of_many:
-            required = list(self._layers)
-        require_rows(required, sums, self._capture.calls, self._skipped)
-        warn_unrouted(idle)
+        sums: Sums = self._added_up(final=not self._active)
+        idle = self._require(sums)
         layers = sums.factors()
         warn_few_rows(layers)
-        provenance = {
-            "model": model_facts(self._model),
-            "collect": {**self._config.to_dict(), "skip_last": self._skip_last},
-            **self._facts,
-            "ranks": self._ranks,
-            "coverage": self.coverage().to_dict(),
-            "unrouted": idle,
-        }
-        factors = Factors(layers, provenance)
+        factors = Factors(layers, self._provenance(idle))
         if not self._active:
             self._result = factors
             self._sums.release()
         return factors
 
-    def add_facts(self, **facts: Any) -> None:
-        """Note further provenance to be kept with the factors."""
-        self._facts |= facts
-
     def halves(self) -> tuple[Factors, Factors]:
-        """Return the factors of each half of the batches; layers without rows lack.
+        """Return A and G of each half of the batches; layers without rows lack.
 
         With a process group every rank must call this.
         """
-        sums = self._added_up(final=False)
+        sums: Sums = self._added_up(final=False)
         return Factors(sums.factors(0)), Factors(sums.factors(1))
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what :meth:`restore` needs to go on from here: JSON-able facts, and tensors."""
-        facts, tensors = self._sums.state()
-        calls = {name: asdict(calls) for name, calls in self._capture.calls.items()}
-        counts = {"calls": self._calls, "counted": self._counted, "layers": calls}
-        return {"sums": facts, **counts}, {**tensors, "draws": self._draws.get_state()}
+    def _count(self, arrival: Arrival, unit: float) -> None:
+        name, batch, shared, x = arrival.layer, arrival.batch, arrival.shared, arrival.x
+        if x is not None and not shared.added:
+            shared.added = True
+            self._sums.add_input(name, batch, shared, x)
+        self._sums.add_gradient(name, batch, arrival.g, unit)
+        if x is not None and self._config.marginals:
+            self._sums.add_weighted(name, batch, x, arrival.g, unit)
 
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a state of the same layers and configuration."""
-        self._sums.restore(facts["sums"], tensors)
-        self._calls, self._counted = facts["calls"], facts["counted"]
-        self._draws.set_state(tensors["draws"])
-        for name, calls in facts["layers"].items():
-            self._capture.calls[name] = Calls(**calls)
-
-    def close(self) -> None:
-        """Take every hook off for good; the sums stay."""
-        self._active = False
-        self.pause()
-        self._capture.forget()
-
-    def _added_up(self, *, final: bool) -> Sums:
-        """Return the sums of all ranks; in place once no more will come."""
-        if self._group is None:
-            return self._sums
-        sums = self._sums if final else self._sums.copy()
-        sums.add_up(self._group)
-        if final:
-            self._group = None
-        return sums
-
-    def _new_batch(self) -> Batch:
-        return Batch(skip_last=self._skip_last, rule=self._rule, thin=self._thin)
-
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._forward, self._next = self._next, self._new_batch()
-        if not torch.is_grad_enabled():
-            # An evaluation between steps: it counts nothing, and is not counted.
-            return
-        self._forward.idle = self._calls % self._config.every != 0
-        self._calls += 1
-        if self._forward.idle:
-            return
-        self._forward.half = self._counted % len(self._sums.parts)
-        self._counted += self._forward.thin is not nothing
-        try:
-            arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:
-            return
-        extra = arguments.pop("kwargs", {})
-        read_call(self._forward, {**extra, **arguments})
-
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._capture.flush()
-        batch, self._forward = self._forward, None
-        if batch is None:
-            return
-        if self._config.loss_scale is None and not batch.idle:
-            self._losses.watch(batch, output)
-        for tensor in output_tensors(output):
-            if tensor.dim() and batch.predictions is None:
-                batch.predictions = tensor.shape[:-1]
-            if tensor.requires_grad:
-                # Tells a re-entrant recomputation, in the backward, which batch it belongs to.
-                tensor.register_hook(partial(self._enter_backward, batch))
-
-    def _enter_backward(self, batch: Batch, _: Tensor) -> None:
-        self._backward = batch
-
-    def _current_batch(self) -> Batch:
-        return self._forward or self._backward or self._next
-
-    def _add(self, arrival: Arrival) -> None:
-        overflowed = self._grad_scaler is not None and not torch.isfinite(arrival.g).all()
-        batch = arrival.batch.batch if isinstance(arrival.batch, Routed) else arrival.batch
-        unit = math.inf if overflowed else self._unit(batch)
-        if not math.isfinite(unit):
-            self._skipped[arrival.layer] += 1
-            return
-        if arrival.x is not None and not arrival.shared.added:
-            arrival.shared.added = True
-            self._sums.add_input(arrival.layer, arrival.batch, arrival.shared, arrival.x)
-        self._sums.add_gradient(arrival.layer, arrival.batch, arrival.g, unit)
-
-    def _unit(self, batch: Batch) -> float:
-        """Return what a gradient is multiplied by to be of the summed loss."""
-        mean = self._config.loss_reduction == "mean"
-        if self._config.loss_scale is None:
-            return self._losses.unit(batch, mean=mean)
-        unit = 1.0 / self._config.loss_scale
-        if self._grad_scaler is not None:
-            unit /= self._grad_scaler.get_scale()
-        return unit * batch.label_count() if mean else unit
+    def _sum_bytes(self) -> int:
+        return (2 if self._config.marginals else 1) * sum_bytes(self._layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from torch import nn
 
@@ -11,11 +12,17 @@ from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.capture import Calls
 from curvfast.core.factors import LayerFactors
 from curvfast.errors import CoverageError, InputError, NumericalWarning
-from curvfast.sums import Sums
+
+
+class Counted(Protocol):
+    """Sums that know what was added to them."""
+
+    def rows(self, name: str) -> tuple[int, int]:
+        """Return how many inputs and how many gradients of a layer were summed."""
 
 
 def require_rows(
-    layers: Iterable[str], sums: Sums, calls: Mapping[str, Calls], skipped: Mapping[str, int]
+    layers: Iterable[str], sums: Counted, calls: Mapping[str, Calls], skipped: Mapping[str, int]
 ) -> None:
     """Make sure that A and G of every layer hold rows, and the same ones.
 
@@ -61,7 +68,7 @@ def require_cuda(model: nn.Module) -> None:
 
 def unrouted(
     layers: Mapping[str, LinearLayer],
-    sums: Sums,
+    sums: Counted,
     calls: Mapping[str, Calls],
     skipped: Mapping[str, int],
 ) -> list[str]:

@@ -18,7 +18,8 @@ from curvfast.core.selection import Mask, Selection, Staircase
 from curvfast.distributed import refuse_layout
 from curvfast.edit_report import EditReport, LayerEdit
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
-from curvfast.layers import LayerSpec, linear_layers, matches, refuse_tied
+from curvfast.layers import LayerSpec, refuse_tied
+from curvfast.matching import basis_layers
 from curvfast.provenance import model_facts
 
 DEFAULT_MASS = 0.6
@@ -123,7 +124,7 @@ def plan_edit(
     rules = (mass, fraction, pairs, selection)
     if sum(rule is not None for rule in rules) > 1:
         raise InputError("pass only one of mass=, fraction=, pairs= and selection=")
-    chosen = _choose(model, basis, layers)
+    chosen = basis_layers(model, basis, layers)
     refuse_tied(model, chosen)
     part = Eigenbasis({name: basis[name] for name in chosen})
     if selection is None:
@@ -154,33 +155,6 @@ def plan_edit(
     }
     steps = [EditStep(layer, part[name], selection[name]) for name, layer in chosen.items()]
     return EditPlan(tuple(steps), strength, provenance)
-
-
-def _choose(
-    model: nn.Module, basis: Eigenbasis, layers: LayerSpec | None
-) -> dict[str, LinearLayer]:
-    there = linear_layers(model)
-    missing = [name for name in basis if name not in there]
-    if missing:
-        raise BasisMismatch(
-            f"the basis has layer {missing[0]!r} and {len(missing) - 1} more that this "
-            f"{type(model).__name__} lacks; it was measured on another model, or on one with other "
-            "names (a wrapper around it?)"
-        )
-    chosen = {n: there[n] for n in basis if layers is None or matches(layers, there[n])}
-    if not chosen:
-        raise LayerNotFound(
-            f"layers={layers!r} matches none of the basis's layers: "
-            f"{', '.join(map(repr, basis)) or 'it is empty'}"
-        )
-    for name, layer in chosen.items():
-        shape = (len(basis[name].values_g), len(basis[name].values_a))
-        if shape != (layer.d_out, layer.d_in):
-            raise BasisMismatch(
-                f"the basis of layer {name!r} is for a weight {shape}, the model's is "
-                f"{(layer.d_out, layer.d_in)}: it was measured on another model"
-            )
-    return chosen
 
 
 def relative_change(weight: Tensor, new: Tensor) -> float:

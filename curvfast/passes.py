@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from curvfast import distributed
 from curvfast.checkpoint import Checkpoint
 from curvfast.convergence import Converged, compare
-from curvfast.core.factors import Factors
 from curvfast.curvature import Curvature
 from curvfast.errors import InputError
+from curvfast.measurement import Measurement
 from curvfast.progress import Bar
 from curvfast.steps import run_step
 
@@ -25,7 +25,7 @@ class Pass:
     """One pass, and where it stands."""
 
     model: nn.Module
-    curvature: Curvature
+    measurement: Measurement
     labels: str
     """Where labels come from."""
     causal: bool
@@ -53,8 +53,8 @@ class Pass:
     compare_at: int = 0
     """Turns before the next comparison."""
 
-    def run(self, batches: Iterable[Any], bar: Bar) -> Factors:
-        """Count batches until there is enough; return the factors.
+    def run(self, batches: Iterable[Any], bar: Bar) -> None:
+        """Count batches until there is enough, and close the measurement.
 
         Args:
             batches: From the first one on, whatever was counted before.
@@ -62,7 +62,6 @@ class Pass:
 
         Raises:
             InputError: If there is nothing to count.
-            CoverageError: If a layer got no rows.
             StorageError: If a checkpoint cannot be written or is of no use.
         """
         if self.until:
@@ -87,10 +86,9 @@ class Pass:
         if self.checkpoint and self.saved_at != self.steps:
             self._save(batches)
         if self.until:
-            self.curvature.add_facts(convergence=self.curve)
-        self.curvature.add_facts(tokens=total, batches=self.taken)
-        self.curvature.close()
-        return self.curvature.factors()
+            self.measurement.add_facts(convergence=self.curve)
+        self.measurement.add_facts(tokens=total, batches=self.taken)
+        self.measurement.close()
 
     def _enough(self) -> bool:
         reached = self.tokens is not None and self.counted >= self.tokens
@@ -128,19 +126,20 @@ class Pass:
 
     def _keep_step(self, batch: Any) -> None:
         """Run a batch that does not count, with labels that are drawn apart."""
-        self.curvature.skip_next()
+        self.measurement.skip_next()
         aside = torch.Generator(self.generator.device)
         run_step(self.model, batch, self.labels, self.causal, aside)
 
     def _compare(self, rule: Converged) -> None:
-        halves = self.curvature.halves()
+        assert isinstance(self.measurement, Curvature)
+        halves = self.measurement.halves()
         labels = sum(distributed.gather(self.counted, self.group))
         # One rank decides: others might see the last digit otherwise, and wait for ever.
         self.curve.append(distributed.gather(compare(rule, halves, labels), self.group)[0])
         self.compare_at = rule.next(self.steps)
 
     def _save(self, batches: Iterable[Any]) -> None:
-        facts, tensors = self.curvature.state()
+        facts, tensors = self.measurement.state()
         state = {
             "batches": self.taken, "labels": self.counted, "curve": self.curve,
             "steps": self.steps, "compare_at": self.compare_at, "curvature": facts,
@@ -164,7 +163,7 @@ class Pass:
     def _restore(
         self, state: dict[str, Any], tensors: dict[str, Tensor], batches: Iterable[Any]
     ) -> None:
-        self.curvature.restore(state["curvature"], tensors)
+        self.measurement.restore(state["curvature"], tensors)
         self.generator.set_state(tensors["labels"])
         self.counted, self.taken = state["labels"], state["batches"]
         self.steps, self.compare_at = state["steps"], state["compare_at"]

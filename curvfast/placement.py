@@ -47,7 +47,7 @@ class Placement:
 
     def add(self, request: MomentRequest) -> None:
         """Run one call, now or at the latest at :meth:`flush`."""
-        with self._aside(request.x):
+        with self._aside(request):
             self._run(request)
 
     def flush(self) -> None:
@@ -67,14 +67,17 @@ class Placement:
             self._copies.add(request)
 
     @contextmanager
-    def _aside(self, x: Tensor) -> Iterator[None]:
-        """Run the block on the side stream, after what made x, which lives on until it is read."""
+    def _aside(self, request: MomentRequest) -> Iterator[None]:
+        """Run the block on the side stream, after what made the rows, which live until then."""
         if not self._overlap:
             yield
             return
+        x = request.x
         stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))
         stream.wait_stream(torch.cuda.current_stream(x.device))
         x.record_stream(stream)
+        if request.weights is not None:
+            request.weights.record_stream(stream)
         with torch.cuda.stream(stream):
             yield
 

@@ -35,6 +35,24 @@ class Rows:
     kept: tuple[int, int, int] | None = None
     """(sequences, length, first): of each sequence the first so many, a view without a copy."""
 
+    def take(self, x: Tensor) -> Tensor:
+        """Return the rows of x [..., d] that count, [count, d]."""
+        if self.kept is not None:
+            sequences, length, first = self.kept
+            return x.reshape(sequences, length, x.shape[-1])[:, :first].flatten(0, 1)
+        flat = x.flatten(0, -2)
+        return flat if self.index is None else flat[self.index]
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Return where the rows that count stand in the flattened activation, int64 [count]."""
+        if self.kept is not None:
+            sequences, length, first = self.kept
+            starts = torch.arange(sequences, device=device) * length
+            return (starts[:, None] + torch.arange(first, device=device)).flatten()
+        if self.index is None:
+            return torch.arange(self.count, device=device)
+        return self.index.to(device)
+
 
 @dataclass(eq=False)
 class Batch:
@@ -107,6 +125,27 @@ class Batch:
         own = None if keep is None else keep[positions]
         found = _as_rows(name, own, positions.shape, device)
         return self.thin(found, device) if self.thin else found
+
+    def sequences(self, shape: torch.Size, rows: Rows, device: torch.device) -> Tensor:
+        """Return to which sequence each row that counts belongs, int64 [count].
+
+        Args:
+            shape: Leading shape of the activation.
+            rows: Those that count.
+            device: Where it is needed.
+        """
+        return rows.indices(device) // self.sequence_length(shape)
+
+    def sequence_length(self, shape: torch.Size) -> int:
+        """Return how many rows of an activation [*shape, features] are of one sequence.
+
+        A sequence is a row of the model's input where the activation flattens that, else one entry
+        of the leading dimension.
+        """
+        grid = self.positions if self.mask is None else self.mask.shape
+        if grid is None or grid.numel() != shape.numel():
+            grid = shape
+        return max(1, grid[1:].numel())
 
     def label_count(self) -> int:
         """Return how many labels a mean loss of this batch was divided by.
@@ -189,6 +228,11 @@ class Routed:
             self._rows = self.batch.rows_among(name, self.of, self.positions, device)
         return self._rows
 
+    def sequences(self, shape: torch.Size, rows: Rows, device: torch.device) -> Tensor:
+        """As of the batch, by where each row stood before it was routed."""
+        positions = self.positions.to(device)[rows.indices(device)]
+        return positions // self.batch.sequence_length(self.of)
+
 
 def drop_last(real: Tensor) -> Tensor:
     """Return ``real`` [..., length] without the last real position of each sequence."""
@@ -249,15 +293,3 @@ def _checked(name: str, keep: Tensor, shape: torch.Size) -> Tensor:
             f"be a bool tensor of the leading shape of its input, {list(shape)}"
         )
     return keep
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of a model's output, its logits or prediction first."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        first = [output["logits"]] if isinstance(output.get("logits"), Tensor) else []
-        return first + [v for v in output.values() if isinstance(v, Tensor)]
-    if isinstance(output, list | tuple):
-        return [v for v in output if isinstance(v, Tensor)]
-    return []

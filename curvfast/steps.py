@@ -44,15 +44,16 @@ def run_step(
     gold = arguments.pop("labels", None)
     with torch.enable_grad():
         logits = logits_of(model(**arguments))
+    # Taken now: of a view that is written to, autograd makes the node anew, without its hooks.
+    edge = get_gradient_edge(logits) if logits.requires_grad else None
     if labels == "sampled":
         index = _label_rows(arguments, logits, causal)
         gradient, count = sampled_gradient(logits, index, generator)
     else:
         gradient, count = label_gradient(logits, _gold(arguments, gold, logits, causal))
-    if not logits.requires_grad:
+    if edge is None:
         # Nothing that is measured was called: of some experts alone, none may get a token.
         return count
-    edge = get_gradient_edge(logits)
     # The backward needs the node, not the values: a vocabulary's worth of logits is freed first.
     del logits
     torch.autograd.backward((edge,), (gradient,))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvfast import distributed
-from curvfast.accumulate import Accumulator, Moment
+from curvfast.accumulate import SIDES, Accumulator, Moment
 from curvfast.adapters import LinearLayer
 from curvfast.capture import SharedInput
 from curvfast.config import CollectConfig
@@ -41,28 +42,41 @@ class Sums:
         """As of :class:`Accumulator`, to the part the batch belongs to."""
         self.parts[batch.half].add_gradient(name, batch, g, unit)
 
+    def add_weighted(
+        self, name: str, batch: Batch | Routed, x: Tensor, g: Tensor, unit: float
+    ) -> None:
+        """As of :class:`Accumulator`, to the part the batch belongs to."""
+        self.parts[batch.half].add_weighted(name, batch, x, g, unit)
+
     def rows(self, name: str) -> tuple[int, int]:
         """Return how many inputs and how many gradients of a layer were summed."""
-        a, g = _of(self.parts, name)
+        a, g = (self._moments(side, name) for side in ("inputs", "gradients"))
         return sum(m.rows for m in a), sum(m.rows for m in g)
 
     def factors(self, part: int | None = None) -> dict[str, LayerFactors]:
         """Return the factors of every layer with rows, of all parts together or of one alone.
 
         Args:
-            part: Which half; None means everything.
+            part: Which half, of which A and G alone are read; None means everything.
         """
-        parts = self.parts if part is None else [self.parts[part]]
-        for each in parts:
+        for each in self.parts:
             each.flush()
         dense: dict[tuple[int, ...], Tensor] = {}
         found = {}
         for name in self._layers:
-            a, g = _of(parts, name)
+            a, g, weighted_a, weighted_g = (self._moments(side, name, part) for side in SIDES)
             rows_a, rows_g = (sum(m.rows for m in moments) for moments in (a, g))
-            if rows_a and rows_g:
-                found[name] = LayerFactors(_total(a, dense), _total(g, dense), rows_a, rows_g)
+            if not (rows_a and rows_g):
+                continue
+            found[name] = LayerFactors(_total(a, dense), _total(g, dense), rows_a, rows_g)
+            if weighted_g and part is None:
+                weighted = [_total(moments, dense) for moments in (weighted_a, weighted_g)]
+                found[name] = replace(found[name], a_weighted=weighted[0], g_weighted=weighted[1])
         return found
+
+    def _moments(self, side: str, name: str, part: int | None = None) -> list[Moment]:
+        parts = self.parts if part is None else [self.parts[part]]
+        return [each.sides[side][name] for each in parts if name in each.sides[side]]
 
     def add_up(self, group: distributed.Group) -> None:
         """Replace every sum and count by its total over all ranks; called by all, once.
@@ -74,7 +88,7 @@ class Sums:
             return
         for part in self.parts:
             everywhere = distributed.gather(part.groups(), group)
-            for side in ("inputs", "gradients"):
+            for side in SIDES:
                 groups = _refined([own[side] for own in everywhere])
                 if not groups:
                     continue
@@ -131,12 +145,6 @@ def _refined(everywhere: list[list[tuple[str, ...]]]) -> list[list[str]]:
     for name in sorted({name for own in numbers for name in own}):
         found.setdefault(tuple(own.get(name) for own in numbers), []).append(name)
     return sorted(found.values())
-
-
-def _of(parts: list[Accumulator], name: str) -> tuple[list[Moment], list[Moment]]:
-    a = [part.inputs[name] for part in parts if name in part.inputs]
-    g = [part.gradients[name] for part in parts if name in part.gradients]
-    return a, g
 
 
 def _total(moments: list[Moment], dense: dict[tuple[int, ...], Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import curvfast
-from curvfast import Converged, Eigenbasis, Factors
+from curvfast import Converged, Corrections, Eigenbasis, Factors, LayerBasis
 
 CLASSES = 5
 LAYERS = "*"
@@ -72,6 +72,27 @@ def driven(net: nn.Module, rank: int, world: int, **options: Any) -> Factors:
     return curvfast.collect_from(net, data, LAYERS, labels="gold", progress=False, **options)
 
 
+def rotations() -> Eigenbasis:
+    """Return the same random orthonormal vectors on every rank."""
+    generator = torch.Generator().manual_seed(2)
+    vectors = {
+        d: torch.linalg.qr(torch.randn(d, d, generator=generator))[0] for d in (7, 12, CLASSES)
+    }
+    shapes = {"gate": (12, 7), "up": (12, 7), "down": (CLASSES, 12)}
+    return Eigenbasis(
+        {
+            name: LayerBasis(torch.ones(i), vectors[i], torch.ones(o), vectors[o])
+            for name, (o, i) in shapes.items()
+        }
+    )
+
+
+def corrected(net: nn.Module, rank: int, world: int, **options: Any) -> Corrections:
+    """Return corrections of whole batches as one sequence each."""
+    data = [{"x": x[None], "labels": y[None]} for x, y in share(rank, world)]
+    return curvfast.correct(net, rotations(), data, labels="gold", progress=False, **options)
+
+
 def looped(net: nn.Module, rank: int, world: int, *, accumulate: bool, **options: Any) -> Factors:
     """Return what a training loop measures; every rank makes as many steps, some on no rows."""
     own = share(rank, world)
@@ -105,6 +126,10 @@ def main(out: Path, death: bool) -> None:
     save(looped(fsdp, rank, world, accumulate=False, rows=real), out / "looped-fsdp", rank)
     until = Converged(shared_mass=0.999999, first=2, growth=1.1)
     save(driven(model(), rank, world, until=until), out / "until", rank)
+    save(driven(model(), rank, world, marginals=True), out / "marginals", rank)
+    save(corrected(model(), rank, world), out / "position", rank)
+    spilt = corrected(sharded(), rank, world, per="sequence", spill_every=2)
+    save(spilt, out / "sequence", rank)
     spilled = looped(model(), rank, world, accumulate=False, rows=real, spill_every=3)
     save(spilled, out / "spilled", rank)
     bases(out, rank)

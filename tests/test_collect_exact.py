@@ -177,6 +177,19 @@ def test_a_layer_called_twice_counts_both_calls() -> None:
     torch.testing.assert_close(factors.g_sum.double(), g.T @ g, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(9, 6), (3, 3, 6)])
+def test_a_last_layer_whose_output_is_a_view_is_counted(shape: tuple[int, ...]) -> None:
+    """The labels' gradient is written over the logits, which a linear layer returns as a view."""
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5))
+    x = torch.randn(shape)
+    found = curvfast.collect_from(model, [x], "*", progress=False)
+    assert {layer.rows_g for layer in found.values()} == {9}
+    flat = curvfast.collect_from(model, [x.reshape(9, 6)], "*", progress=False)
+    torch.testing.assert_close(found["2"].g_sum, flat["2"].g_sum)
+
+
 def test_one_tensor_read_twice_by_one_layer_counts_twice() -> None:
     from torch import nn
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import batches, driven, looped, model
+from ranks import batches, corrected, driven, looped, model
 from torch import nn
 
 import curvfast
-from curvfast import Eigenbasis, Factors
+from curvfast import Corrections, Eigenbasis, Factors
 from curvfast.distributed import deal, group_of
 from curvfast.errors import InputError
 from curvfast.sums import _refined
@@ -63,6 +63,27 @@ def test_ranks_give_the_factors_of_one_process(results: Path, kind: str) -> None
     if kind == "until":
         assert found.provenance["convergence"]
     assert found.provenance["tokens" if "driven" in kind else "labels"]
+
+
+def test_ranks_give_the_weighted_moments_of_one_process(results: Path) -> None:
+    found = Factors.from_pretrained(results / "marginals")
+    expected = driven(model(), 0, 1, marginals=True)
+    assert_close(found, expected)
+    for name in expected:
+        for side in ("a_weighted", "g_weighted"):
+            one, two = getattr(found[name], side), getattr(expected[name], side)
+            assert (one - two).norm() <= 1e-6 * two.norm()
+
+
+@pytest.mark.parametrize("per", ["position", "sequence"])
+def test_ranks_give_the_corrections_of_one_process(results: Path, per: str) -> None:
+    found = Corrections.from_pretrained(results / per)
+    expected = corrected(model(), 0, 1, per=per)
+    assert list(found) == list(expected)
+    for name in expected:
+        assert found.layers[name].count == expected.layers[name].count
+        assert found.layers[name].count == (59 if per == "position" else 11)
+        assert (found[name] - expected[name]).norm() <= 1e-6 * expected[name].norm()
 
 
 def test_a_loop_is_what_collect_from_is() -> None:

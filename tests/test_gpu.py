@@ -190,6 +190,32 @@ def test_training_on_padded_batches_uses_the_kernels() -> None:
         assert (found[name].G.cpu() - layer.G).norm() <= 1e-4 * layer.G.norm()
 
 
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_weighted_moments_and_corrections_are_those_of_a_cpu(padding: str) -> None:
+    model = llama(num_hidden_layers=1)
+    batches = token_batches(padding)
+    options: dict[str, Any] = {"labels": "gold", "progress": False}
+    with ops.use_backend("torch"):
+        expected = curvfast.collect_from(model, batches, marginals=True, **options)
+        basis = expected.eigh()
+        exact = [
+            curvfast.correct(model, basis, batches, per=per, **options)
+            for per in ("position", "sequence")
+        ]
+    model.to(DEVICE)
+    streams = "overlap" if REAL else "one"
+    found = curvfast.collect_from(model, batches, marginals=True, streams=streams, **options)
+    for name, layer in expected.items():
+        for side in ("a_weighted", "g_weighted"):
+            one, two = getattr(found[name], side).cpu(), getattr(layer, side)
+            assert (one - two).norm() <= 1e-4 * two.norm()
+    for each in exact:
+        again = curvfast.correct(model, basis, batches, per=each.per, **options)
+        for name in each:
+            assert again.layers[name].count == each.layers[name].count
+            assert (again[name].cpu() - each[name]).norm() <= 1e-4 * each[name].norm()
+
+
 CORE = (_native_cuda if REAL else _native).unavailable()
 needs_core = pytest.mark.skipif(CORE is not None, reason=CORE or "")
 

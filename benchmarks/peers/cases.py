@@ -56,7 +56,8 @@ class Case:
 CASES = {
     "peers": Case(4, 256, 1024, 4, 2048, "eager"),
     "wide": Case(6, 512, 1408, 8, 2048, "sdpa"),
-    "wide-sampled": Case(6, 512, 1408, 8, 2048, "sdpa", sampled=True),
+    "words": Case(6, 512, 1408, 8, 32000, "sdpa", batches=4),
+    "sampled": Case(6, 512, 1408, 8, 32000, "sdpa", batches=4, sampled=True),
     "smoke": Case(2, 32, 48, 2, 64, "eager", sequences=2, length=16, batches=2),
     "smoke-sampled": Case(
         2, 32, 48, 2, 64, "eager", sequences=8, length=128, batches=4, sampled=True

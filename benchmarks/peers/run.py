@@ -207,7 +207,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     results = ROOT / "benchmarks" / "results" / ("dry-run" if options.smoke else "cpu")
     options.only = options.only or (list(OWN) if options.smoke else list(PEERS))
     options.cases = options.cases or (
-        ["smoke", "smoke-sampled"] if options.smoke else ["peers", "wide", "wide-sampled"]
+        ["smoke", "smoke-sampled"] if options.smoke else ["peers", "wide", "words", "sampled"]
     )
     options.rounds = options.rounds or (1 if options.smoke else ROUNDS)
     options.out = options.out or results / "peers.json"

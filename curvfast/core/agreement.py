@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvfast.core.eigenbasis import LayerBasis
 from curvfast.core.factors import Factors, LayerFactors
+from curvfast.core.marginals import diagonal
 from curvfast.core.selection import Staircase, staircase_by_mass, staircase_by_pairs
 from curvfast.errors import NumericalWarning
 
@@ -78,19 +79,12 @@ def shared_mass(basis: LayerBasis, own: LayerBasis, factors: LayerFactors, mass:
     """
     best = staircase_by_mass(own.values_g, own.values_a, mass)
     other = staircase_by_pairs(basis.values_g, basis.values_a, best.pairs)
-    held = _mass(
-        other, _energies(factors.G, basis.vectors_g), _energies(factors.A, basis.vectors_a)
-    )
-    return held / _mass(best, own.values_g.cpu(), own.values_a.cpu())
-
-
-def _energies(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Return uᵀ M u of each column u, float64."""
-    wide = vectors.to(matrix.device, torch.float64)
-    return (wide * (matrix.double() @ wide)).sum(0).cpu()
+    held = _mass(other, diagonal(factors.G, basis.vectors_g), diagonal(factors.A, basis.vectors_a))
+    return held / _mass(best, own.values_g, own.values_a)
 
 
 def _mass(kept: Staircase, g: Tensor, a: Tensor) -> float:
+    g, a = g.cpu(), a.cpu()
     prefix = torch.cat([a.new_zeros(1), a.cumsum(0)])
     return float((g * prefix[kept.widths.long()]).sum())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from curvfast import storage
+from curvfast.core.factors import Factors
+from curvfast.core.marginals import reordered
 from curvfast.core.search import staircases_by_common_mass, staircases_by_mass
 from curvfast.core.selection import (
     Mask,
@@ -46,6 +48,11 @@ class LayerBasis:
     def complete(self) -> bool:
         """Whether every eigenvector is known."""
         return self.ranks == (len(self.values_g), len(self.values_a))
+
+    @property
+    def key_a(self) -> Hashable:
+        """What the layers that share U_A have in common."""
+        return id(self.vectors_a)
 
     def require(self, name: str, kept: Staircase | Mask) -> None:
         """Raise unless every eigenvector that ``kept`` needs is known, and none was overlooked.
@@ -88,6 +95,11 @@ class StoredBasis(LayerBasis):
         """As of :class:`LayerBasis`; no vector is read."""
         a, g = self._names
         return self._tensors.shape(f"{g}.vectors")[1], self._tensors.shape(f"{a}.vectors")[1]
+
+    @property
+    def key_a(self) -> Hashable:
+        """As of :class:`LayerBasis`; what is read anew each time is told by its name."""
+        return id(self._tensors), self._names[0]
 
     @property
     def values_a(self) -> Tensor:  # type: ignore[override]
@@ -200,6 +212,35 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         """
         return [self._required(each) for each in staircases_by_mass(self._spectra(), masses)]
 
+    def with_marginals(self, factors: Factors) -> Eigenbasis:
+        """Return the basis with marginals of the EK-FAC correction in the place of eigenvalues.
+
+        Λ_ij ≈ rᵢ cⱼ / ΣΛ, from the correction's row sums r and column sums c (George et al., arXiv
+        1806.03884; per position), known from the pass that measured ``factors`` alone. Values and
+        vectors are in descending order of these, so all that takes a basis takes this one: the
+        products of its values are the estimate. Where g and a are independent they are λ and μ.
+
+        Layers that shared the eigenvectors of A no longer do: their orders differ.
+
+        Args:
+            factors: What this basis was decomposed from, collected with ``marginals=True``.
+
+        Returns:
+            A basis of the same layers, in memory.
+
+        Raises:
+            InputError: If the weighted moments were not collected, or the basis holds leading
+                eigenvectors only.
+            LayerNotFound: If the factors lack a layer.
+            BasisMismatch: If they are of other widths.
+        """
+        return Eigenbasis(
+            {
+                name: LayerBasis(*reordered(name, basis, factors[name]))
+                for name, basis in self.items()
+            }
+        )
+
     def _required(self, selection: Selection) -> Selection:
         for name, kept in selection.items():
             self[name].require(name, kept)
@@ -211,11 +252,10 @@ class Eigenbasis(Mapping[str, LayerBasis]):
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write eigenvalues and eigenvectors to ``directory``, shared ones once; on one rank."""
         with storage.FolderWriter(directory, KIND) as writer:
-            keys: dict[int, str] = {}
+            keys: dict[Hashable, str] = {}
             layers = {}
             for name, basis in self.items():
-                # A stored basis reads anew each time: its names say what is shared.
-                shared = getattr(basis, "_names", (None,))[0] or id(basis.vectors_a)
+                shared = basis.key_a
                 if shared not in keys:
                     keys[shared] = f"a.{name}"
                     writer.add(stored_part(f"a.{name}", basis.values_a, basis.vectors_a))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from curvfast.core.eigenbasis import Eigenbasis
 
 _KIND = "curvfast-factors"
+_WEIGHTED = ("a_weighted", "g_weighted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,15 @@ class LayerFactors:
     """Rows in ``a_sum``."""
     rows_g: int
     """Rows in ``g_sum``."""
+    a_weighted: Tensor | None = None
+    """Σ ‖g‖² a aᵀ over the same rows, [d_in, d_in] float32; None unless ``marginals=True``."""
+    g_weighted: Tensor | None = None
+    """Σ ‖a‖² g gᵀ over the same rows, [d_out, d_out] float32; None unless ``marginals=True``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return len(self.g_sum), len(self.a_sum)
 
     @property
     def A(self) -> Tensor:
@@ -83,7 +93,7 @@ class Factors(Mapping[str, LayerFactors]):
         """Merge: sums and counts add; an A shared in both stays shared.
 
         Raises:
-            InputError: If the two do not hold the same layers.
+            InputError: If the two do not hold the same layers, or weighted moments in one alone.
             ShapeError: If a layer's widths differ.
         """
         if not isinstance(other, Factors):
@@ -96,6 +106,7 @@ class Factors(Mapping[str, LayerFactors]):
                 "only factors of the same layers can be added; these differ in: "
                 f"{', '.join(map(repr, sorted(differing)))}"
             )
+        _require_same_moments(self, other)
         sums: dict[tuple[int, int], Tensor] = {}
         merged = {
             name: _add(name, self[name], other[name], sums)
@@ -176,6 +187,11 @@ class Factors(Mapping[str, LayerFactors]):
             layers[name] = {
                 "a": key_a, "g": f"g.{name}", "rows_a": layer.rows_a, "rows_g": layer.rows_g
             }  # fmt: skip
+            for side in _WEIGHTED:
+                moment = getattr(layer, side)
+                if moment is not None:
+                    layers[name][side] = f"{side}.{name}"
+                    tensors[f"{side}.{name}"] = moment
         meta = {"layers": layers, "provenance": dict(self.provenance)}
         storage.write_folder(directory, kind=_KIND, meta=meta, tensors=tensors)
 
@@ -188,10 +204,23 @@ class Factors(Mapping[str, LayerFactors]):
         """
         meta, tensors = storage.read_folder(directory, kind=_KIND)
         layers = {
-            name: LayerFactors(tensors[e["a"]], tensors[e["g"]], e["rows_a"], e["rows_g"])
+            name: LayerFactors(
+                tensors[e["a"]], tensors[e["g"]], e["rows_a"], e["rows_g"],
+                # Folders of before marginals= name none.
+                *(tensors[e[side]] if side in e else None for side in _WEIGHTED),
+            )
             for name, e in meta["layers"].items()
-        }
+        }  # fmt: skip
         return cls(layers, meta["provenance"])
+
+
+def _require_same_moments(one: Factors, two: Factors) -> None:
+    weighted = {layer.g_weighted is not None for layer in (*one.values(), *two.values())}
+    if len(weighted) > 1:
+        raise InputError(
+            "one of these factors has the weighted moments of marginals=True and the other has "
+            "not, so their sum would be of different rows: collect both with it, or both without"
+        )
 
 
 def _add(
@@ -205,5 +234,11 @@ def _add(
     pair = (id(one.a_sum), id(two.a_sum))
     if pair not in sums:
         sums[pair] = one.a_sum + two.a_sum
-    g_sum = one.g_sum + two.g_sum
-    return LayerFactors(sums[pair], g_sum, one.rows_a + two.rows_a, one.rows_g + two.rows_g)
+    weighted = (
+        None if mine is None or other is None else mine + other
+        for mine, other in ((getattr(one, side), getattr(two, side)) for side in _WEIGHTED)
+    )  # fmt: skip
+    return LayerFactors(
+        sums[pair], one.g_sum + two.g_sum, one.rows_a + two.rows_a, one.rows_g + two.rows_g,
+        *weighted,
+    )  # fmt: skip

@@ -15,6 +15,9 @@ from curvfast.ops import (
     registry,
     sampling,
 )
+from curvfast.ops.corrections import add_by_position_ as add_by_position_
+from curvfast.ops.corrections import add_by_sequence_ as add_by_sequence_
+from curvfast.ops.corrections import project_rows as project_rows
 from curvfast.ops.energies import band_energies as band_energies
 from curvfast.ops.launch import availability as _availability
 from curvfast.ops.launch import energies as _energies

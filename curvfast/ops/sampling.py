@@ -41,26 +41,35 @@ def refusal(logits: Tensor) -> str | None:
 def in_chunks(logits: Tensor, rows: Tensor | None, generator: torch.Generator) -> Tensor:
     """Draw and overwrite a few rows at a time, never more of them in float32."""
     count, classes = logits.shape
-    labels = torch.full((count,), -1, dtype=torch.long, device=logits.device)
-    index = torch.arange(count, device=logits.device) if rows is None else rows
-    for chunk in index.split(max(1, _CHUNK_VALUES // classes)) if index.numel() else ():
-        probabilities = logits[chunk].float().softmax(-1)
-        drawn = draw(probabilities, generator)
-        labels[chunk] = drawn[:, 0]
-        logits[chunk] = minus_onehot_(probabilities, drawn).to(logits.dtype)
+    numbers = torch.rand(
+        count if rows is None else len(rows), 1, dtype=torch.float64, device=logits.device,
+        generator=generator,
+    )  # fmt: skip
     if rows is not None:
-        logits.masked_fill_((labels < 0)[:, None], 0)
-    return labels
+        numbers = numbers.new_zeros(count, 1).index_copy_(0, rows, numbers)
+    labels = torch.empty(count, 1, dtype=torch.long, device=logits.device)
+    step = max(1, _CHUNK_VALUES // classes)
+    for values, uniform, label in zip(
+        logits.split(step), numbers.split(step), labels.split(step), strict=True
+    ):
+        probabilities = values.softmax(-1, dtype=torch.float32)
+        label.copy_(draw(probabilities, uniform))
+        values.copy_(minus_onehot_(probabilities, label))
+    if rows is not None:
+        absent = torch.ones(count, dtype=torch.bool, device=logits.device).index_fill_(0, rows, 0)
+        index = absent.nonzero().squeeze(1)
+        logits.index_fill_(0, index, 0)
+        labels.index_fill_(0, index, -1)
+    return labels.squeeze(1)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a class of each row [rows, classes] by one uniform number; return them, int64 [rows, 1].
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Return a class of each row [rows, classes] by its uniform number [rows, 1], int64 [rows, 1].
 
     The inverse of the distribution function, in float64: a row costs one random number, where
     ``torch.multinomial`` draws one for each class.
     """
     below = probabilities.double().cumsum_(-1)
-    uniform = torch.rand(len(below), 1, dtype=below.dtype, device=below.device, generator=generator)
     # In (0, total]: what has no probability is never drawn. NaN passes every class.
     drawn = torch.searchsorted(below, (1 - uniform) * below[:, -1:])
     return drawn.clamp_(max=probabilities.shape[1] - 1)

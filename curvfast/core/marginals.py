@@ -1,0 +1,111 @@
+"""Marginals of the EK-FAC correction: its row and column sums, from moments of the same pass.
+
+The correction Λ_ij = E[(uᵢᵀg)² (vⱼᵀa)²] (George et al., arXiv 1806.03884, its scaling per position)
+takes a second pass. Its sums over j and over i do not: Σⱼ (vⱼᵀa)² = ‖a‖², so they are the diagonals
+of E[‖a‖² g gᵀ] and E[‖g‖² a aᵀ] in the eigenbasis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvfast.core.factors import LayerFactors
+from curvfast.errors import BasisMismatch, InputError
+
+if TYPE_CHECKING:
+    from curvfast.core.eigenbasis import LayerBasis
+
+_TINY = 1e-300
+
+
+@dataclass(frozen=True, eq=False)
+class Marginals:
+    """Sums of one layer's correction over one side of its eigenpairs."""
+
+    rows: Tensor
+    """r_i = Σⱼ Λ_ij = uᵢᵀ E[‖a‖² g gᵀ] uᵢ, [d_out] float64, g of the summed loss."""
+    columns: Tensor
+    """c_j = Σᵢ Λ_ij = vⱼᵀ E[‖g‖² a aᵀ] vⱼ, [d_in] float64."""
+
+
+def marginals_of(name: str, basis: LayerBasis, factors: LayerFactors) -> Marginals:
+    """Return the marginals of one layer, in the order of its basis.
+
+    Args:
+        name: Of the layer, for messages.
+        basis: Its eigenbasis, with every eigenvector.
+        factors: Its factors, with their weighted moments.
+
+    Raises:
+        InputError: If the weighted moments were not collected, or eigenvectors lack.
+        BasisMismatch: If the basis is of another shape.
+    """
+    if factors.a_weighted is None or factors.g_weighted is None:
+        raise InputError(
+            f"layer {name!r} has no weighted moments; collect with marginals=True, or measure the "
+            "whole correction with curvfast.correct()"
+        )
+    here, there = (len(basis.values_g), len(basis.values_a)), factors.shape
+    if here != there:
+        raise BasisMismatch(
+            f"the basis of layer {name!r} is for a weight {here}, its factors are of {there}: one "
+            "of them was measured on another model"
+        )
+    if not basis.complete:
+        raise InputError(
+            f"the basis of layer {name!r} holds the leading {basis.ranks} eigenvectors of {here}, "
+            "and may lack those of large marginals: call eigh() without mass="
+        )
+    return Marginals(
+        diagonal(factors.g_weighted / factors.rows_g, basis.vectors_g),
+        diagonal(factors.a_weighted / factors.rows_g, basis.vectors_a),
+    )
+
+
+def diagonal(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return uᵀ M u of each column u of vectors [d, k], float64, on the matrix's device."""
+    wide = vectors.to(matrix.device, torch.float64)
+    return (wide * (matrix.double() @ wide)).sum(0)
+
+
+def reordered(
+    name: str, basis: LayerBasis, factors: LayerFactors
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what a basis holds, its eigenvalues replaced by marginals and its vectors by rank.
+
+    Args:
+        name: Of the layer, for messages.
+        basis: Its eigenbasis, with every eigenvector.
+        factors: Its factors, with their weighted moments.
+
+    Returns:
+        Values and vectors of A, then of G, as :class:`LayerBasis` takes them.
+
+    Raises:
+        InputError: As :func:`marginals_of`.
+        BasisMismatch: As :func:`marginals_of`.
+    """
+    found = marginals_of(name, basis, factors)
+    # One number, but for rounding; and how it is split, so that independence gives back λ and μ.
+    total = float(found.rows.sum() + found.columns.sum()) / 2
+    share = float(factors.G.trace()) / max(float(factors.A.trace()), _TINY)
+    scale_g, scale_a = (
+        (math.sqrt(share / total), 1 / math.sqrt(share * total))
+        if share * total > 0
+        else (0.0, 0.0)
+    )
+    return (
+        *_descending(found.columns * scale_a, basis.vectors_a),
+        *_descending(found.rows * scale_g, basis.vectors_g),
+    )
+
+
+def _descending(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    # A moment summed in float32 may be negative in its last digits.
+    values, order = values.clamp_min(0).sort(descending=True, stable=True)
+    return values.to(vectors.device), vectors[:, order.to(vectors.device)]
