@@ -71,13 +71,38 @@ double search_common(const Table& table, double mass) {
   return curvfast::staircases_by_common_mass(layers, mass);
 }
 
-Result select_scores(std::uintptr_t scores, std::int64_t size, double mass, std::uintptr_t mask,
-                     std::int64_t bytes, int workers) {
-  const auto values = view<const float>(scores, size, "scores");
-  const auto out = view<std::uint8_t>(mask, bytes, "mask");
+// (address of the scores, rows, columns, address of the mask)
+using ScoreTable =
+    std::vector<std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t>>;
+using Count = std::tuple<std::int64_t, double>;
+
+std::vector<curvfast::Scores> scores_of(const ScoreTable& table) {
+  std::vector<curvfast::Scores> layers;
+  for (const auto& [scores, rows, columns, mask] : table) {
+    if (rows <= 0 || columns <= 0) throw std::invalid_argument("scores is empty");
+    if (rows > (std::int64_t{1} << 31) || columns > (std::int64_t{1} << 31))
+      throw std::invalid_argument("scores has too many rows or columns");
+    layers.push_back({view<const float>(scores, rows * columns, "scores"), columns,
+                      view<std::uint8_t>(mask, rows * ((columns + 7) / 8), "mask")});
+  }
+  return layers;
+}
+
+std::vector<Count> select_scores(const ScoreTable& table, double mass, int workers) {
+  const auto layers = scores_of(table);
+  std::vector<Count> results;
   const py::gil_scoped_release release;
-  const curvfast::Kept kept = curvfast::scores_by_mass(values, mass, out, workers);
-  return {static_cast<double>(kept.threshold), kept.count, kept.mass};
+  for (const auto& kept : curvfast::scores_by_mass(layers, mass, workers))
+    results.emplace_back(kept.count, kept.mass);
+  return results;
+}
+
+Count select_largest(std::uintptr_t scores, std::int64_t rows, std::int64_t columns,
+                     std::uintptr_t mask, std::int64_t pairs, int workers) {
+  const auto layers = scores_of({{scores, rows, columns, mask}});
+  const py::gil_scoped_release release;
+  const curvfast::Kept kept = curvfast::scores_by_pairs(layers[0], pairs, workers);
+  return {kept.count, kept.mass};
 }
 
 template <class Value>
@@ -145,8 +170,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("staircases_by_mass", &search_many, py::arg("layers"), py::arg("masses"),
              py::arg("workers"));
   module.def("staircases_by_common_mass", &search_common, py::arg("layers"), py::arg("mass"));
-  module.def("scores_by_mass", &select_scores, py::arg("scores"), py::arg("size"), py::arg("mass"),
-             py::arg("mask"), py::arg("bytes"), py::arg("workers"));
+  module.def("scores_by_mass", &select_scores, py::arg("layers"), py::arg("mass"),
+             py::arg("workers"));
+  module.def("scores_by_pairs", &select_largest, py::arg("scores"), py::arg("rows"),
+             py::arg("columns"), py::arg("mask"), py::arg("pairs"), py::arg("workers"));
   module.def("cheapest_hook", &find_hook, py::arg("widths"), py::arg("rows"), py::arg("columns"),
              py::arg("band"));
   module.def("multiplies_float32", &curvfast::multiplies_float32);

@@ -94,6 +94,62 @@ void moments(int workers) {
   }
 }
 
+// What is kept is at least what is not, all of a tie or its first, and bits past the columns are 0.
+std::int64_t check_mask(const curvfast::Scores& layer, float& least, float& most) {
+  const auto bytes = (layer.columns + 7) / 8;
+  std::int64_t count = 0;
+  for (std::size_t i = 0; i < layer.mask.size() * 8; ++i) {
+    const auto place = static_cast<std::int64_t>(i);
+    const std::int64_t row = place / (8 * bytes), column = place % (8 * bytes);
+    const bool kept = layer.mask[i / 8] >> (i % 8) & 1;
+    if (column >= layer.columns) {
+      if (kept) throw std::logic_error("a bit past the last column");
+      continue;
+    }
+    const float score = layer.values[row * layer.columns + column];
+    count += kept;
+    (kept ? least : most) = kept ? std::min(least, score) : std::max(most, score);
+  }
+  return count;
+}
+
+void masks(double mass, int workers) {
+  const std::size_t count = 1 + random_bits() % 3;
+  std::vector<std::vector<float>> scores(count);
+  std::vector<std::vector<std::uint8_t>> bits(count);
+  std::vector<curvfast::Scores> layers;
+  for (std::size_t l = 0; l < count; ++l) {
+    // Now and then enough for several workers.
+    const std::size_t rows = 1 + random_bits() % (random_bits() % 20 ? 40 : 800);
+    const std::size_t columns = 1 + random_bits() % 40;
+    scores[l].resize(rows * columns);
+    for (float& score : scores[l])
+      score = random_bits() % 3 ? static_cast<float>(random_bits() % 50)
+                                : std::ldexp(1.0f, static_cast<int>(random_bits() % 250) - 149);
+    if (random_bits() % 50 == 0) scores[l][random_bits() % scores[l].size()] = -1.0f;
+    bits[l].assign(rows * ((columns + 7) / 8), 0xFF);
+    layers.push_back({scores[l], static_cast<std::int64_t>(columns), bits[l]});
+  }
+  allow_refusal([&] {
+    float least = INFINITY, most = 0.0f;
+    const auto kept = curvfast::scores_by_mass(layers, mass, workers);
+    for (std::size_t l = 0; l < count; ++l)
+      if (check_mask(layers[l], least, most) != kept[l].count || !(kept[l].mass <= 1))
+        throw std::logic_error("kept by mass");
+    if (least <= most) throw std::logic_error("a tie is broken");
+  });
+  const auto pairs = static_cast<std::int64_t>(random_bits() % (scores[0].size() + 2));
+  allow_refusal([&] {
+    float least = INFINITY, most = 0.0f;
+    const auto kept = curvfast::scores_by_pairs(layers[0], pairs, workers);
+    if (kept.count != pairs || check_mask(layers[0], least, most) != pairs || least < most)
+      throw std::logic_error("kept by number");
+  });
+  // Shapes that do not fit are refused before anything is written.
+  layers[0].columns += static_cast<std::int64_t>(random_bits() % 3) - 1;
+  allow_refusal([&] { curvfast::scores_by_pairs(layers[0], pairs, workers); });
+}
+
 bool monotone(std::span<const std::int32_t> widths) {
   return std::is_sorted(widths.rbegin(), widths.rend());
 }
@@ -134,13 +190,7 @@ int main(int, char** arguments) {
     hooks();
     if (curvfast::multiplies_bfloat16() && round % 10 == 0) moments<std::uint16_t>(workers);
     if (curvfast::multiplies_float32() && round % 10 == 5) moments<float>(workers);
-    std::vector<float> scores(1 + random_bits() % 3000);
-    for (float& score : scores)
-      score = random_bits() % 3 ? static_cast<float>(random_bits() % 50)
-                                : std::ldexp(1.0f, static_cast<int>(random_bits() % 250) - 149);
-    if (random_bits() % 50 == 0) scores[random_bits() % scores.size()] = -1.0f;
-    std::vector<std::uint8_t> mask((scores.size() + 7) / 8);
-    allow_refusal([&] { curvfast::scores_by_mass(scores, chosen[0], mask, workers); });
+    if (round % 4 == 0) masks(chosen[0], workers);
   }
   std::printf("%d rounds\n", rounds);
   return 0;

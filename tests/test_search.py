@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvfast import Eigenbasis, LayerBasis, ops
-from curvfast.core.search import mask_by_mass, staircases_by_common_mass, staircases_by_mass
+from curvfast.core.search import staircases_by_common_mass, staircases_by_mass
 from curvfast.core.selection import staircase_by_mass
 from curvfast.errors import InputError
 from curvfast.ops import _native, reference
@@ -85,78 +85,6 @@ def test_a_common_threshold_keeps_the_largest_products_of_all(layers: Any, parts
             assert kept[name].mass == pytest.approx((product * expected).sum() / product.sum())
 
 
-SCORES = st.lists(
-    st.one_of(
-        st.integers(0, 3).map(float),
-        st.sampled_from([0.0, 1e-45, 1e-38, 1.1754944e-38, 3e38, 1.0, 1.0000001]),
-        st.floats(0, 1e6, width=32),
-    ),
-    min_size=1,
-    max_size=60,
-).map(lambda values: np.array(values, np.float32))
-
-
-@given(SCORES, MASSES, st.integers(1, 3))
-@settings(max_examples=400, deadline=None)
-def test_scores_equal_their_twin_bit_for_bit(scores: Any, mass: float, workers: int) -> None:
-    if not scores.max() > 0:
-        return
-    bits, *rest = _native.scores_by_mass(scores, mass, workers)
-    twin, *others = reference.scores_by_mass(scores, mass)
-    assert bits.tolist() == twin.tolist()
-    assert rest == others
-
-
-@given(st.lists(st.integers(0, 200), min_size=1, max_size=80), st.integers(1, 16))
-@settings(max_examples=400, deadline=None)
-def test_scores_equal_the_sort(values: list[int], parts: int) -> None:
-    if not any(values):
-        return
-    scores = np.array(values, np.float32)
-    ordered = np.sort(scores)[::-1].astype(np.float64)
-    threshold = ordered[np.argmax(np.cumsum(ordered) >= parts / 16 * ordered.sum())]
-    expected = scores >= max(threshold, 1)
-    for search in (lambda s, m: _native.scores_by_mass(s, m, 2), reference.scores_by_mass):
-        bits, smallest, count, share = search(scores, parts / 16)
-        kept = np.unpackbits(bits, count=len(scores), bitorder="little").astype(bool)
-        assert kept.tolist() == expected.tolist()
-        assert count == expected.sum()
-        assert smallest == scores[expected].min()
-        assert share == pytest.approx(scores[expected].sum() / scores.sum())
-
-
-def test_scores_too_small_to_be_normal_are_weighed_right() -> None:
-    """Below 2^-126 floats lie evenly: the sum of denormals is of their integers."""
-    integers = np.array([1, 7, 7, 900, 2**22, 2**23, 2**23 + 2], np.uint32)
-    scores = integers.view(np.float32)
-    weights = np.where(integers >> 23, 2**23 + (integers & 0x7FFFFF), integers).astype(np.float64)
-    ordered = np.sort(weights)[::-1]
-    for parts in range(1, 17):
-        enough = ordered[np.argmax(np.cumsum(ordered) >= parts / 16 * ordered.sum())]
-        for search in (lambda s, m: _native.scores_by_mass(s, m, 1), reference.scores_by_mass):
-            assert search(scores, parts / 16)[2] == (weights >= enough).sum()
-
-
-def test_scores_of_a_large_layer_do_not_depend_on_the_threads() -> None:
-    scores = np.random.default_rng(0).random(3_000_001, np.float32) ** 5
-    one, three = (_native.scores_by_mass(scores, 0.7, workers) for workers in (1, 3))
-    assert (one[0] == three[0]).all()
-    assert one[1:] == three[1:]
-    ordered = np.sort(scores)[::-1].astype(np.float64)
-    enough = np.argmax(np.cumsum(ordered) >= 0.7 * ordered.sum())
-    assert one[1] == ordered[enough]
-
-
-def test_a_mask_of_scores_keeps_them() -> None:
-    scores = torch.tensor([[3.0, 0.0, 1.0], [1.0, 0.5, 4.5]])
-    mask = mask_by_mass(scores, 0.75)
-    assert mask.kept.tolist() == [[True, False, False], [False, False, True]]
-    assert mask.mass == pytest.approx(0.75)
-    for bad in (-scores, scores * float("nan"), torch.zeros(2, 2), torch.ones(3)):
-        with pytest.raises(InputError):
-            mask_by_mass(bad, 0.5)
-
-
 def basis(*scales: float) -> Eigenbasis:
     made = {}
     for number, scale in enumerate(scales):
@@ -216,22 +144,15 @@ def test_the_border_refuses_bad_addresses(
         lambda: core.staircases_by_mass(table, [mass], workers),
         lambda: core.staircases_by_mass([], [], workers),
         lambda: core.staircases_by_common_mass(table, mass),
-        lambda: core.scores_by_mass(g, rows, mass, a, columns, workers),
+        lambda: core.scores_by_mass([(g, rows, columns, a)], mass, workers),
+        lambda: core.scores_by_mass([], mass, workers),
+        lambda: core.scores_by_pairs(g, rows, columns, a, rows, workers),
     ):
-        with pytest.raises(ValueError, match=r"null|misaligned|empty"):
+        with pytest.raises(ValueError, match=r"null|misaligned|empty|no layer"):
             call()
 
 
-def test_the_border_refuses_wrong_sizes_and_values() -> None:
+def test_the_border_refuses_what_is_no_table() -> None:
     core = _native._C
-    scores, mask = np.ones(9, np.float32), np.zeros(3, np.uint8)
-    with pytest.raises(ValueError, match="one bit a score"):
-        core.scores_by_mass(scores.ctypes.data, 9, 0.5, mask.ctypes.data, 3, 1)
-    for bad in (np.nan, np.inf, -1.0):
-        scores[4] = bad
-        with pytest.raises(ValueError, match="finite and non-negative"):
-            core.scores_by_mass(scores.ctypes.data, 9, 0.5, mask.ctypes.data, 2, 2)
-    with pytest.raises(ValueError, match="mass must be"):
-        core.scores_by_mass(scores.ctypes.data, 9, 1.5, mask.ctypes.data, 2, 2)
     with pytest.raises(TypeError):
         core.staircases_by_mass([(1, 2, 3)], [0.5], 1)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from curvfast.core.mask import random_mask
 from curvfast.core.selection import (
-    random_mask,
     staircase_by_fraction,
     staircase_by_mass,
     staircase_by_pairs,

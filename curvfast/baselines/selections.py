@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.selection import Selection, random_mask
+from curvfast.core.mask import random_mask
+from curvfast.core.selection import Selection
 
 
 def random_selection(basis: Eigenbasis, like: Selection, seed: int) -> Selection:

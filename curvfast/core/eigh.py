@@ -26,7 +26,7 @@ from curvfast.core.eigenbasis import KIND, Eigenbasis, LayerBasis, stored_part
 from curvfast.core.factors import Factors
 from curvfast.core.leading import leading_spectrum
 from curvfast.core.partial import LeadingSearch
-from curvfast.core.selection import check_mass
+from curvfast.core.rule import check_mass
 from curvfast.core.streams import side_stream
 from curvfast.errors import BasisMismatch, InputError, NumericalWarning
 from curvfast.progress import Bar

@@ -1,4 +1,4 @@
-"""Selections beyond one layer at one mass: many masses, a common threshold, arbitrary scores."""
+"""Staircases of many layers: by any rule, at many masses, or by a common threshold."""
 
 from __future__ import annotations
 
@@ -7,19 +7,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from curvfast import ops
+from curvfast.core.rule import Rule, check_mass
 from curvfast.core.selection import (
-    Mask,
     Selection,
     Staircase,
-    check_mass,
     found_staircase,
     massive,
     spectrum,
+    staircase_by_pairs,
 )
 from curvfast.errors import InputError
+
+
+def staircases(spectra: Mapping[str, tuple[Any, Any]], rule: Rule) -> Selection:
+    """Keep the largest products λᵢμⱼ of each layer.
+
+    Args:
+        spectra: (λ, μ) by layer name, as of :func:`staircase_by_mass`.
+        rule: How much to keep.
+
+    Returns:
+        A staircase for each layer.
+
+    Raises:
+        InputError: If the rule is out of range, or a list is not a spectrum.
+        LayerNotFound: If the rule is by layer name, and one is missing.
+    """
+    if rule.mass is None:
+        return Selection(
+            {
+                name: staircase_by_pairs(g, a, rule.count(name, len(g), len(a)))
+                for name, (g, a) in spectra.items()
+            }
+        )
+    if rule.globally:
+        return staircases_by_common_mass(spectra, rule.mass)
+    return staircases_by_mass(spectra, [rule.mass])[0]
 
 
 def staircases_by_mass(
@@ -81,31 +106,3 @@ def staircases_by_common_mass(spectra: Mapping[str, tuple[Any, Any]], mass: floa
         share = float((g * prefix[own]).sum() / max(g.sum() * prefix[-1], np.finfo(float).tiny))
         kept[name] = Staircase(torch.from_numpy(own), len(a), threshold, share)
     return Selection(kept)
-
-
-def mask_by_mass(scores: Tensor, mass: float) -> Mask:
-    """Keep the largest of arbitrary scores until their sum reaches ``mass`` of the total.
-
-    Nothing is sorted; ties with the score that reaches it are kept.
-
-    Args:
-        scores: [d_out, d_in], finite and non-negative; taken as float32.
-        mass: In (0, 1].
-
-    Returns:
-        The mask.
-
-    Raises:
-        InputError: If ``mass`` is outside (0, 1], or the scores are no scores.
-    """
-    check_mass(mass)
-    values = scores.detach().cpu().float().contiguous()
-    if values.dim() != 2 or not values.numel() or not torch.isfinite(values).all():
-        raise InputError(f"scores must be finite, [d_out, d_in], got {list(values.shape)}")
-    if values.min() < 0 or values.max() <= 0:
-        raise InputError("scores must be non-negative, and not all zero")
-    bits, _, _, share = ops.scores_by_mass(
-        values.flatten().numpy(), float(mass), torch.get_num_threads()
-    )
-    kept = np.unpackbits(bits, count=values.numel(), bitorder="little").astype(bool)
-    return Mask(torch.from_numpy(kept).view(values.shape), share)

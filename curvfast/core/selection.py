@@ -6,17 +6,25 @@ width[i] columns, and widths never increase. d_out integers say it all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from curvfast import ops
+from curvfast import ops, storage
+from curvfast.core.mask import Mask as Mask
+from curvfast.core.rule import check_mass, share_of, within
 from curvfast.errors import InputError, LayerNotFound
 from curvfast.ops.reference import Found, Values
+
+Frame = Literal["curvature", "singular", "standard"]
+_KIND = "curvfast-selection"
+_REST = "complement of "
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,47 +61,21 @@ class Staircase:
 
     def complement(self) -> Mask:
         """Return what is removed."""
-        return Mask(~self.dense(), 1 - self.mass)
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """Kept pairs of one layer that form no staircase."""
-
-    kept: Tensor
-    """[d_out, d_in] bool."""
-    mass: float = float("nan")
-    """Share of the curvature mass kept, where it is known."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
-        return self.kept.shape[0], self.kept.shape[1]
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs kept."""
-        return int(self.kept.sum())
-
-    @property
-    def fraction(self) -> float:
-        """Kept share of all pairs."""
-        return self.pairs / self.kept.numel()
-
-    def dense(self) -> Tensor:
-        """Return the mask, [d_out, d_in] bool."""
-        return self.kept
-
-    def complement(self) -> Mask:
-        """Return what is removed."""
-        return Mask(~self.kept, 1 - self.mass)
+        return Mask.pack(~self.dense(), 1 - self.mass)
 
 
 @dataclass(frozen=True, eq=False)
 class Selection(Mapping[str, Staircase | Mask]):
-    """What is kept of many layers, by layer name."""
+    """What is kept of many layers, by layer name, and what its rows and columns refer to."""
 
     layers: Mapping[str, Staircase | Mask]
+    importance: str = "custom"
+    """What pairs were ranked by; see :func:`curvfast.select`."""
+    frame: Frame = "curvature"
+    """What pairs are of: ``"curvature"``, eigenvectors of G and A; ``"singular"``, left and right
+    singular vectors of the weight; ``"standard"``, rows and columns of the weight itself."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """ΣλΣμ of each layer's eigenbasis, by which it is known again; empty if nothing is known."""
 
     def __getitem__(self, name: str) -> Staircase | Mask:
         """Return what is kept of one layer.
@@ -116,6 +98,54 @@ class Selection(Mapping[str, Staircase | Mask]):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self.layers)
+
+    @property
+    def pairs(self) -> dict[str, int]:
+        """Number of pairs kept of each layer: ``pairs=`` of another selection as large."""
+        return {name: kept.pairs for name, kept in self.items()}
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Kept share of each layer's pairs: ``fraction=`` of another selection as large."""
+        return {name: kept.fraction for name, kept in self.items()}
+
+    def complement(self) -> Selection:
+        """Return what this selection removes.
+
+        ``select(..., mass=0.1).complement()`` drops the top tenth of the mass and keeps the rest:
+        what generalises should go, and what is memorized stay.
+        """
+        other = self.importance.removeprefix(_REST)
+        return replace(
+            self,
+            layers={name: kept.complement() for name, kept in self.items()},
+            importance=other if other != self.importance else _REST + other,
+        )
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write widths (int32) or packed masks, and what they refer to; called on one rank.
+
+        Raises:
+            StorageError: If a file cannot be written; nothing saved before is lost.
+        """
+        tensors = {n: k.widths if isinstance(k, Staircase) else k.kept for n, k in self.items()}
+        layers = {name: _record(kept) for name, kept in self.items()}
+        meta = {
+            "layers": layers, "importance": self.importance, "frame": self.frame,
+            "totals": dict(self.totals),
+        }  # fmt: skip
+        storage.write_folder(directory, kind=_KIND, meta=meta, tensors=tensors)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str]) -> Selection:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            StorageError: If the folder is missing, foreign, damaged, or of a newer format.
+        """
+        meta, tensors = storage.read_folder(directory, kind=_KIND)
+        layers = {name: _kept(tensors[name], **record) for name, record in meta["layers"].items()}
+        return cls(layers, meta["importance"], meta["frame"], meta["totals"])
 
 
 def staircase_by_mass(values_g: Any, values_a: Any, mass: float) -> Staircase:
@@ -155,9 +185,7 @@ def staircase_by_pairs(values_g: Any, values_a: Any, pairs: int) -> Staircase:
         InputError: If ``pairs`` is out of range, or a list is not a spectrum.
     """
     g, a = spectrum("values_g", values_g), spectrum("values_a", values_a)
-    if not 0 <= pairs <= len(g) * len(a):
-        raise InputError(f"pairs={pairs}: this layer has {len(g)} x {len(a)} = {len(g) * len(a)}")
-    return found_staircase(ops.staircase_by_pairs(g, a, int(pairs)), len(a))
+    return found_staircase(ops.staircase_by_pairs(g, a, within(pairs, len(g), len(a))), len(a))
 
 
 def staircase_by_fraction(values_g: Any, values_a: Any, fraction: float) -> Staircase:
@@ -174,50 +202,15 @@ def staircase_by_fraction(values_g: Any, values_a: Any, fraction: float) -> Stai
     Raises:
         InputError: If ``fraction`` is outside [0, 1], or a list is not a spectrum.
     """
-    if not 0 <= fraction <= 1:
-        raise InputError(f"fraction={fraction}: pass the share of eigenpairs to keep, in [0, 1]")
-    pairs = int(fraction * (len(values_g) * len(values_a)) + 0.5)
+    pairs = share_of(fraction, len(values_g) * len(values_a))
     return staircase_by_pairs(values_g, values_a, pairs)
-
-
-def random_mask(rows: int, columns: int, pairs: int, seed: int) -> Mask:
-    """Keep exactly ``pairs`` of rows × columns pairs, uniformly at random.
-
-    Args:
-        rows: d_out.
-        columns: d_in.
-        pairs: From 0 to rows · columns.
-        seed: Seed of a generator of its own.
-
-    Returns:
-        The mask.
-
-    Raises:
-        InputError: If ``pairs`` is out of range.
-    """
-    if not 0 <= pairs <= rows * columns:
-        raise InputError(f"pairs={pairs}: there are {rows} x {columns} = {rows * columns}")
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.zeros(rows * columns, dtype=torch.bool)
-    kept[torch.randperm(rows * columns, generator=generator)[:pairs]] = True
-    return Mask(kept.view(rows, columns))
 
 
 def used_ranks(kept: Staircase | Mask) -> tuple[int, int]:
     """Return how many leading rows and columns of the eigenbasis hold all that is kept."""
     if isinstance(kept, Staircase):
         return int((kept.widths > 0).sum()), int(kept.widths[0])
-    rows, columns = (kept.kept.any(dim).nonzero() for dim in (1, 0))
-    return int(rows[-1]) + 1 if len(rows) else 0, int(columns[-1]) + 1 if len(columns) else 0
-
-
-def check_mass(mass: float) -> None:
-    """Raise unless ``mass`` is a share."""
-    if not 0 < mass <= 1:
-        raise InputError(
-            f"mass={mass}: pass the share of curvature mass to keep, in (0, 1]; 0.6 to 0.95 is "
-            "usual"
-        )
+    return kept.ranks()
 
 
 def massive(name: str | None, pair: tuple[Any, Any]) -> tuple[Values, Values]:
@@ -229,6 +222,23 @@ def massive(name: str | None, pair: tuple[Any, Any]) -> tuple[Values, Values]:
             f"every eigenvalue{where} is zero, so there is no curvature mass: was data collected?"
         )
     return g, a
+
+
+def _record(kept: Staircase | Mask) -> dict[str, Any]:
+    """Return what JSON can say of a layer; it has neither NaN nor infinity."""
+    record: dict[str, Any] = {"columns": kept.columns}
+    record["mass"] = kept.mass if math.isfinite(kept.mass) else None
+    if isinstance(kept, Staircase):
+        record["threshold"] = kept.threshold if math.isfinite(kept.threshold) else None
+    return record
+
+
+def _kept(tensor: Tensor, columns: int, mass: float | None, **more: Any) -> Staircase | Mask:
+    share = math.nan if mass is None else mass
+    if "threshold" not in more:
+        return Mask(tensor, columns, share)
+    threshold = more["threshold"]
+    return Staircase(tensor, columns, math.inf if threshold is None else threshold, share)
 
 
 def found_staircase(found: Found, columns: int) -> Staircase:

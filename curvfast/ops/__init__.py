@@ -39,8 +39,9 @@ from curvfast.ops.registry import use_backend as use_backend
 from curvfast.ops.request import MomentRequest as MomentRequest
 from curvfast.ops.sampling import minus_onehot_ as minus_onehot_
 from curvfast.ops.sampling import sampled_gradient_ as sampled_gradient_
+from curvfast.ops.scores import scores_by_mass as scores_by_mass
+from curvfast.ops.scores import scores_by_pairs as scores_by_pairs
 from curvfast.ops.staircase import native_status as native_status
-from curvfast.ops.staircase import scores_by_mass as scores_by_mass
 from curvfast.ops.staircase import staircase_by_mass as staircase_by_mass
 from curvfast.ops.staircase import staircase_by_pairs as staircase_by_pairs
 from curvfast.ops.staircase import staircases_by_common_mass as staircases_by_common_mass

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from curvfast.ops.reference import Bits, Found, Values, Widths
+from curvfast.ops.reference import Found, Values, Widths
+from curvfast.ops.reference_scores import Bits, Kept, ScoreMatrix
 
 try:
     from curvfast import _C
@@ -60,16 +61,25 @@ def staircases_by_common_mass(
     return widths, threshold
 
 
-def scores_by_mass(
-    scores: npt.NDArray[np.float32], mass: float, workers: int
-) -> tuple[Bits, float, int, float]:
-    """As :func:`curvfast.ops.reference.scores_by_mass`, in C++."""
+def scores_by_mass(layers: Sequence[ScoreMatrix], mass: float, workers: int) -> list[Kept]:
+    """As :func:`curvfast.ops.reference_scores.scores_by_mass`, in C++."""
+    scores = [np.ascontiguousarray(layer, np.float32) for layer in layers]
+    masks = [_empty_mask(layer) for layer in scores]
+    table = [
+        (layer.ctypes.data, *layer.shape, mask.ctypes.data)
+        for layer, mask in zip(scores, masks, strict=True)
+    ]
+    found = _C.scores_by_mass(table, mass, workers)
+    return [Kept(mask, *own) for mask, own in zip(masks, found, strict=True)]
+
+
+def scores_by_pairs(scores: ScoreMatrix, pairs: int, workers: int) -> Kept:
+    """As :func:`curvfast.ops.reference_scores.scores_by_pairs`, in C++."""
     values = np.ascontiguousarray(scores, np.float32)
-    mask = np.zeros(-(-values.size // 8), np.uint8)
-    threshold, count, share = _C.scores_by_mass(
-        values.ctypes.data, values.size, mass, mask.ctypes.data, mask.size, workers
-    )
-    return mask, threshold, count, share
+    rows, columns = values.shape
+    mask = _empty_mask(values)
+    found = _C.scores_by_pairs(values.ctypes.data, rows, columns, mask.ctypes.data, pairs, workers)
+    return Kept(mask, *found)
 
 
 def cheapest_hook(widths: npt.NDArray[np.int64], columns: int, band: int) -> tuple[int, int, int]:
@@ -155,6 +165,10 @@ def mirror_(matrix: Tensor, workers: int) -> None:
 def scale_(tiles: Tensor, factor: float, workers: int) -> None:
     """Multiply contiguous values by ``factor``, which must be finite in their dtype."""
     _C.scale(tiles.data_ptr(), tiles.numel(), factor, torch.finfo(tiles.dtype).bits, workers)
+
+
+def _empty_mask(scores: ScoreMatrix) -> Bits:
+    return np.zeros((scores.shape[0], -(-scores.shape[1] // 8)), np.uint8)
 
 
 def _table(

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Values = npt.NDArray[np.float64]
 Widths = npt.NDArray[np.int32]
-Bits = npt.NDArray[np.uint8]
 
 
 class Found(NamedTuple):
@@ -186,40 +185,6 @@ def staircases_by_common_mass(
     top = max(float(np.ldexp(p.g[0] * p.a[0], p.exponent - unit)) for p in products)
     tau = largest_threshold(top, lambda t: total(at(t)) >= target)
     return at(tau), float(np.ldexp(tau, unit))
-
-
-def scores_by_mass(scores: npt.NDArray[np.float32], mass: float) -> tuple[Bits, float, int, float]:
-    """Keep the largest scores whose sum first reaches ``mass`` of the total, ties included.
-
-    Sums are exact among floats of one high half, and are added from the largest half down.
-
-    Args:
-        scores: Finite and non-negative, [n].
-        mass: In (0, 1].
-
-    Returns:
-        The mask as bits, lowest first; the smallest score kept; how many are; their share.
-    """
-    bits = (scores + np.float32(0)).view(np.uint32)
-    mantissas = np.where(bits >> 23, bits & 0x7FFFFF | 0x800000, bits & 0x7FFFFF)
-    high = (bits >> 16).astype(np.int64)
-    exponents = np.maximum(np.arange(1 << 16) >> 7, 1) - 150
-    sums = np.ldexp(np.bincount(high, mantissas, 1 << 16), exponents)[::-1]
-    before = np.concatenate([[0.0], np.cumsum(sums)])
-    target = mass * before[-1]
-    reached = int(np.argmax(before[1:] >= target))
-    bucket = (1 << 16) - 1 - reached
-    inside = np.sort(bits[high == bucket])[::-1].astype(np.int64)
-    within = np.cumsum(np.where(inside >> 23, inside & 0x7FFFFF | 0x800000, inside & 0x7FFFFF))
-    sums_within = before[reached] + np.ldexp(within.astype(np.float64), exponents[bucket])
-    enough = np.flatnonzero(sums_within >= target)
-    edge = int(inside[enough[0]] if len(enough) else inside[-1])
-    if mass == 1.0:
-        edge = 1
-    kept = bits >= edge
-    share = 1.0 if mass == 1.0 else float(sums_within[(inside >= edge).sum() - 1] / before[-1])
-    smallest = float(scores[kept].min())
-    return np.packbits(kept, bitorder="little"), smallest, int(kept.sum()), share
 
 
 def largest_threshold(top: float, enough: Callable[[float], bool]) -> float:

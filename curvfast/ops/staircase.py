@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from curvfast.ops import _native, reference
-from curvfast.ops.reference import Bits, Found, Values, Widths
+from curvfast.ops.reference import Found, Values, Widths
 
 log = logging.getLogger(__name__)
 _told = False
@@ -31,7 +28,7 @@ def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
     Returns:
         Widths and what they hold.
     """
-    search = _native.staircase_by_mass if _use_native() else reference.staircase_by_mass
+    search = _native.staircase_by_mass if use_native() else reference.staircase_by_mass
     return search(values_g, values_a, mass)
 
 
@@ -46,7 +43,7 @@ def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     Returns:
         Widths and what they hold.
     """
-    search = _native.staircase_by_pairs if _use_native() else reference.staircase_by_pairs
+    search = _native.staircase_by_pairs if use_native() else reference.staircase_by_pairs
     return search(values_g, values_a, pairs)
 
 
@@ -63,7 +60,7 @@ def staircases_by_mass(
     Returns:
         For each layer what was found at each mass.
     """
-    if _use_native():
+    if use_native():
         return _native.staircases_by_mass(layers, masses, workers)
     return [[reference.staircase_by_mass(g, a, mass) for mass in masses] for g, a in layers]
 
@@ -81,35 +78,16 @@ def staircases_by_common_mass(
         The widths of each layer, and the threshold.
     """
     search = (
-        _native.staircases_by_common_mass if _use_native() else reference.staircases_by_common_mass
+        _native.staircases_by_common_mass if use_native() else reference.staircases_by_common_mass
     )
     return search(layers, mass)
 
 
-def scores_by_mass(
-    scores: npt.NDArray[np.float32], mass: float, workers: int = 1
-) -> tuple[Bits, float, int, float]:
-    """Keep the largest scores whose sum first reaches ``mass`` of the total, ties included.
-
-    Args:
-        scores: Finite and non-negative, float32 [n].
-        mass: In (0, 1].
-        workers: Threads; the answer does not depend on them.
-
-    Returns:
-        The mask as bits, lowest first; the smallest score kept; how many are; their share.
-    """
-    if _use_native():
-        return _native.scores_by_mass(scores, mass, workers)
-    return reference.scores_by_mass(scores, mass)
-
-
-def _use_native() -> bool:
+def use_native() -> bool:
+    """Say whether the native core is there; that it is not is logged once."""
     global _told
     reason = _native.unavailable()
     if reason and not _told:
         _told = True
-        log.info(
-            "staircase search in Python, about 30 times slower than the native core: %s", reason
-        )
+        log.info("selection in Python, about 30 times slower than the native core: %s", reason)
     return reason is None
