@@ -15,7 +15,8 @@ import curvfast
 from curvfast import Converged, Eigenbasis, Factors, LayerBasis, LayerFactors, ops, storage
 from curvfast.accumulate import Moment
 from curvfast.config import CollectConfig
-from curvfast.core.marginals import diagonal, marginals_of
+from curvfast.core.layer_basis import diagonal
+from curvfast.core.marginals import marginals_of
 from curvfast.errors import BasisMismatch, InputError
 from curvfast.ops import TriangularSum
 from curvfast.rows import Batch

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvfast.core.eigenbasis import LayerBasis
 from curvfast.core.factors import Factors, LayerFactors
-from curvfast.core.marginals import diagonal
+from curvfast.core.layer_basis import LayerBasis, diagonal
 from curvfast.core.selection import Staircase, staircase_by_mass, staircase_by_pairs
 from curvfast.errors import NumericalWarning
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -11,124 +11,30 @@ from torch import Tensor
 
 from curvfast import storage
 from curvfast.core.factors import Factors
+from curvfast.core.layer_basis import LayerBasis as LayerBasis
+from curvfast.core.layer_basis import StoredBasis
 from curvfast.core.marginals import reordered
-from curvfast.core.search import staircases_by_common_mass, staircases_by_mass
-from curvfast.core.selection import (
-    Mask,
-    Selection,
-    Staircase,
-    staircase_by_fraction,
-    staircase_by_pairs,
-    used_ranks,
-)
+from curvfast.core.rule import Rule
+from curvfast.core.scores import Scores, Term, masks, sum_of, unit_of
+from curvfast.core.search import staircases, staircases_by_mass
+from curvfast.core.selection import Frame, Selection
+from curvfast.core.tasks import Task, along
 from curvfast.errors import InputError, LayerNotFound
 
 KIND = "curvfast-eigenbasis"
 
 
 @dataclass(frozen=True, eq=False)
-class LayerBasis:
-    """Eigenpairs of one layer's Kronecker factors, descending; eigenvectors are columns."""
-
-    values_a: Tensor
-    """Eigenvalues μ of A, [d_in] float64, non-negative."""
-    vectors_a: Tensor
-    """U_A, [d_in, d_in] float32; or the leading eigenvectors only, [d_in, k]."""
-    values_g: Tensor
-    """Eigenvalues λ of G, [d_out] float64, non-negative."""
-    vectors_g: Tensor
-    """U_G, [d_out, d_out] float32; or the leading eigenvectors only, [d_out, k]."""
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """(eigenvectors of G, eigenvectors of A) that are known."""
-        return self.vectors_g.shape[1], self.vectors_a.shape[1]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every eigenvector is known."""
-        return self.ranks == (len(self.values_g), len(self.values_a))
-
-    @property
-    def key_a(self) -> Hashable:
-        """What the layers that share U_A have in common."""
-        return id(self.vectors_a)
-
-    def require(self, name: str, kept: Staircase | Mask) -> None:
-        """Raise unless every eigenvector that ``kept`` needs is known, and none was overlooked.
-
-        Raises:
-            InputError: If the basis holds too few leading eigenpairs.
-        """
-        if self.complete:
-            return
-        used = used_ranks(kept)
-        known, shape = self.ranks, kept.shape
-        # The pair of the last value found stays out: what lies below it was never looked at.
-        if any(u >= k and k < d for u, k, d in zip(used, known, shape, strict=True)):
-            raise InputError(
-                f"layer {name!r} needs {used[0]} eigenvectors of G and {used[1]} of A for this, "
-                f"and the basis holds the leading {known[0]} of {shape[0]} and {known[1]} of "
-                f"{shape[1]}: decompose with a larger mass=, or without for all of them"
-            )
-
-
-class StoredBasis(LayerBasis):
-    """A layer's eigenpairs on disk: read when used, and not kept."""
-
-    def __init__(self, tensors: storage.StoredTensors, a: str, g: str) -> None:
-        """Note where they are.
-
-        Args:
-            tensors: The folder's.
-            a: Name of the basis of A.
-            g: Name of the basis of G.
-        """
-        object.__setattr__(self, "_tensors", tensors)
-        object.__setattr__(self, "_names", (a, g))
-
-    _tensors: storage.StoredTensors
-    _names: tuple[str, str]
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """As of :class:`LayerBasis`; no vector is read."""
-        a, g = self._names
-        return self._tensors.shape(f"{g}.vectors")[1], self._tensors.shape(f"{a}.vectors")[1]
-
-    @property
-    def key_a(self) -> Hashable:
-        """As of :class:`LayerBasis`; what is read anew each time is told by its name."""
-        return id(self._tensors), self._names[0]
-
-    @property
-    def values_a(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
-        return self._tensors[f"{self._names[0]}.values"]
-
-    @property
-    def vectors_a(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
-        return self._tensors[f"{self._names[0]}.vectors"]
-
-    @property
-    def values_g(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
-        return self._tensors[f"{self._names[1]}.values"]
-
-    @property
-    def vectors_g(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
-        return self._tensors[f"{self._names[1]}.vectors"]
-
-
-@dataclass(frozen=True, eq=False)
 class Eigenbasis(Mapping[str, LayerBasis]):
-    """Eigenbases of many layers, by layer name."""
+    """Eigenbases of many layers, by layer name, and what their pairs are ranked by."""
 
     layers: Mapping[str, LayerBasis]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the factors were measured on, as of :class:`curvfast.Factors`."""
+    tasks: tuple[Task, ...] = ()
+    """Curvature of other corpora, added to λᵢμⱼ; see :meth:`with_task`."""
+    frame: Frame = "curvature"
+    """``"curvature"``, or ``"singular"`` for singular vectors of the weights."""
 
     def __getitem__(self, name: str) -> LayerBasis:
         """Return the basis of one layer.
@@ -158,8 +64,8 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         self,
         *,
         mass: float | None = None,
-        pairs: int | None = None,
-        fraction: float | None = None,
+        pairs: int | Mapping[str, int] | None = None,
+        fraction: float | Mapping[str, float] | None = None,
         globally: bool = False,
     ) -> Selection:
         """Select eigenpair products λᵢμⱼ of every layer, the largest first; pass exactly one rule.
@@ -167,36 +73,27 @@ class Eigenbasis(Mapping[str, LayerBasis]):
         Args:
             mass: Share ρ in (0, 1] of each layer's curvature mass Σλᵢμⱼ to reach. Every pair that
                 ties with the one that reaches it is kept as well.
-            pairs: Exactly so many pairs a layer; ties are broken in row order.
-            fraction: Exactly this share of each layer's d_out · d_in pairs, rounded.
+            pairs: Exactly so many pairs a layer, or by layer name; ties are broken in row order.
+            fraction: Exactly this share of each layer's d_out · d_in pairs, rounded; or by name.
             globally: With ``mass``: one threshold for all layers, and ρ of their mass together; a
                 layer of little curvature then keeps little.
 
         Returns:
-            A staircase for each layer.
+            A staircase for each layer; with tasks of :meth:`with_task` a mask.
 
         Raises:
             InputError: If not exactly one rule is given, it is out of range, or asks for more than
-                the leading eigenpairs a basis holds.
+                the leading eigenpairs a basis holds; or if this holds singular vectors.
+            LayerNotFound: If a rule is given by layer name, and one is missing.
         """
-        if sum(rule is not None for rule in (mass, pairs, fraction)) != 1:
-            raise InputError("pass exactly one of mass=, pairs= and fraction=")
-        if globally and mass is None:
-            raise InputError("globally=True needs mass=: pairs and fractions are of one layer")
-        if mass is not None:
-            spectra = self._spectra()
-            return self._required(
-                staircases_by_common_mass(spectra, mass)
-                if globally
-                else staircases_by_mass(spectra, [mass])[0]
-            )
-        kept = {}
-        for name, (values_g, values_a) in self._spectra().items():
-            if pairs is not None:
-                kept[name] = staircase_by_pairs(values_g, values_a, pairs)
-            elif fraction is not None:
-                kept[name] = staircase_by_fraction(values_g, values_a, fraction)
-        return self._required(Selection(kept))
+        return self.keep_by(Rule(mass, fraction, pairs, globally))
+
+    def keep_by(self, rule: Rule) -> Selection:
+        """Select as :meth:`keep` does, and raise what it raises."""
+        self.require_curvature()
+        if self.tasks:
+            return self.labelled(masks(self.scores(), rule))
+        return self.labelled(staircases(self.spectra(), rule))
 
     def keep_each(self, masses: Sequence[float]) -> list[Selection]:
         """Select at several masses in one search, as :meth:`keep` does at one.
@@ -208,9 +105,68 @@ class Eigenbasis(Mapping[str, LayerBasis]):
             A selection for each mass.
 
         Raises:
-            InputError: If a mass is out of range.
+            InputError: If a mass is out of range, or asks for more than a basis holds; or if this
+                holds singular vectors.
         """
-        return [self._required(each) for each in staircases_by_mass(self._spectra(), masses)]
+        self.require_curvature()
+        if self.tasks:
+            return [self.keep(mass=mass) for mass in masses]
+        return [self.labelled(kept) for kept in staircases_by_mass(self.spectra(), masses)]
+
+    def labelled(self, kept: Selection, importance: str = "kfac") -> Selection:
+        """Return ``kept``, which has no frame yet, as a selection of this basis's pairs.
+
+        Raises:
+            InputError: If it needs more than the leading eigenpairs a basis holds.
+        """
+        for name, own in kept.items():
+            self[name].require(name, own)
+        return replace(kept, importance=importance, frame=self.frame, totals=self.totals())
+
+    def require_curvature(self) -> None:
+        """Make sure that pairs can be ranked by curvature.
+
+        Raises:
+            InputError: If this holds singular vectors.
+        """
+        if self.frame != "curvature":
+            raise InputError(
+                f"these are {self.frame} vectors, which have no curvature to rank by: pass "
+                "importance='svd', or a basis of Factors.eigh()"
+            )
+
+    def with_task(
+        self, task: Factors, weight: float = 1.0, *, normalize: bool = True
+    ) -> Eigenbasis:
+        """Return this basis with the curvature of a task added where pairs are ranked.
+
+        A pair's score becomes λᵢμⱼ + α · λᵗᵢ μᵗⱼ, where λᵗᵢ = uᵢᵀ Gᵗ uᵢ and μᵗⱼ = vⱼᵀ Aᵗ vⱼ are the
+        task's curvature along *this* basis's eigenvectors, which stay as they are. Kept pairs form
+        a mask, not a staircase. An edit then spares more of what the task needs: of arithmetic,
+        say, added to general text. Tasks add up.
+
+        With α below 0 the task is a forget set: scores below 0, where it bends the loss more than
+        everything else, count as 0 and go first. ``mass`` is then a share of what is left.
+
+        Args:
+            task: Factors of the task's corpus, of this basis's layers at least, G of the summed
+                loss as here.
+            weight: α; 0 changes nothing.
+            normalize: Whether the task's mass Σλᵗ Σμᵗ is first made equal to this basis's, layer by
+                layer: α = 1 then gives both corpora the same say, however sure the model is of
+                either. Otherwise curvatures are added per row, as measured.
+
+        Returns:
+            A basis that :meth:`keep`, :func:`curvfast.select` and :func:`curvfast.edit` take.
+
+        Raises:
+            InputError: If ``weight`` is not finite, the basis holds leading eigenpairs only, or the
+                task's factors hold NaN, infinity or nothing but zeros.
+            LayerNotFound: If the task lacks layers of this basis; they are named.
+            ShapeError: If a layer is of another width there.
+        """
+        added = along(self, task, weight, normalize)
+        return replace(self, tasks=(*self.tasks, added)) if weight else self
 
     def with_marginals(self, factors: Factors) -> Eigenbasis:
         """Return the basis with marginals of the EK-FAC correction in the place of eigenvalues.
@@ -230,38 +186,70 @@ class Eigenbasis(Mapping[str, LayerBasis]):
 
         Raises:
             InputError: If the weighted moments were not collected, or the basis holds leading
-                eigenvectors only.
+                eigenvectors only, or tasks, which are to be added after.
             LayerNotFound: If the factors lack a layer.
             BasisMismatch: If they are of other widths.
         """
-        return Eigenbasis(
-            {
-                name: LayerBasis(*reordered(name, basis, factors[name]))
-                for name, basis in self.items()
-            }
-        )
+        if self.tasks:
+            raise InputError(
+                "marginals order eigenvectors anew, and tasks are along the old ones: call "
+                "with_marginals() before with_task()"
+            )
+        ordered = {n: LayerBasis(*reordered(n, own, factors[n])) for n, own in self.items()}
+        return replace(self, layers=ordered)
 
-    def _required(self, selection: Selection) -> Selection:
-        for name, kept in selection.items():
-            self[name].require(name, kept)
-        return selection
+    def restricted(self, names: Iterable[str]) -> Eigenbasis:
+        """Return the basis of some layers.
 
-    def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        Raises:
+            LayerNotFound: If there is none of one of them.
+        """
+        return replace(self, layers={name: self[name] for name in names})
+
+    def spectra(self) -> dict[str, Term]:
+        """Return (λ, μ) of each layer, tasks apart."""
         return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}
 
+    def totals(self) -> dict[str, float]:
+        """Return ΣλΣμ of each layer, by which this basis is known again."""
+        return {name: float(g.sum() * a.sum()) for name, (g, a) in self.spectra().items()}
+
+    def scores(self) -> Scores:
+        """Return the curvature of every pair, tasks included."""
+        terms = {name: self._terms(name) for name in self}
+        shapes = {name: (len(own[0][0]), len(own[0][1])) for name, own in terms.items()}
+        return Scores(shapes, lambda name: sum_of(terms[name]), unit_of(terms.values()))
+
+    def _terms(self, name: str) -> list[Term]:
+        g, a = self[name].values_g.cpu().double(), self[name].values_a.cpu().double()
+        mass = float(g.sum() * a.sum())
+        return [(g, a), *(task.term(name, mass) for task in self.tasks)]
+
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write eigenvalues and eigenvectors to ``directory``, shared ones once; on one rank."""
+        """Write eigenvalues, eigenvectors (shared ones once) and tasks; called on one rank.
+
+        Raises:
+            StorageError: If a file cannot be written; nothing saved before is lost.
+        """
         with storage.FolderWriter(directory, KIND) as writer:
             keys: dict[Hashable, str] = {}
             layers = {}
             for name, basis in self.items():
-                shared = basis.key_a
-                if shared not in keys:
-                    keys[shared] = f"a.{name}"
+                if basis.key_a not in keys:
+                    keys[basis.key_a] = f"a.{name}"
                     writer.add(stored_part(f"a.{name}", basis.values_a, basis.vectors_a))
                 writer.add(stored_part(f"g.{name}", basis.values_g, basis.vectors_g))
-                layers[name] = {"a": keys[shared], "g": f"g.{name}"}
-            writer.finish({"layers": layers, "provenance": dict(self.provenance)})
+                layers[name] = {"a": keys[basis.key_a], "g": f"g.{name}"}
+            tasks = []
+            for number, task in enumerate(self.tasks):
+                writer.add(task.tensors(f"task{number}"))
+                tasks.append({"weight": task.weight, "normalize": task.normalize})
+            writer.finish(
+                {
+                    "layers": layers, "provenance": dict(self.provenance), "frame": self.frame,
+                    "tasks": tasks,
+                }
+            )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike[str], *, lazy: bool = False) -> Eigenbasis:
@@ -279,19 +267,23 @@ class Eigenbasis(Mapping[str, LayerBasis]):
             StorageError: If the folder is missing, foreign, damaged, or of a newer format.
         """
         meta, stored = storage.open_folder(directory, kind=KIND)
-        provenance = meta.get("provenance", {})
-        layers: dict[str, LayerBasis] = {}
+        names = {name: (entry["a"], entry["g"]) for name, entry in meta["layers"].items()}
+        tasks = tuple(
+            Task.from_tensors(stored, f"task{number}", names, **facts)
+            for number, facts in enumerate(meta.get("tasks", ()))
+        )
+        rest = meta.get("provenance", {}), tasks, meta.get("frame", "curvature")
         if lazy:
-            layers |= {n: StoredBasis(stored, e["a"], e["g"]) for n, e in meta["layers"].items()}
-            return cls(layers, provenance)
+            return cls({n: StoredBasis(stored, *keys) for n, keys in names.items()}, *rest)
         tensors = dict(stored.items())
-        for name, entry in meta["layers"].items():
-            a, g = entry["a"], entry["g"]
-            layers[name] = LayerBasis(
+        layers = {
+            name: LayerBasis(
                 tensors[f"{a}.values"], tensors[f"{a}.vectors"],
                 tensors[f"{g}.values"], tensors[f"{g}.vectors"],
-            )  # fmt: skip
-        return cls(layers, provenance)
+            )
+            for name, (a, g) in names.items()
+        }  # fmt: skip
+        return cls(layers, *rest)
 
 
 def stored_part(key: str, values: Tensor, vectors: Tensor) -> dict[str, Tensor]:

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from curvfast.core.factors import LayerFactors
+from curvfast.core.layer_basis import LayerBasis, diagonal
 from curvfast.errors import BasisMismatch, InputError
-
-if TYPE_CHECKING:
-    from curvfast.core.eigenbasis import LayerBasis
 
 _TINY = 1e-300
 
@@ -65,12 +61,6 @@ def marginals_of(name: str, basis: LayerBasis, factors: LayerFactors) -> Margina
         diagonal(factors.g_weighted / factors.rows_g, basis.vectors_g),
         diagonal(factors.a_weighted / factors.rows_g, basis.vectors_a),
     )
-
-
-def diagonal(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Return uᵀ M u of each column u of vectors [d, k], float64, on the matrix's device."""
-    wide = vectors.to(matrix.device, torch.float64)
-    return (wide * (matrix.double() @ wide)).sum(0)
 
 
 def reordered(

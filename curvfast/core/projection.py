@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from curvfast import ops
-from curvfast.core.eigenbasis import LayerBasis
-from curvfast.core.selection import Mask, Staircase
+from curvfast.core.layer_basis import LayerBasis
+from curvfast.core.mask import Mask
+from curvfast.core.selection import Staircase
 
 
 def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:
@@ -37,19 +38,23 @@ def drop_(coefficients: Tensor, selection: Staircase | Mask) -> Tensor:
     """Set to zero, in place, every entry of C, or its leading block, not selected; return it."""
     rows, width = coefficients.shape
     if isinstance(selection, Mask):
-        kept = selection.kept[:rows, :width].to(coefficients.device)
-        return coefficients.masked_fill_(~kept, 0)
+        for band, kept in selection.bands(rows, width, coefficients.device):
+            coefficients[band].masked_fill_(kept.logical_not_(), 0)
+        return coefficients
     widths = selection.widths[:rows].to(coefficients.device)
     columns = torch.arange(width, device=coefficients.device)
     return coefficients.masked_fill_(columns >= widths[:, None], 0)
 
 
-def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> Tensor:
-    """Return W', the part of W [d_out, d_in] in the selected eigenpairs, in the working dtype.
+def project(weight: Tensor, basis: LayerBasis | None, selection: Staircase | Mask) -> Tensor:
+    """Return W', the part of W [d_out, d_in] in the selected pairs, in the working dtype.
 
     A staircase is evaluated by the cheapest exact plan; a mask of any other form densely, and so is
-    the leading block where only leading eigenvectors are known.
+    the leading block where only leading eigenvectors are known. Without a basis the pairs are rows
+    and columns of W itself.
     """
+    if basis is None:
+        return drop_(weight.to(working_dtype(weight), copy=True), selection)
     if isinstance(selection, Mask) or not basis.complete:
         return rotate_back(drop_(rotate(weight, basis), selection), basis)
     dtype = working_dtype(weight)
@@ -57,8 +62,10 @@ def project(weight: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> T
     return ops.project(weight.to(dtype), u_g, u_a, selection.widths)
 
 
-def work(basis: LayerBasis, selection: Staircase | Mask) -> float:
+def work(basis: LayerBasis | None, selection: Staircase | Mask) -> float:
     """Return the share of a dense projection's FLOPs that :func:`project` executes."""
+    if basis is None:
+        return 0.0
     if not basis.complete:
         (rows, columns), (g, a) = selection.shape, basis.ranks
         return (g * rows * columns + g * columns * a) / (rows * columns * (rows + columns))

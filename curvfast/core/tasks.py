@@ -1,0 +1,114 @@
+"""The curvature of another corpus along the eigenpairs of a basis: what unions are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from curvfast.core.factors import LayerFactors
+from curvfast.core.layer_basis import LayerBasis, diagonal
+from curvfast.core.scores import Term
+from curvfast.errors import InputError, LayerNotFound, ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A corpus whose curvature is added to that of an eigenbasis when pairs are ranked."""
+
+    weight: float
+    """α; negative for what is to be forgotten."""
+    normalize: bool
+    """Whether α is of a mass made equal to the eigenbasis's own, layer by layer."""
+    spectra: Mapping[str, Term]
+    """uᵢᵀ G uᵢ [d_out] and vⱼᵀ A vⱼ [d_in] by layer name, float64, non-negative, unsorted."""
+
+    def term(self, name: str, mass: float) -> Term:
+        """Return what is added to the curvature of a layer whose own mass ΣλΣμ is ``mass``."""
+        g, a = self.spectra[name]
+        scale = mass / float(g.sum() * a.sum()) if self.normalize else 1.0
+        return self.weight * scale * g, a
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """Return the spectra as they are named on disk, after ``key``."""
+        # Layers that share an A share its values, which safetensors refuses to write twice.
+        return {
+            f"{key}.{side}.{name}": values.clone()
+            for name, pair in self.spectra.items()
+            for side, values in zip("ga", pair, strict=True)
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], key: str, names: Iterable[str], **facts: Any
+    ) -> Task:
+        """Return the task whose spectra are named so; ``facts`` are weight and normalize."""
+        spectra = {n: (tensors[f"{key}.g.{n}"], tensors[f"{key}.a.{n}"]) for n in names}
+        return cls(spectra=spectra, **facts)
+
+
+def along(
+    layers: Mapping[str, LayerBasis],
+    task: Mapping[str, LayerFactors],
+    weight: float,
+    normalize: bool,
+) -> Task:
+    """Return the curvature of ``task`` along the eigenvectors of ``layers``.
+
+    Args:
+        layers: Bases by layer name, complete.
+        task: Factors of the same layers, and perhaps others.
+        weight: α.
+        normalize: As of :class:`Task`.
+
+    Returns:
+        The diagonals of both factors in the eigenbasis; an A that layers share is read once.
+
+    Raises:
+        InputError: If ``weight`` is not finite, a basis holds leading eigenpairs only, or the
+            task's factors hold NaN, infinity, or nothing but zeros.
+        LayerNotFound: If the task lacks a layer.
+        ShapeError: If a layer is of another width there.
+    """
+    if not math.isfinite(weight):
+        raise InputError(f"weight={weight}: pass a finite number; below 0 forgets the task")
+    missing = [name for name in layers if name not in task]
+    if missing:
+        raise LayerNotFound(
+            f"the task has no factors of {', '.join(map(repr, missing))}: measure the same layers, "
+            "or restrict the basis"
+        )
+    shared: dict[tuple[Hashable, int], Tensor] = {}
+    spectra = {}
+    for name, basis in layers.items():
+        factors = task[name]
+        _require_fit(name, basis, factors)
+        key = basis.key_a, id(factors.a_sum)
+        if key not in shared:
+            shared[key] = _values(name, factors.A, basis.vectors_a)
+        spectra[name] = _values(name, factors.G, basis.vectors_g), shared[key]
+    return Task(weight, normalize, spectra)
+
+
+def _require_fit(name: str, basis: LayerBasis, factors: LayerFactors) -> None:
+    shape = len(factors.g_sum), len(factors.a_sum)
+    if shape != basis.shape:
+        raise ShapeError(f"layer {name!r} is {shape} in the task and {basis.shape} in the basis")
+    if not basis.complete:
+        raise InputError(
+            f"the basis of layer {name!r} holds its leading eigenpairs only, and a task bends the "
+            "loss along others: decompose without mass="
+        )
+
+
+def _values(name: str, matrix: Tensor, vectors: Tensor) -> Tensor:
+    values = diagonal(matrix, vectors).clamp_min_(0)
+    if not values.isfinite().all() or not values.any():
+        raise InputError(
+            f"the task's factors of layer {name!r} hold NaN, infinity, or nothing but zeros: was "
+            "data collected?"
+        )
+    return values
