@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from curvfast.core.eigenbasis import LayerBasis as LayerBasis
     from curvfast.core.factors import Factors as Factors
     from curvfast.core.factors import LayerFactors as LayerFactors
-    from curvfast.core.selection import Mask as Mask
+    from curvfast.core.mask import Mask as Mask
     from curvfast.core.selection import Selection as Selection
     from curvfast.core.selection import Staircase as Staircase
     from curvfast.correcting import collect_corrections as collect_corrections
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from curvfast.ops.registry import use_backend as use_backend
     from curvfast.planning.plan import CollectionPlan as CollectionPlan
     from curvfast.planning.plan import plan_collection as plan_collection
+    from curvfast.selecting import select as select
     from curvfast.writing.card import save_edited as save_edited
     from curvfast.writing.factored import FactorReport as FactorReport
     from curvfast.writing.factored import factorize as factorize
@@ -74,7 +75,7 @@ _HOMES = {
     "LayerBasis": "core.eigenbasis",
     "Factors": "core.factors",
     "LayerFactors": "core.factors",
-    "Mask": "core.selection",
+    "Mask": "core.mask",
     "Selection": "core.selection",
     "Staircase": "core.selection",
     "collect_from": "driver",
@@ -99,6 +100,7 @@ _HOMES = {
     "export_lora": "writing.lora",
     "Patch": "writing.patch",
     "make_patch": "writing.patch",
+    "select": "selecting",
 }
 
 

@@ -13,29 +13,35 @@ from torch import Tensor, nn
 
 from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
+from curvfast.core.importance import Importance, ranked
 from curvfast.core.projection import project, work
-from curvfast.core.selection import Mask, Selection, Staircase
+from curvfast.core.rule import Rule
+from curvfast.core.selection import Frame, Mask, Staircase
+from curvfast.core.singular import singular_vectors
 from curvfast.distributed import refuse_layout
 from curvfast.edit_report import EditReport, LayerEdit
-from curvfast.errors import BasisMismatch, InputError, LayerNotFound
+from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, refuse_tied
 from curvfast.matching import basis_layers
 from curvfast.provenance import model_facts
+from curvfast.selecting import Kept, frame_of, require_fit
 
 DEFAULT_MASS = 0.6
 
 
-class Rule(TypedDict, total=False):
+class EditRule(TypedDict, total=False):
     """What of which layers is kept: keywords of :func:`curvfast.edit`."""
 
     mass: float | None
     layers: LayerSpec | None
     fraction: float | None
     pairs: int | None
-    selection: Selection | Mapping[str, Staircase | Mask] | None
+    selection: Kept | None
+    importance: Importance | None
+    corrections: Mapping[str, Tensor] | None
 
 
-class EditOptions(Rule, total=False):
+class EditOptions(EditRule, total=False):
     """Keywords of :func:`curvfast.edit`."""
 
     strength: float
@@ -48,12 +54,28 @@ class EditStep:
     layer: LinearLayer
     basis: LayerBasis
     kept: Staircase | Mask
+    foreign: Frame | None = None
+    """What the kept pairs are of, if not of the basis."""
 
-    def new_weight(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """Return W + α (W' − W) of W [d_out, d_in], in the working dtype; W itself for α = 0."""
+    def vectors(self, weight: Tensor) -> LayerBasis | None:
+        """Return the vectors that pairs of W [d_out, d_in] are of; None: its rows and columns."""
+        if self.foreign is None:
+            return self.basis
+        return singular_vectors(weight) if self.foreign == "singular" else None
+
+    def new_weight(
+        self, weight: Tensor, vectors: LayerBasis | None, strength: float = 1.0
+    ) -> Tensor:
+        """Return W + α (W' − W) of W [d_out, d_in], in the working dtype; W itself for α = 0.
+
+        Args:
+            weight: W.
+            vectors: As of :meth:`vectors`.
+            strength: α.
+        """
         if strength == 0:
             return weight
-        new = project(weight, self.basis, self.kept)
+        new = project(weight, vectors, self.kept)
         return new if strength == 1 else torch.lerp(weight.to(new.dtype), new, strength)
 
 
@@ -71,9 +93,10 @@ class EditPlan:
         for step in self.steps:
             started = time.perf_counter()
             weight, kept = step.layer.matrix(), step.kept
-            new = step.new_weight(weight, self.strength)
+            vectors = step.vectors(weight)
+            new = step.new_weight(weight, vectors, self.strength)
             change = relative_change(weight, new)
-            share, seconds = work(step.basis, kept), time.perf_counter() - started
+            share, seconds = work(vectors, kept), time.perf_counter() - started
             entry = LayerEdit(
                 step.layer.name, kept.pairs, kept.fraction, kept.mass, change, share, seconds
             )
@@ -93,7 +116,9 @@ def plan_edit(
     *,
     fraction: float | None = None,
     pairs: int | None = None,
-    selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+    selection: Kept | None = None,
+    importance: Importance | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
     strength: float = 1.0,
 ) -> EditPlan:
     """Check an edit as :func:`curvfast.edit` takes it, and write nothing.
@@ -106,6 +131,8 @@ def plan_edit(
         fraction: As in :func:`curvfast.edit`.
         pairs: As in :func:`curvfast.edit`.
         selection: As in :func:`curvfast.edit`.
+        importance: As in :func:`curvfast.edit`.
+        corrections: As in :func:`curvfast.edit`.
         strength: As in :func:`curvfast.edit`.
 
     Returns:
@@ -115,6 +142,7 @@ def plan_edit(
         InputError: As in :func:`curvfast.edit`.
         BasisMismatch: As in :func:`curvfast.edit`.
         LayerNotFound: As in :func:`curvfast.edit`.
+        ShapeError: As in :func:`curvfast.edit`.
     """
     if not math.isfinite(strength):
         raise InputError(
@@ -124,37 +152,53 @@ def plan_edit(
     rules = (mass, fraction, pairs, selection)
     if sum(rule is not None for rule in rules) > 1:
         raise InputError("pass only one of mass=, fraction=, pairs= and selection=")
-    chosen = basis_layers(model, basis, layers)
-    refuse_tied(model, chosen)
-    part = Eigenbasis({name: basis[name] for name in chosen})
+    chosen = editable_layers(model, basis, layers)
+    part = basis.restricted(chosen)
     if selection is None:
         if fraction is None and pairs is None and mass is None:
             mass = DEFAULT_MASS
-        selection = part.keep(mass=mass, fraction=fraction, pairs=pairs)
-        rule: dict[str, Any] = {"mass": mass, "fraction": fraction, "pairs": pairs}
+        selection = ranked(
+            importance or "kfac", part, lambda name: chosen[name].matrix(),
+            Rule(mass, fraction, pairs), corrections=corrections,
+        )  # fmt: skip
+        rule: dict[str, Any] = {
+            "mass": mass, "fraction": fraction, "pairs": pairs, "importance": importance,
+            "corrections": None if corrections is None else "given",
+        }  # fmt: skip
+    elif importance is not None or corrections is not None:
+        raise InputError("selection= has made the choice: leave out importance= and corrections=")
     else:
         rule = {"selection": "given"}
-    for name, layer in chosen.items():
-        layer.require_writable()
-        if name not in selection:
-            raise LayerNotFound(
-                f"selection= says nothing about layer {name!r}; add it, or pass layers="
-            )
-        if selection[name].shape != (layer.d_out, layer.d_in):
-            raise BasisMismatch(
-                f"selection of layer {name!r} is {selection[name].shape}, its weight "
-                f"{(layer.d_out, layer.d_in)}"
-            )
-        part[name].require(name, selection[name])
-        sliced = isinstance(layer, ExpertLayer)
-        refuse_layout(f"the weight of layer {name!r}", layer.parameter, sliced=sliced)
+    require_fit(chosen, part, selection)
+    frame = frame_of(selection, part)
+    foreign = None if frame == part.frame else frame
     provenance = {
         "model": model_facts(model),
         "rule": {key: value for key, value in rule.items() if value is not None},
         "factors": dict(basis.provenance),
     }
-    steps = [EditStep(layer, part[name], selection[name]) for name, layer in chosen.items()]
+    steps = [EditStep(chosen[n], part[n], selection[n], foreign) for n in chosen]
     return EditPlan(tuple(steps), strength, provenance)
+
+
+def editable_layers(
+    model: nn.Module, basis: Eigenbasis, layers: LayerSpec | None
+) -> dict[str, LinearLayer]:
+    """Return the layers of a model that a basis describes, as :func:`basis_layers`, to be edited.
+
+    Raises:
+        InputError: If a weight is stored quantised, or sharded in a way that is not supported.
+        BasisMismatch: If the model lacks a layer, or it has other widths.
+        LayerNotFound: If ``layers`` matches nothing in the basis, or a layer shares its weight with
+            another module.
+    """
+    chosen = basis_layers(model, basis, layers)
+    refuse_tied(model, chosen)
+    for name, layer in chosen.items():
+        layer.require_writable()
+        sliced = isinstance(layer, ExpertLayer)
+        refuse_layout(f"the weight of layer {name!r}", layer.parameter, sliced=sliced)
+    return chosen
 
 
 def relative_change(weight: Tensor, new: Tensor) -> float:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.importance import Importance
 from curvfast.core.selection import Mask, Selection, Staircase
 from curvfast.edit_plan import EditPlan, plan_edit
 from curvfast.edit_report import EditReport
@@ -24,6 +25,8 @@ def edit(
     fraction: float | None = None,
     pairs: int | None = None,
     selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+    importance: Importance | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
     strength: float = 1.0,
 ) -> EditReport:
     """Keep the part of each weight in its high-curvature eigenpairs: W' = U_G (M ∘ C) U_Aᵀ.
@@ -40,7 +43,11 @@ def edit(
         layers: Which layers of the basis to edit, as in :func:`curvfast.collect`; None means all.
         fraction: Instead of ``mass``: share of each layer's eigenpairs to keep.
         pairs: Instead of ``mass``: number of each layer's eigenpairs to keep.
-        selection: Instead of ``mass``: what to keep, by layer name.
+        selection: Instead of ``mass``: what to keep, by layer name. It knows whether its pairs are
+            of these eigenvectors, of singular vectors (found anew for each weight, unless ``basis``
+            holds them), or of the weight's own rows and columns.
+        importance: What pairs are ranked by, as in :func:`curvfast.select`; None is ``"kfac"``.
+        corrections: As in :func:`curvfast.select`.
         strength: α, of W + α (W' − W): 1 is the edit, 0 leaves every bit, between them part of it
             is made, and below 0 what it would remove is amplified.
 
@@ -48,16 +55,18 @@ def edit(
         Pairs, mass, relative change and seconds of each layer.
 
     Raises:
-        InputError: If a rule or the strength is out of range, more than one rule is given, or a
-            weight is stored quantised.
-        BasisMismatch: If the basis is of another model.
-        LayerNotFound: If ``layers`` matches nothing in the basis, or a layer shares its weight with
-            another module.
+        InputError: If a rule or the strength is out of range, more than one rule is given, the
+            importance or its scores do not go with the basis or ``corrections``, or a weight is
+            stored quantised.
+        BasisMismatch: If the basis is of another model, or the selection of another basis.
+        LayerNotFound: If ``layers`` matches nothing in the basis, ``selection`` or ``corrections``
+            lack a layer, or a layer shares its weight with another module.
+        ShapeError: If corrections are of another shape.
     """
     return _apply(
         plan_edit(
             model, basis, mass, layers, fraction=fraction, pairs=pairs, selection=selection,
-            strength=strength,
+            importance=importance, corrections=corrections, strength=strength,
         )
     )  # fmt: skip
 
@@ -72,6 +81,8 @@ def edited(
     fraction: float | None = None,
     pairs: int | None = None,
     selection: Selection | Mapping[str, Staircase | Mask] | None = None,
+    importance: Importance | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
     strength: float = 1.0,
 ) -> Iterator[EditReport]:
     """Edit a model inside a ``with`` block; afterwards its weights are the same, bit for bit.
@@ -84,6 +95,8 @@ def edited(
         fraction: As in :func:`edit`.
         pairs: As in :func:`edit`.
         selection: As in :func:`edit`.
+        importance: As in :func:`edit`.
+        corrections: As in :func:`edit`.
         strength: As in :func:`edit`.
 
     Yields:
@@ -93,10 +106,11 @@ def edited(
         InputError: As in :func:`edit`.
         BasisMismatch: As in :func:`edit`.
         LayerNotFound: As in :func:`edit`.
+        ShapeError: As in :func:`edit`.
     """
     plan = plan_edit(
         model, basis, mass, layers, fraction=fraction, pairs=pairs, selection=selection,
-        strength=strength,
+        importance=importance, corrections=corrections, strength=strength,
     )  # fmt: skip
     saved = [(step.layer, step.layer.stored().clone()) for step in plan.steps]
     try:

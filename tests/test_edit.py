@@ -14,11 +14,11 @@ from transformers import GPT2LMHeadModel
 
 import curvfast
 from curvfast import storage
-from curvfast.baselines.selections import random_selection
-from curvfast.baselines.svd import svd_basis, svd_selection
+from curvfast.baselines.svd import svd_basis
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
+from curvfast.core.mask import random_mask
 from curvfast.core.projection import drop_, project, rotate, rotate_back, sweep, work
-from curvfast.core.selection import Selection, random_mask, staircase_by_mass
+from curvfast.core.selection import Selection, staircase_by_mass
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
@@ -215,17 +215,17 @@ def test_truncated_svd_is_the_best_approximation_of_its_rank() -> None:
     before = matrix(model, name)
     basis = svd_basis(model, [name])
     rank = round(0.5 * 24)
-    curvfast.edit(model, basis, selection=svd_selection(basis, {name: 0.5}))
+    curvfast.edit(model, basis, fraction=0.5, importance="svd")
     u, s, vh = torch.linalg.svd(before)
     best = (u[:, :rank] * s[:rank]) @ vh[:rank]
     assert (matrix(model, name) - best).norm() <= 1e-5 * before.norm()
 
 
 def test_random_pairs_are_as_many_as_the_staircase_keeps(measured) -> None:
-    _, basis = measured
+    model, basis = measured
     kept = basis.keep(mass=0.7)
-    chosen = random_selection(basis, kept, seed=0)
-    assert {n: chosen[n].pairs for n in chosen} == {n: kept[n].pairs for n in kept}
+    chosen = curvfast.select(model, basis, "random", mass=0.7)
+    assert chosen.pairs == kept.pairs
 
 
 class TestNothingIsWrittenOnAnError:

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from curvfast.baselines.selections import random_selection
-from curvfast.baselines.svd import svd_selection
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.editing import edited
+from curvfast.selecting import select
 
 Measure = Callable[[nn.Module], dict[str, float]]
 METHODS = ("kfac", "svd", "random")
@@ -41,16 +40,16 @@ def compare(
         ``mass`` and, by method, the figures with ``kept_fraction`` (pairs kept over all pairs).
     """
     kept = basis.keep(mass=mass)
-    fractions = {name: kept[name].fraction for name in kept}
     sizes = {name: len(basis[name].values_a) * len(basis[name].values_g) for name in basis}
-    share = sum(kept[name].pairs for name in kept) / sum(sizes.values())
+    share = sum(kept.pairs.values()) / sum(sizes.values())
     point: dict[str, Any] = {"mass": mass}
     for method in methods:
         own_basis, selection = basis, kept
         if method == "svd":
-            own_basis, selection = singular, svd_selection(singular, fractions)
+            own_basis = singular
+            selection = select(model, singular, "svd", fraction=kept.fractions)
         elif method == "random":
-            selection = random_selection(basis, kept, seed)
+            selection = select(model, basis, "random", pairs=kept.pairs, seed=seed)
         with edited(model, own_basis, selection=selection):
             point[method] = {**measure(model), "kept_fraction": share}
     return point

@@ -149,7 +149,8 @@ def _facts(report: EditReport, perplexity: Mapping[str, float] | None = None) ->
 
 def _arguments(report: EditReport) -> list[str]:
     rule = report.provenance.get("rule", {})
-    chosen = [f"{k}={'kept' if k == 'selection' else v}," for k, v in rule.items()]
+    given = {"selection": "kept", "corrections": "corrections"}
+    chosen = [f"{k}={given.get(k, repr(v))}," for k, v in rule.items()]
     names = [f'    "{entry.name}",' for entry in report.layers]
     strength = [] if report.strength == 1 else [f"strength={report.strength!r},"]
     return [*chosen, "layers=[", *names, "],", *strength]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.distributed import is_sharded_model
-from curvfast.edit_plan import EditStep, Rule, plan_edit, relative_change
+from curvfast.edit_plan import EditRule, EditStep, plan_edit, relative_change
 from curvfast.edit_report import as_json
 from curvfast.errors import InputError
 from curvfast.writing.low_rank import cover, low_rank_factors
@@ -149,7 +149,7 @@ class FactorReport:
         return "\n".join(lines)
 
 
-def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> FactorReport:
+def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[EditRule]) -> FactorReport:
     """Edit a model as :func:`curvfast.edit` does, and replace layers by factors of the edited ones.
 
     A layer whose W' is a product of two factors of fewer numbers than d_out · d_in becomes a
@@ -160,8 +160,8 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> Fact
     Args:
         model: The model the basis was measured on; changed in place.
         basis: Eigenbases by layer name.
-        rule: ``mass``, ``layers``, ``fraction``, ``pairs`` and ``selection``, as in
-            :func:`curvfast.edit`.
+        rule: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection``, ``importance`` and
+            ``corrections``, as in :func:`curvfast.edit`.
 
     Returns:
         Form, rank and parameters of each layer, before and after.
@@ -171,6 +171,7 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[Rule]) -> Fact
             transformers' ``Conv1D`` by itself, has hooks, or is sharded.
         BasisMismatch: As in :func:`curvfast.edit`.
         LayerNotFound: As in :func:`curvfast.edit`.
+        ShapeError: As in :func:`curvfast.edit`.
     """
     plan = plan_edit(model, basis, **rule)
     if plan.strength != 1:
@@ -193,13 +194,14 @@ def _give_form(model: nn.Module, step: EditStep) -> LayerForm:
     weight = layer.matrix()
     rank, before = sum(map(len, cover(kept))), weight.numel()
     after = rank * (layer.d_out + layer.d_in)
-    if after < before:
+    vectors = step.vectors(weight)
+    if vectors is not None and after < before:
         form = LOW_RANK
-        left, right = low_rank_factors(weight, step.basis, kept)
+        left, right = low_rank_factors(weight, vectors, kept)
         change = relative_change(weight, left @ right)
         _replace(model, layer.module, _factored(layer, left, right))
     else:
-        form, after, new = DENSE, before, step.new_weight(weight)
+        form, after, new = DENSE, before, step.new_weight(weight, vectors)
         change = relative_change(weight, new)
         layer.write(new)
     return LayerForm(layer.name, form, rank, before, after, kept.pairs, kept.mass, change)

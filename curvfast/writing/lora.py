@@ -92,8 +92,8 @@ def export_lora(
         basis: Eigenbases by layer name.
         directory: Of the adapter; made if missing.
         rank: r of the adapter; a layer narrower than that has its own width instead.
-        options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection`` and ``strength``, as
-            in :func:`curvfast.edit`.
+        options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection``, ``importance``,
+            ``corrections`` and ``strength``, as in :func:`curvfast.edit`.
 
     Returns:
         The share of the change that the adapter keeps, layer by layer and in all.
@@ -103,6 +103,7 @@ def export_lora(
             ``nn.Linear`` or transformers' ``Conv1D``, or sharded.
         BasisMismatch: As in :func:`curvfast.edit`.
         LayerNotFound: As in :func:`curvfast.edit`.
+        ShapeError: As in :func:`curvfast.edit`.
         StorageError: If the folder cannot be written.
     """
     if rank < 1:

@@ -189,8 +189,8 @@ def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOption
     Args:
         model: The model the basis was measured on, in the dtype the patch is meant for.
         basis: Eigenbases by layer name.
-        options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection`` and ``strength``, as
-            in :func:`curvfast.edit`.
+        options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection``, ``importance``,
+            ``corrections`` and ``strength``, as in :func:`curvfast.edit`.
 
     Returns:
         The patch, with the report of the edit.
@@ -199,6 +199,7 @@ def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOption
         InputError: As in :func:`curvfast.edit`.
         BasisMismatch: As in :func:`curvfast.edit`.
         LayerNotFound: As in :func:`curvfast.edit`.
+        ShapeError: As in :func:`curvfast.edit`.
     """
     plan = plan_edit(model, basis, **options)
     layers, entries = {}, []
