@@ -1,4 +1,4 @@
-"""The exact staircase of one layer: a search over two sorted lists against a sort and a heap."""
+"""What to keep of one layer: the staircase and arbitrary scores, against sorts and a heap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvfast.core.rule import Rule
+from curvfast.core.scores import masks
 from curvfast.core.selection import staircase_by_mass
 
 # (d_out, d_in): GPT-2's and Llama-2-7B's up projections.
@@ -48,3 +50,22 @@ def test_selection_against_the_published_heap(race: Any, benchmark: Any) -> None
         rounds=5,
         rival="heap",
     )
+
+
+def sorted_scores(scores: Tensor, mass: float) -> Tensor:
+    """Return the mask of the largest scores that reach a mass, by sorting them all."""
+    ordered = scores.flatten().sort(descending=True).values
+    reached = ordered.cumsum(0, dtype=torch.float64)
+    return scores >= ordered[(reached < mass * reached[-1]).sum()]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_general_selection(race: Any, shape: tuple[int, int]) -> None:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0)).pow_(6)
+    found, expected = masks({"x": scores}, Rule(mass=0.8))["x"], sorted_scores(scores, 0.8)
+    differs = found.dense() != expected
+    # The running sum rounds: scores within its rounding of the threshold may be on either side.
+    assert differs.sum() <= 1e-6 * scores.numel()
+    edge = scores[expected].min()
+    assert ((scores[differs] / edge - 1).abs() < 1e-5).all()
+    race(lambda: masks({"x": scores}, Rule(mass=0.8)), lambda: sorted_scores(scores, 0.8), rounds=3)
