@@ -247,6 +247,9 @@ def test_random_pairs_are_as_many_seeded_and_leave_the_global_state(measured: An
     alike = curvfast.select(model, basis, "random", pairs=200)
     first, second = [n for n in basis if basis[n].shape == basis[next(iter(basis))].shape][:2]
     assert not torch.equal(alike[first].kept, alike[second].kept)
+    # Nor are one layer's pairs another's by the next seed: seeds are to be averaged over.
+    after = curvfast.select(model, basis, "random", pairs=200, seed=1)
+    assert not torch.equal(after[first].kept, alike[second].kept)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -387,6 +390,12 @@ OK = {"0": torch.ones(5, 4)}
             "needs all eigenvectors",
         ),
         (leading, {"importance": "ekfac", "corrections": OK}, InputError, "leading 2 of 5"),
+        (
+            leading,
+            {"importance": "ekfac", "corrections": {"0": torch.ones(2, 2)}},
+            ShapeError,
+            "without mass=",
+        ),
         (leading, {"importance": "g_only"}, InputError, "leading 2 of 5"),
         (bare, {"selection": {}, "importance": "kfac"}, InputError, "has made the choice"),
         (bare, {"selection": {}, "corrections": OK}, InputError, "has made the choice"),

@@ -273,7 +273,7 @@ def test_a_mask_is_never_unpacked_whole(monkeypatch: pytest.MonkeyPatch) -> None
         return out
 
     monkeypatch.setattr("curvfast.core.mask.unpacked", watched)
-    mask = random_mask(1000, 33, 7000, seed=0)
+    mask = random_mask(1000, 33, 7000, torch.Generator())
     found = drop_(torch.ones(1000, 33), mask)
     assert found.sum() == 7000
     assert max(sizes) < 1000 * 33 / 3
@@ -328,7 +328,7 @@ def selection() -> Selection:
     return Selection(
         {
             "model.0": staircase_by_mass([4.0, 2, 1], [3.0, 1, 0.2], 0.8),
-            "model.1": random_mask(5, 11, 20, seed=0),
+            "model.1": random_mask(5, 11, 20, torch.Generator()),
             "empty": Staircase(torch.zeros(3, dtype=torch.int32), 4, math.inf, 0.0),
         },
         "kfac_saliency",

@@ -320,6 +320,8 @@ def test_tasks_that_do_not_fit_are_refused_by_name(general: Factors, task: Facto
             basis.with_task(task, weight)
     with pytest.raises(InputError, match="leading eigenpairs only"):
         short(basis).with_task(task)
+    with pytest.raises(InputError, match="singular vectors"):
+        Eigenbasis(basis.layers, frame="singular").with_task(task)
 
 
 def short(basis: Eigenbasis) -> Eigenbasis:

@@ -160,11 +160,12 @@ class Eigenbasis(Mapping[str, LayerBasis]):
             A basis that :meth:`keep`, :func:`curvfast.select` and :func:`curvfast.edit` take.
 
         Raises:
-            InputError: If ``weight`` is not finite, the basis holds leading eigenpairs only, or the
-                task's factors hold NaN, infinity or nothing but zeros.
+            InputError: If ``weight`` is not finite, the basis holds leading eigenpairs or singular
+                vectors, or the task's factors hold NaN, infinity or nothing but zeros.
             LayerNotFound: If the task lacks layers of this basis; they are named.
             ShapeError: If a layer is of another width there.
         """
+        self.require_curvature()
         added = along(self, task, weight, normalize)
         return replace(self, tasks=(*self.tasks, added)) if weight else self
 

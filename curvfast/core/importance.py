@@ -110,7 +110,10 @@ def _scores(
     def corrected(name: str) -> Rows:
         matrix, shape = corrections[name], basis[name].shape
         if matrix.shape != shape:
-            raise ShapeError(f"corrections of layer {name!r} are {[*matrix.shape]}, not {[*shape]}")
+            raise ShapeError(
+                f"corrections of layer {name!r} are {[*matrix.shape]}, its pairs {[*shape]}: "
+                "measure them in this basis, decomposed without mass= to hold every eigenvector"
+            )
         return lambda band: matrix[band].detach().to("cpu", torch.float64)
 
     def diagonal(name: str) -> Rows:
@@ -150,10 +153,8 @@ def _square(vectors: Tensor, values: Tensor) -> Tensor:
 
 def _random(basis: Eigenbasis, rule: Rule, seed: int) -> Selection:
     pairs = basis.keep_by(rule).pairs
-    drawn = {
-        name: random_mask(*own.shape, pairs[name], seed + number)
-        for number, (name, own) in enumerate(basis.items())
-    }
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: random_mask(*own.shape, pairs[name], generator) for name, own in basis.items()}
     return basis.labelled(Selection(drawn), "random")
 
 

@@ -93,8 +93,8 @@ class StoredBasis(LayerBasis):
 
     @property
     def key_a(self) -> Hashable:
-        """As of :class:`LayerBasis`."""
-        return self._names[0]
+        """As of :class:`LayerBasis`; what is read anew each time is told by its name."""
+        return id(self._tensors), self._names[0]
 
     @property
     def values_a(self) -> Tensor:  # type: ignore[override]

@@ -99,14 +99,14 @@ def unpacked(bits: Tensor, columns: int) -> Tensor:
     return torch.from_numpy(dense).view(torch.bool)
 
 
-def random_mask(rows: int, columns: int, pairs: int, seed: int) -> Mask:
+def random_mask(rows: int, columns: int, pairs: int, generator: torch.Generator) -> Mask:
     """Keep exactly ``pairs`` of rows × columns pairs, uniformly at random.
 
     Args:
         rows: d_out.
         columns: d_in.
         pairs: From 0 to rows · columns.
-        seed: Seed of a generator of its own.
+        generator: What draws them, on the CPU; it moves on.
 
     Returns:
         The mask.
@@ -115,7 +115,6 @@ def random_mask(rows: int, columns: int, pairs: int, seed: int) -> Mask:
         InputError: If ``pairs`` is out of range.
     """
     within(pairs, rows, columns)
-    generator = torch.Generator().manual_seed(seed)
     kept = torch.zeros(rows * columns, dtype=torch.bool)
     kept[torch.randperm(rows * columns, generator=generator)[:pairs]] = True
     return Mask.pack(kept.view(rows, columns))
