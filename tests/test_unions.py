@@ -324,6 +324,14 @@ def test_tasks_that_do_not_fit_are_refused_by_name(general: Factors, task: Facto
         Eigenbasis(basis.layers, frame="singular").with_task(task)
 
 
+def test_what_rounds_below_zero_is_no_curvature() -> None:
+    basis = Eigenbasis({"up": curvfast.LayerBasis(*(torch.ones(2), torch.eye(2)) * 2)})
+    sums = torch.diag(torch.tensor([1.0, -1e-7]))
+    union = basis.with_task(Factors({"up": LayerFactors(sums, sums, 1, 1)}))
+    for values in union.tasks[0].spectra["up"]:
+        assert values.tolist() == [1.0, 0.0]
+
+
 def short(basis: Eigenbasis) -> Eigenbasis:
     own = basis["up"]
     cut = curvfast.LayerBasis(own.values_a, own.vectors_a[:, :2], own.values_g, own.vectors_g)
