@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +23,8 @@ from curvfast.core.spectrum import (
     curvature_spectrum,
     layer_eigenvalues,
 )
-from curvfast.errors import FormatError, StorageError
+from curvfast.errors import FormatError
+from curvfast.storage import append_line, finished_lines
 
 FILE = "spectrum.jsonl"
 KIND = "curvfast-spectrum"
@@ -115,20 +115,7 @@ def append(directory: str | PathLike[str], record: SpectrumRecord) -> None:
     Raises:
         StorageError: If it cannot be written; what was there is untouched.
     """
-    path = Path(directory) / FILE
-    line = f"{record.to_json()}\n".encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            _drop_unfinished(file)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise StorageError(
-            f"could not append to {str(path)!r}: {error}; check the disk's free space and "
-            "permissions"
-        ) from error
+    append_line(Path(directory) / FILE, record.to_json())
 
 
 def read_log(directory: str | PathLike[str], run: str | None = None) -> list[SpectrumRecord]:
@@ -150,14 +137,8 @@ def read_log(directory: str | PathLike[str], run: str | None = None) -> list[Spe
     """
     path = Path(directory)
     path = path / FILE if path.is_dir() else path
-    if not path.exists():
-        return []
-    try:
-        written = path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{str(path)!r} cannot be read: {error}") from error
     kept: list[SpectrumRecord] = []
-    records = list(_records(path, written[: _whole_lines(written)]))
+    records = list(_records(path, finished_lines(path)))
     run = records[-1].run if records and run is None else run
     for record in records:
         if record.run == run:
@@ -166,23 +147,9 @@ def read_log(directory: str | PathLike[str], run: str | None = None) -> list[Spe
     return kept
 
 
-def _drop_unfinished(file: BinaryIO) -> None:
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(_whole_lines(file.read()))
-
-
-def _whole_lines(written: bytes) -> int:
-    """Return how many bytes the finished lines take."""
-    return written.rfind(b"\n") + 1
-
-
-def _records(path: Path, written: bytes) -> Iterator[SpectrumRecord]:
+def _records(path: Path, lines: Sequence[bytes]) -> Iterator[SpectrumRecord]:
     names = {field.name for field in fields(SpectrumRecord)}
-    for number, line in enumerate(written.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         where = f"line {number} of {str(path)!r}"
         try:
             entry = json.loads(line)

@@ -13,6 +13,8 @@ from curvfast.storage.checkpoint import TensorPlace as TensorPlace
 from curvfast.storage.checkpoint import copied as copied
 from curvfast.storage.checkpoint import tensor_places as tensor_places
 from curvfast.storage.layout import FORMAT_VERSION as FORMAT_VERSION
+from curvfast.storage.lines import append_line as append_line
+from curvfast.storage.lines import finished_lines as finished_lines
 from curvfast.storage.reading import StoredTensors as StoredTensors
 from curvfast.storage.reading import open_folder as open_folder
 from curvfast.storage.reading import read_folder as read_folder
