@@ -79,6 +79,7 @@ FLOORS = [
         "core.projection",
         "core.singular",
         "core.importance",
+        "core.interpolation",
         "core.spectrum",
     ],
     [
@@ -122,6 +123,12 @@ FLOORS = [
         "edit_report",
         "edit_plan",
         "editing",
+        "rotations",
+        "frontier",
+        "trials",
+        "sweep_log",
+        "sweeping",
+        "layer_search",
     ],
     [
         "writing.difference",

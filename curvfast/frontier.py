@@ -1,0 +1,155 @@
+"""Points of a sweep, and its curves compared at one perplexity, at one size, or at one of any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from curvfast.core.interpolation import Crossing, between, first_crossing
+from curvfast.errors import InputError
+
+UNEDITED = "unedited"
+SIZE = "kept_fraction"
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One edit, measured."""
+
+    importance: str
+    """What pairs were ranked by; ``"unedited"`` for the model as it is."""
+    layers: str
+    """The entry of ``layers=`` that was edited."""
+    names: tuple[str, ...]
+    """The layers it means."""
+    mass: float | None
+    """The rule, if it was a share of the summed score."""
+    fraction: float | None
+    """The rule, if it was a share of the pairs."""
+    kept_fraction: float
+    """Kept pairs over all pairs of the edited layers."""
+    metrics: Mapping[str, float]
+    """What was measured, by name; NaN for what is not finite."""
+    seconds: float
+    """Of editing, measuring and restoring."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this point from the others of its sweep."""
+        return self.importance, self.names, self.mass, self.fraction
+
+    def value(self, metric: str) -> float:
+        """Return a metric, or the kept fraction."""
+        return self.kept_fraction if metric == SIZE else self.metrics[metric]
+
+
+@dataclass(frozen=True)
+class MatchedRow:
+    """One curve at the value that all are compared at."""
+
+    importance: str
+    layers: str
+    kept_fraction: float | None
+    metrics: Mapping[str, float]
+    """Interpolated between two points; empty if the curve does not reach the value."""
+    times: int
+    """How often the curve reaches the value: the row is of the first time, the weakest edit."""
+    refusal: str | None
+    """Why there is no value, if there is none."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Curves at one value of one metric; prints as a table."""
+
+    metric: str
+    value: float
+    rows: tuple[MatchedRow, ...]
+
+    def __str__(self) -> str:
+        """Return the rows as an aligned table, and what is missing in plain words."""
+        names = [name for name in next((r.metrics for r in self.rows if r.metrics), {})]
+        head = ["importance", "layers", SIZE, *names]
+        table = [head, *([r.importance, r.layers, *_cells(r, names)] for r in self.rows)]
+        widths = [max(len(line[c]) for line in table) for c in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if c < 2 else cell.rjust(w)
+                for c, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        ]
+        notes = [f"{r.importance}, {r.layers}: {note}" for r in self.rows for note in _notes(r)]
+        return "\n".join([f"at {self.metric} {self.value:.6g}", *lines, *notes])
+
+
+def matched(
+    unedited: SweepPoint, points: Iterable[SweepPoint], metric: str, value: float
+) -> Matched:
+    """Compare curves where each first reaches ``value``, from the unedited model on.
+
+    A curve is the points of one importance in one set of layers, by falling kept fraction, begun by
+    the unedited model, which keeps all; it is linear between neighbours.
+
+    Args:
+        unedited: The model as it is.
+        points: Of any number of curves.
+        metric: What is to be equal: a name in ``metrics``, or ``"kept_fraction"``.
+        value: Where.
+
+    Returns:
+        A row for each curve; one that does not reach the value says so, for nothing is
+        extrapolated.
+
+    Raises:
+        InputError: If no curve has such a metric.
+    """
+    if metric != SIZE and metric not in unedited.metrics:
+        raise InputError(
+            f"no metric {metric!r} was measured; there are {', '.join(map(repr, unedited.metrics))}"
+            f" and {SIZE!r}"
+        )
+    rows = (_row(own, metric, value) for own in curves(unedited, points).values())
+    return Matched(metric, value, tuple(rows))
+
+
+def curves(
+    unedited: SweepPoint, points: Iterable[SweepPoint]
+) -> dict[tuple[str, str], list[SweepPoint]]:
+    """Return each curve by importance and layers, from the unedited model to the strongest edit."""
+    found: dict[tuple[str, str], list[SweepPoint]] = {}
+    for point in points:
+        found.setdefault((point.importance, point.layers), []).append(point)
+    return {key: [unedited, *sorted(own, key=_strength)] for key, own in found.items()}
+
+
+def _strength(point: SweepPoint) -> tuple[float, float]:
+    return -point.kept_fraction, -(point.mass or point.fraction or 0.0)
+
+
+def _row(curve: Sequence[SweepPoint], metric: str, value: float) -> MatchedRow:
+    importance, layers = curve[-1].importance, curve[-1].layers
+    try:
+        found = first_crossing([point.value(metric) for point in curve], value)
+    except InputError as error:
+        return MatchedRow(importance, layers, None, {}, 0, f"{metric} {error}")
+    return MatchedRow(
+        importance, layers, _at(curve, found, SIZE),
+        {name: _at(curve, found, name) for name in curve[0].metrics}, found.times, None,
+    )  # fmt: skip
+
+
+def _at(curve: Sequence[SweepPoint], found: Crossing, metric: str) -> float:
+    return between(curve[found.before].value(metric), curve[found.after].value(metric), found.share)
+
+
+def _cells(row: MatchedRow, names: Sequence[str]) -> list[str]:
+    if row.kept_fraction is None:
+        return ["-"] * (1 + len(names))
+    return [f"{row.kept_fraction:.4f}", *(f"{row.metrics[name]:.4g}" for name in names)]
+
+
+def _notes(row: MatchedRow) -> list[str]:
+    if row.refusal is not None:
+        return [row.refusal]
+    return [f"the first of {row.times} such edits: the curve is not monotone"] * (row.times > 1)
