@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance
 from curvfast.core.selection import Mask, Selection, Staircase
@@ -116,9 +117,14 @@ def edited(
     try:
         yield _apply(plan)
     finally:
-        with torch.no_grad():
-            for layer, original in saved:
-                layer.stored().copy_(original)
+        restore(saved)
+
+
+@torch.no_grad()
+def restore(saved: Iterable[tuple[LinearLayer, Tensor]]) -> None:
+    """Copy weights back as they were stored, bit for bit."""
+    for layer, original in saved:
+        layer.stored().copy_(original)
 
 
 def _apply(plan: EditPlan) -> EditReport:

@@ -119,11 +119,15 @@ def frame_of(selection: Kept, basis: Eigenbasis) -> Frame:
 
 
 def _require_same(selection: Selection, basis: Eigenbasis) -> None:
-    totals = basis.totals()
-    for name in totals.keys() & selection.totals.keys():
-        made, given = selection.totals[name], totals[name]
-        if not math.isclose(made, given, rel_tol=_SAME):
-            raise BasisMismatch(
-                f"the selection was made in a basis whose curvature mass in layer {name!r} is "
-                f"{made:.6g}, and in this one it is {given:.6g}: pass the basis it was made with"
-            )
+    given = basis.totals()
+    for name in differing(selection.totals, given):
+        raise BasisMismatch(
+            f"the selection was made in a basis whose curvature mass in layer {name!r} is "
+            f"{selection.totals[name]:.6g}, and in this one it is {given[name]:.6g}: pass the "
+            "basis it was made with"
+        )
+
+
+def differing(one: Mapping[str, float], two: Mapping[str, float]) -> list[str]:
+    """Return the names that both have, with masses that two bases of one measurement cannot."""
+    return [n for n in one if n in two and not math.isclose(one[n], two[n], rel_tol=_SAME)]

@@ -46,7 +46,7 @@ def test_what_lies_between_the_extremes_is_reached_and_nothing_else_is(
         low, high = sorted((values[found.before], values[found.after]))
         assert low <= target <= high
         assert found.after - found.before <= 1
-        assert 0 <= found.share < 1
+        assert 0 <= found.share <= 1
     else:
         with pytest.raises(InputError, match=r"outside what was measured.*nothing is extrapolated"):
             first_crossing(values, target)

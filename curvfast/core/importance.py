@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -35,7 +36,7 @@ from curvfast.core.projection import rotate
 from curvfast.core.rule import Rule
 from curvfast.core.scores import Rows, Scores, Term, masks, sum_of
 from curvfast.core.search import staircases
-from curvfast.core.selection import Selection
+from curvfast.core.selection import Frame, Selection
 from curvfast.core.singular import leading_directions, singular_values
 from curvfast.errors import InputError, LayerNotFound, ShapeError
 
@@ -60,6 +61,7 @@ def ranked(
     *,
     corrections: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    rotated: Callable[[str], Tensor] | None = None,
 ) -> Selection:
     """Keep the pairs that rank highest by an importance, the same rule in each layer of a basis.
 
@@ -71,6 +73,7 @@ def ranked(
             unions the curvature mass; for ``svd`` pairs are singular directions, min(d_out, d_in).
         corrections: Λ [d_out, d_in] by layer name, in this basis, for ``ekfac`` and its saliency.
         seed: For ``random``.
+        rotated: Layer name -> C [d_out, d_in], where it is known already.
 
     Returns:
         What is kept of each layer, and of which vectors: staircases for ``kfac``, ``g_only``,
@@ -82,7 +85,7 @@ def ranked(
         LayerNotFound: If ``corrections`` or a rule by layer name lack a layer.
         ShapeError: If corrections are of another shape.
     """
-    _check(importance, basis, corrections)
+    check(importance, basis, corrections)
     if importance == "kfac":
         return basis.keep_by(rule)
     if importance == "random":
@@ -92,8 +95,10 @@ def ranked(
     if importance in ("g_only", "a_only"):
         spectra = {name: _one_side(own, importance) for name, own in basis.items()}
         return basis.labelled(staircases(spectra, rule), importance)
-    found = masks(_scores(importance, basis, weights, corrections or {}), rule)
-    if importance in ("identity", "identity_saliency"):
+    if rotated is None:
+        rotated = partial(_rotated, basis, weights)
+    found = masks(_scores(importance, basis, weights, rotated, corrections or {}), rule)
+    if importance_frame(importance) == "standard":
         return replace(found, importance=importance, frame="standard")
     return basis.labelled(found, importance)
 
@@ -102,11 +107,9 @@ def _scores(
     importance: Importance,
     basis: Eigenbasis,
     weights: Callable[[str], Tensor],
+    rotated: Callable[[str], Tensor],
     corrections: Mapping[str, Tensor],
 ) -> Scores:
-    def rotated(name: str) -> Tensor:
-        return rotate(weights(name), basis[name])
-
     def corrected(name: str) -> Rows:
         matrix, shape = corrections[name], basis[name].shape
         if matrix.shape != shape:
@@ -137,6 +140,10 @@ def _scores(
             return replace(scores, curvature=one, coefficients=weights, unit=0)
         case _:
             return replace(scores, curvature=diagonal, coefficients=weights)
+
+
+def _rotated(basis: Eigenbasis, weights: Callable[[str], Tensor], name: str) -> Tensor:
+    return rotate(weights(name), basis[name])
 
 
 def _one_side(basis: LayerBasis, importance: Importance) -> Term:
@@ -175,9 +182,27 @@ def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -
     return Selection(blocks, "svd", "singular", basis.totals() if known else {})
 
 
-def _check(
+def importance_frame(importance: Importance) -> Frame:
+    """Return what the pairs that an importance ranks are of."""
+    if importance == "svd":
+        return "singular"
+    return "standard" if importance.startswith("identity") else "curvature"
+
+
+def takes_corrections(importance: Importance) -> bool:
+    """Say whether an importance needs the measured Λ."""
+    return importance in _CORRECTED
+
+
+def check(
     importance: Importance, basis: Eigenbasis, corrections: Mapping[str, Tensor] | None
 ) -> None:
+    """Make sure that an importance is known, and goes with a basis and with corrections.
+
+    Raises:
+        InputError: If it does not.
+        LayerNotFound: If ``corrections`` lack a layer.
+    """
     if importance not in get_args(Importance):
         raise InputError(
             f"importance={importance!r}: pass one of {', '.join(get_args(Importance))}"

@@ -19,7 +19,7 @@ class Crossing:
     after: int
     """Index of the next sample, or ``before`` again."""
     share: float
-    """How far it lies from one to the other, in [0, 1)."""
+    """How far it lies from one to the other, in [0, 1]."""
     times: int
     """How often the curve reaches the value; more than once if it is not monotone there."""
 

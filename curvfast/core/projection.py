@@ -10,7 +10,7 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.core.layer_basis import LayerBasis
 from curvfast.core.mask import Mask
-from curvfast.core.selection import Staircase
+from curvfast.core.selection import Staircase, used_ranks
 
 
 def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:
@@ -44,6 +44,19 @@ def drop_(coefficients: Tensor, selection: Staircase | Mask) -> Tensor:
     widths = selection.widths[:rows].to(coefficients.device)
     columns = torch.arange(width, device=coefficients.device)
     return coefficients.masked_fill_(columns >= widths[:, None], 0)
+
+
+def kept_part(coefficients: Tensor, basis: LayerBasis, selection: Staircase | Mask) -> Tensor:
+    """Return U_G (M ∘ C) U_Aᵀ, C [d_out, d_in] or its leading block left as it is.
+
+    Only the leading rows and columns that hold all that is kept are multiplied.
+    """
+    rows, columns = used_ranks(selection)
+    leading = drop_(coefficients[:rows, :columns].clone(), selection)
+    rows, columns = leading.shape
+    device, dtype = coefficients.device, coefficients.dtype
+    u_g, u_a = basis.vectors_g[:, :rows], basis.vectors_a[:, :columns]
+    return u_g.to(device, dtype) @ leading @ u_a.to(device, dtype).T
 
 
 def project(weight: Tensor, basis: LayerBasis | None, selection: Staircase | Mask) -> Tensor:
@@ -89,7 +102,7 @@ def sweep(
     """
     coefficients = rotate(weight, basis)
     for selection in selections:
-        yield rotate_back(drop_(coefficients.clone(), selection), basis)
+        yield kept_part(coefficients, basis, selection)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

@@ -36,6 +36,8 @@ class Rule:
             raise InputError("globally=True needs mass=: pairs and fractions are of one layer")
         if self.mass is not None:
             check_mass(self.mass)
+        if isinstance(self.fraction, (int, float)):
+            share_of(self.fraction, 0)
 
     def count(self, name: str, rows: int, columns: int) -> int:
         """Return how many of a layer's rows × columns pairs ``fraction`` or ``pairs`` keeps.

@@ -1,0 +1,175 @@
+"""search_layers(): which layers to edit, found greedily by a measure that knows the labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+from torch import Tensor, nn
+
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.importance import Importance
+from curvfast.core.rule import Rule
+from curvfast.errors import InputError
+from curvfast.frontier import SweepPoint
+from curvfast.layers import LayerSpec
+from curvfast.progress import Bar
+from curvfast.rotations import Hold
+from curvfast.sweep_log import SweepLog
+from curvfast.sweeping import LayerSets, layer_sets, measured, measured_unedited
+from curvfast.trials import Measure, Trials
+
+
+@dataclass(frozen=True)
+class LayerSearch:
+    """What a greedy search chose, and by what."""
+
+    chosen: tuple[str, ...]
+    """Candidates in the order they were taken; none if no edit was better than none."""
+    names: tuple[str, ...]
+    """The layers they mean: ``layers=`` of :func:`curvfast.edit`."""
+    objective: str
+    """The metric that was to fall, or with a minus sign to rise."""
+    labels: str
+    """What the search was told about the data, in the caller's words."""
+    steps: tuple[SweepPoint, ...]
+    """The best edit of each round."""
+    tried: tuple[SweepPoint, ...]
+    """Every edit, round by round."""
+    unedited: SweepPoint
+    """The model as it is."""
+
+    def __str__(self) -> str:
+        """Return what each round added, what it came to, and which labels chose it."""
+        points = zip(("unedited", *(f"+ {title}" for title in self.chosen)),
+                     (self.unedited, *self.steps), strict=True)  # fmt: skip
+        lines = [
+            "  ".join([title, *(f"{name} {value:.4g}" for name, value in point.metrics.items())])
+            for title, point in points
+        ]
+        return "\n".join(
+            [
+                f"layers chosen by {self.objective!r}, knowing: {self.labels}", *lines,
+                "numbers on the same data flatter this choice: report them on other",
+            ]
+        )  # fmt: skip
+
+
+def search_layers(
+    model: nn.Module,
+    basis: Eigenbasis,
+    mass: float | None = None,
+    importance: Importance = "kfac",
+    candidates: LayerSets | Sequence[LayerSpec | None] = None,
+    *,
+    evaluate: Measure | Sequence[Measure],
+    objective: str,
+    labels: str,
+    at_most: Mapping[str, float] | None = None,
+    most: int | None = None,
+    fraction: float | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    out: str | PathLike[str] | None = None,
+    hold: Hold = "device",
+    progress: bool = True,
+) -> LayerSearch:
+    """Add layers to the edit one candidate at a time, the best first, while it gets better.
+
+    Each round edits what is chosen with each remaining candidate, at one size, and takes the one of
+    the lowest ``objective`` among those within ``at_most``; it stops when none is lower than
+    before. With n candidates that is at most n (n + 1) / 2 edits; the best set may be another.
+
+    This is no label-free method: it sees whatever ``evaluate`` sees, passages known to be memorized
+    above all. ``labels`` says what that was, and is shown with the result. Report figures on data
+    that the search has not seen.
+
+    Args:
+        model: As in :func:`curvfast.sweep`.
+        basis: As in :func:`curvfast.sweep`.
+        mass: Share in (0, 1] of each layer's summed score to keep.
+        importance: As in :func:`curvfast.select`.
+        candidates: Sets of layers, as ``layers`` of :func:`curvfast.sweep`; None: each layer of the
+            basis by itself.
+        evaluate: As in :func:`curvfast.sweep`.
+        objective: Which of its numbers should fall, such as ``"strict"``; with a minus sign before
+            it, rise.
+        labels: What ``evaluate`` knows about the data, in words: ``"200 passages known to be
+            memorized; perplexity of held-out text"``.
+        at_most: Upper bounds of numbers, such as ``{"perplexity": 22.8}``.
+        most: How many candidates to take at most.
+        fraction: Instead of ``mass``: share in [0, 1] of each layer's pairs.
+        corrections: As in :func:`curvfast.select`.
+        seed: For ``"random"``.
+        out: As in :func:`curvfast.sweep`; it is also of these ``labels``.
+        hold: As in :func:`curvfast.sweep`.
+        progress: Whether a bar counts edits (on a terminal only).
+
+    Returns:
+        What was chosen, and every edit that was tried.
+
+    Raises:
+        InputError: As in :func:`curvfast.sweep`; or if ``labels`` is empty, or ``objective`` or
+            ``at_most`` name what ``evaluate`` does not return.
+        BasisMismatch: If the basis is of another model.
+        LayerNotFound: If a candidate matches nothing in the basis.
+        ShapeError: If corrections are of another shape.
+        StorageError: If ``out`` cannot be read or written.
+    """
+    if not labels.strip():
+        raise InputError("labels= is empty: say in words what evaluate= knows about the data")
+    size = (mass, fraction)
+    Rule(*size)
+    sets: dict[str, tuple[str, ...]] = {name: (name,) for name in basis}
+    if candidates is not None:
+        sets = layer_sets(model, basis, candidates)
+    names = [n for n in basis if any(n in own for own in sets.values())]
+    trials = Trials(
+        model, basis, names, [importance], evaluate, corrections=corrections, seed=seed, hold=hold
+    )
+    log = SweepLog(out, trials, labels)
+    unedited = measured_unedited(trials, log)
+    score = _score(objective, at_most or {}, unedited)
+    chosen: list[str] = []
+    steps = [unedited]
+    tried: list[SweepPoint] = []
+    with Bar("search", None, "edits", progress) as bar:
+        while len(chosen) < (len(sets) if most is None else min(most, len(sets))):
+            found: dict[str, SweepPoint] = {}
+            for title in (title for title in sets if title not in chosen):
+                together = [*chosen, title]
+                own = [n for n in names if any(n in sets[each] for each in together)]
+                found[title] = measured(trials, log, importance, size, " + ".join(together), own)
+                bar.advance(1)
+            tried += found.values()
+            best = min(found, key=lambda title: score(found[title]))
+            if not score(found[best]) < score(steps[-1]):
+                break
+            chosen.append(best)
+            steps.append(found[best])
+    return LayerSearch(
+        tuple(chosen), steps[-1].names, objective, labels, tuple(steps[1:]), tuple(tried), unedited
+    )
+
+
+def _score(
+    objective: str, at_most: Mapping[str, float], unedited: SweepPoint
+) -> Callable[[SweepPoint], float]:
+    """Return what is to be small: the objective, or infinity beyond a bound."""
+    sign, metric = (-1, objective[1:]) if objective.startswith("-") else (1, objective)
+    unknown = [name for name in (metric, *at_most) if name not in unedited.metrics]
+    if unknown:
+        raise InputError(
+            f"evaluate= returned no {', '.join(map(repr, unknown))}, but "
+            f"{', '.join(map(repr, unedited.metrics))}"
+        )
+
+    def score(point: SweepPoint) -> float:
+        within = all(point.metrics[name] <= bound for name, bound in at_most.items())
+        value = sign * point.metrics[metric]
+        # The unedited model is what there is without an edit, whatever the bounds.
+        return value if (within or point is unedited) and not math.isnan(value) else math.inf
+
+    return score
