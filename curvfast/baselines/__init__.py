@@ -1,1 +1,4 @@
-"""Comparisons: other ways to choose what of a weight to keep, edited by the same code."""
+"""Comparisons: other ways to make a model forget, behind one call and with one report.
+
+``Rival(...).forget(model, memorized, clean)``: see :class:`curvfast.baselines.rival.Rival`.
+"""
