@@ -15,24 +15,30 @@ from cases import VOCABULARY, gpt2, llama, token_batches
 from families import mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import curvfast
 from curvfast import Passage
+from curvfast.baselines import (
+    NPO,
+    RIVALS,
+    BalancedSubnet,
+    Durable,
+    GradientAscent,
+    Greedy,
+    RandomPairs,
+    Subnet,
+    TruncatedSVD,
+)
 from curvfast.baselines import subject as subjects
-from curvfast.baselines.balanced_subnet import BalancedSubnet
-from curvfast.baselines.draws import balanced_steps
-from curvfast.baselines.durable import Durable
+from curvfast.baselines.draws import balanced_steps, generators
 from curvfast.baselines.examples import IGNORED_LABEL, collate, read_examples
-from curvfast.baselines.gradient_ascent import GradientAscent
-from curvfast.baselines.greedy import Greedy
 from curvfast.baselines.masks import initial_scores, straight_through, without_smallest
-from curvfast.baselines.npo import NPO, npo_loss
+from curvfast.baselines.npo import npo_loss
 from curvfast.baselines.rival import begin
-from curvfast.baselines.selections import RandomPairs
+from curvfast.baselines.selections import random_selection
 from curvfast.baselines.subject import choose
-from curvfast.baselines.subnet import Subnet
-from curvfast.baselines.svd import TruncatedSVD
 from curvfast.baselines.trial import Term, gradients, log_likelihoods, mean_loss
 from curvfast.errors import InputError, LayerNotFound, NonFiniteError
 
@@ -137,7 +143,7 @@ def test_experts_of_a_mixture_are_masked_one_by_one() -> None:
 def test_greedy_zeroes_what_promises_most_first() -> None:
     net = llama().double()
     text, clean = passages(3), token_batches()[:1]
-    rival = Greedy(ratio=0.0005, at_once=1, clean_weight=0.25, batch_size=64)
+    rival = Greedy(ratio=0.0005, at_once=1, clean_weight=0.75, batch_size=64)
     expected = copy.deepcopy(net)
     task = begin(expected, text, clean, "mlp", scored="all", balanced=True)
     mem, cln = (collate(rows, torch.arange(len(rows))) for rows in (task.memorized, task.clean))
@@ -149,7 +155,7 @@ def test_greedy_zeroes_what_promises_most_first() -> None:
             p.grad = None
         loss = sum(
             share * mean_loss(log_likelihoods(task.subject, {}, batch), batch)
-            for share, batch in ((-0.75, mem), (0.25, cln))
+            for share, batch in ((-0.25, mem), (0.75, cln))
         )
         loss.backward()
         layers = [layer.parameter for layer in task.subject.layers.values()]
@@ -161,11 +167,19 @@ def test_greedy_zeroes_what_promises_most_first() -> None:
 
 
 def test_greedy_leaves_alone_what_would_not_help() -> None:
-    net = llama()
-    for layer in choose(net, "mlp").layers.values():
-        layer.stored().zero_()
-    report = forget(replace(GREEDY, ratio=0.5, at_once=10**6), net)
-    assert report.changed == 0
+    net = llama().double()
+    text, before = passages(), state(net)
+    task = begin(net, text, None, "mlp", scored="all", balanced=False)
+    batch = collate(task.memorized, torch.arange(5))
+    weights = {name: weight.clone() for name, weight in task.subject.weights().items()}
+    found, _ = gradients(task.subject, weights, [Term(batch, -1.0, mean_loss)])
+    rival = Greedy(ratio=0.99, at_once=10**6, clean_weight=0, batch_size=5)
+    rival.forget(net, text, progress=False)
+    for name, weight in weights.items():
+        after = dict(net.named_parameters())[f"{name}.weight"]
+        helps = weight * found[name] > 0
+        assert 0.3 < helps.double().mean() < 0.7
+        assert torch.equal(after != before[f"{name}.weight"], helps)
 
 
 def test_durable_zeroes_the_largest_gradients_of_the_mean_over_all_rows() -> None:
@@ -272,20 +286,87 @@ def test_npo_tends_to_gradient_ascent_as_beta_vanishes() -> None:
     assert distances[2] == pytest.approx(0.1 * distances[1], rel=0.05)
 
 
-def test_npo_starts_at_the_model_itself() -> None:
-    net, other = (llama() for _ in range(2))
-    other.load_state_dict(net.state_dict())
-    text = passages()
-    # One step from π_θ = π_ref: there the NPO loss has the gradient of the summed ascent.
-    NPO(epochs=1, retain=0, learning_rate=1e-3).forget(net, text, progress=False)
-    task = begin(other, text, None, "mlp", scored="suffix", balanced=False)
-    batch = collate(task.memorized, torch.arange(5))
-    leaves = {n: w.clone().requires_grad_() for n, w in task.subject.weights().items()}
-    log_likelihoods(task.subject, leaves, batch).mean().backward()
-    torch.optim.AdamW(leaves.values(), lr=1e-3, weight_decay=0.01).step()
-    for name, weight in leaves.items():
-        moved = dict(net.named_parameters())[f"{name}.weight"]
-        torch.testing.assert_close(moved, weight.detach(), rtol=1e-5, atol=1e-6)
+def likelihoods(net: Model, examples: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """log p of the scored tokens of each example, one by one, with weights in place of its own."""
+    found = []
+    for example in examples:
+        out = functional_call(net, weights, kwargs={"input_ids": example.tokens[None]})
+        logp = out.logits[0, :-1].log_softmax(-1)
+        scored = (example.targets[1:] != IGNORED_LABEL).nonzero()[:, 0]
+        found.append(sum(logp[i, example.targets[i + 1]] for i in scored.tolist()))
+    return torch.stack(found)
+
+
+def losses_of(net: Model, examples: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    counts = torch.tensor([int((e.targets != IGNORED_LABEL).sum()) for e in examples])
+    return -(likelihoods(net, examples, weights) / counts).mean()
+
+
+@pytest.mark.parametrize("scored", ["all", "suffix"])
+def test_balanced_subnet_is_its_algorithm(scored: str) -> None:
+    net = llama(num_hidden_layers=1).double()
+    text, clean = passages(4), token_batches(sizes=(8,))
+    rival = BalancedSubnet(
+        ratio=0.1, clean_weight=0.3, learning_rate=20, momentum=0.8, weight_decay=0.01, epochs=4,
+        scored=scored,
+    )  # fmt: skip
+    subject = choose(copy.deepcopy(net), "mlp")
+    frozen = {f"{name}.weight": w for name, w in subject.weights().items()}
+    generator, *_ = generators(7)
+    scores = {
+        name: initial_scores(w.shape, w.shape[1], generator).double().requires_grad_()
+        for name, w in frozen.items()
+    }
+    optimizer = torch.optim.SGD(scores.values(), lr=20, momentum=0.8, weight_decay=0.01)
+    mem, cln = read_examples(text, "memorized", scored), read_examples(clean, "clean")
+
+    def masked() -> dict[str, torch.Tensor]:
+        made = {}
+        for name, w in frozen.items():
+            size = scores[name].abs()
+            mask = (size > size.flatten().kthvalue(round(0.1 * w.numel())).values).double()
+            made[name] = w * (mask + size - size.detach())
+        return made
+
+    first = masked()
+    for _ in range(4):
+        optimizer.zero_grad()
+        weights = masked()
+        loss = -0.7 * losses_of(net, mem, weights) + 0.3 * losses_of(net, cln, weights)
+        loss.backward()
+        optimizer.step()
+    rival.forget(net, text, clean, seed=7, progress=False)
+    after = dict(net.named_parameters())
+    assert any(((after[n] == 0) != (w == 0)).any() for n, w in first.items())
+    for name, weight in masked().items():
+        assert torch.equal(after[name] == 0, weight == 0)
+
+
+@pytest.mark.parametrize("scored", ["all", "suffix"])
+@pytest.mark.parametrize("method", [GradientAscent, NPO])
+def test_fine_tuning_follows_its_loss(method: Any, scored: str) -> None:
+    net = llama(num_hidden_layers=1).double()
+    text, clean = passages(4), token_batches(sizes=(8,))
+    rival = method(retain=0.4, learning_rate=2e-3, weight_decay=0.1, epochs=4, scored=scored)
+    subject = choose(copy.deepcopy(net), "mlp")
+    moved = {f"{n}.weight": w.clone().requires_grad_() for n, w in subject.weights().items()}
+    optimizer = torch.optim.AdamW(moved.values(), lr=2e-3, weight_decay=0.1)
+    mem, cln = read_examples(text, "memorized", scored), read_examples(clean, "clean")
+    reference = likelihoods(net, mem, {}).detach()
+    for _ in range(4):
+        optimizer.zero_grad()
+        if method is GradientAscent:
+            forget_loss = -losses_of(net, mem, moved)
+        else:
+            ratio = (likelihoods(net, mem, moved) - reference).exp()
+            forget_loss = 2 / 0.1 * (1 + ratio**0.1).log().mean()
+        (forget_loss + 0.4 * losses_of(net, cln, moved)).backward()
+        optimizer.step()
+    report = rival.forget(net, text, clean, seed=7, progress=False)
+    assert report.memorized_loss[0] == pytest.approx(losses_of(subject.model, mem, {}).item())
+    for name, weight in moved.items():
+        after = dict(net.named_parameters())[name].detach()
+        torch.testing.assert_close(after, weight.detach(), rtol=1e-7, atol=1e-9)
 
 
 def test_without_balance_balanced_subnet_is_subnet() -> None:
@@ -319,7 +400,7 @@ def test_the_loss_of_a_step_is_the_balanced_one() -> None:
 
     memorized, clean = mean(task.memorized), mean(task.clean)
     (-0.3 * memorized + 0.7 * clean).backward()
-    assert losses == pytest.approx([float(memorized), float(clean)])
+    assert losses == pytest.approx([memorized.item(), clean.item()])
     for name, gradient in found.items():
         expected = dict(net.named_parameters())[f"{name}.weight"].grad
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
@@ -363,11 +444,50 @@ def test_padding_and_company_leave_a_rows_likelihood_alone() -> None:
         log_likelihoods(task.subject, {}, collate(examples, torch.tensor([i]))) for i in range(6)
     ]
     torch.testing.assert_close(found, torch.cat(alone))
-    for row, example in zip(found, examples, strict=True):
-        logp = net(input_ids=example.tokens[None]).logits[0, :-1].log_softmax(-1)
-        scored = (example.targets[1:] != IGNORED_LABEL).nonzero()[:, 0]
-        expected = sum(logp[i, example.tokens[i + 1]] for i in scored.tolist())
-        torch.testing.assert_close(row, expected)
+    torch.testing.assert_close(found, likelihoods(net, examples, {}))
+
+
+def test_the_model_is_told_of_padding_where_there_is_some() -> None:
+    net = llama()
+    task = begin(net, [[5, 6, 7], [8, 9, 10, 11]], None, "mlp", scored="all", balanced=False)
+    told: list[Any] = []
+    net.register_forward_pre_hook(
+        lambda _m, _a, kwargs: told.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    for rows in ([0, 1], [1], [0]):
+        log_likelihoods(task.subject, {}, collate(task.memorized, torch.tensor(rows)))
+    assert told[0].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert told[1:] == [None, None]
+
+
+@pytest.mark.parametrize("model", [llama, gpt2, lambda: mixture("Mixtral", "eager")])
+def test_trial_weights_count_as_if_they_were_written(model: Callable[[], Model]) -> None:
+    net = model().double().eval()
+    before = state(net)
+    task = begin(net, passages(), None, "mlp", scored="all", balanced=False)
+    batch = collate(task.memorized, torch.arange(5))
+    own = log_likelihoods(task.subject, {}, batch)
+    new = {n: w + 0.1 * torch.randn_like(w) for n, w in task.subject.weights().items()}
+    tried = log_likelihoods(task.subject, new, batch)
+    assert same(net, before)
+    task.subject.commit(new)
+    written = log_likelihoods(task.subject, {}, batch)
+    torch.testing.assert_close(tried, written)
+    assert (written - own).abs().min() > 1e-3
+    # One layer alone, the others being the model's own.
+    name = next(iter(new))
+    one = {name: new[name] * 0}
+    tried = log_likelihoods(task.subject, one, batch)
+    task.subject.commit(one)
+    torch.testing.assert_close(tried, log_likelihoods(task.subject, {}, batch))
+
+
+def test_a_layer_that_is_never_called_does_no_harm() -> None:
+    net = llama()
+    net.model.layers[0].mlp.spare = torch.nn.Linear(20, 20)
+    for rival in SUPERVISED:
+        report = forget(rival, net)
+        assert "model.layers.0.mlp.spare" in [layer.name for layer in report.layers]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
@@ -580,7 +700,7 @@ def test_a_ratio_that_is_no_weight_of_a_layer_is_refused() -> None:
 def test_a_loss_that_explodes_ends_it_and_nothing_is_written(rival: Any) -> None:
     net = llama()
     before = state(net)
-    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+    with pytest.raises(NonFiniteError, match=r"at step 2 of 4.*lower the learning rate"):
         forget(replace(rival, learning_rate=1e30), net)
     assert same(net, before)
 
@@ -656,9 +776,11 @@ def test_memorized_text_suffers_more_than_ordinary_text(rival: Any, reciter: Any
 @pytest.mark.parametrize("rival", [*SUPERVISED, TruncatedSVD(0.5)], ids=kind)
 def test_the_report_counts_what_changed_and_is_json(rival: Any) -> None:
     net = llama()
+    # What was zero before is not counted as zeroed.
+    net.model.layers[0].mlp.up_proj.weight.data[::2] = 0
     before = state(net)
     report = forget(rival, net)
-    after = dict(net.named_parameters())
+    after = state(net)
     pairs = [(before[f"{c.name}.weight"], after[f"{c.name}.weight"]) for c in report.layers]
     changed = sum(int((a != b).sum()) for a, b in pairs)
     zeroed = sum(int(((a != b) & (b == 0)).sum()) for a, b in pairs)
@@ -672,6 +794,10 @@ def test_the_report_counts_what_changed_and_is_json(rival: Any) -> None:
     assert type(rival)(**told["settings"]) == rival
     assert report.layers[0].name in str(report)
     assert len(report.clean_loss) in (0, len(report.memorized_loss))
+
+
+def test_every_rival_has_been_through_these_tests() -> None:
+    assert {type(rival) for rival in (*SUPERVISED, TruncatedSVD(0.5))} | {RandomPairs} == {*RIVALS}
 
 
 def test_losses_are_told_for_every_step() -> None:
@@ -688,7 +814,8 @@ def test_projections_are_what_edit_makes_of_the_same_selection() -> None:
     other = copy.deepcopy(net)
     rival = random_pairs(net)
     report = forget(rival, net, seed=3)
-    curvfast.edit(other, rival.basis, selection=subjects_random(rival, 3))
+    selection = random_selection(rival.basis, rival.like, 3)
+    curvfast.edit(other, rival.basis, selection=selection)
     assert same(net, state(other))
     assert json.loads(json.dumps(report.to_dict()))["method"] == "RandomPairs"
     with pytest.raises(LayerNotFound, match="no layer of the basis"):
@@ -699,12 +826,6 @@ def test_projections_are_what_edit_makes_of_the_same_selection() -> None:
         assert rank == round(0.5 * min(layer.d_in, layer.d_out))
 
 
-def subjects_random(rival: RandomPairs, seed: int) -> Any:
-    from curvfast.baselines.selections import random_selection
-
-    return random_selection(rival.basis, rival.like, seed)
-
-
 def test_presets_are_those_of_the_papers() -> None:
     assert BalancedSubnet.kfac_paper() == BalancedSubnet(
         ratio=0.0015, clean_weight=0.7, learning_rate=0.3, momentum=0.9, weight_decay=5e-4, epochs=5
@@ -712,3 +833,8 @@ def test_presets_are_those_of_the_papers() -> None:
     original = BalancedSubnet.original()
     assert (original.learning_rate, original.momentum, original.weight_decay) == (0.1, 0.9, 5e-4)
     assert (original.clean_weight, original.epochs, original.batch_size) == (0.05, 5, 32)
+    npo = NPO()
+    assert (npo.beta, npo.retain, npo.learning_rate) == (0.1, 1.0, 1e-5)
+    assert (npo.weight_decay, npo.epochs, npo.batch_size) == (0.01, 10, 32)
+    for rival in SUPERVISED:
+        assert type(rival.for_small_models()) is type(rival)

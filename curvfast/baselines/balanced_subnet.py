@@ -68,6 +68,11 @@ class BalancedSubnet:
         """Return those of the comparison in arXiv 2510.24256, on OLMo-2-7B."""
         return cls(ratio=0.0015, clean_weight=0.7, learning_rate=0.3)
 
+    @classmethod
+    def for_small_models(cls) -> BalancedSubnet:
+        """Return those that served on the demo's model of a million weights."""
+        return cls(ratio=0.02, clean_weight=0.5, learning_rate=3.0, epochs=10)
+
     def forget(
         self,
         model: nn.Module,

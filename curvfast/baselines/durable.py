@@ -37,6 +37,11 @@ class Durable:
         check_ratio(self.ratio)
         check_reading(self.batch_size, self.scored)
 
+    @classmethod
+    def for_small_models(cls) -> Durable:
+        """Return those that served on the demo's model of a million weights."""
+        return cls(ratio=0.035)
+
     def forget(
         self,
         model: nn.Module,

@@ -47,6 +47,11 @@ class GradientAscent:
             self.epochs, self.learning_rate, retain=self.retain, weight_decay=self.weight_decay
         )
 
+    @classmethod
+    def for_small_models(cls) -> GradientAscent:
+        """Return those that served on the demo's model of a million weights."""
+        return cls(retain=5.0, learning_rate=1e-4, epochs=30)
+
     def forget(
         self,
         model: nn.Module,

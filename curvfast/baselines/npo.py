@@ -75,6 +75,11 @@ class NPO:
         if not 0 < self.beta < float("inf"):
             raise InputError(f"beta={self.beta}: pass a positive number")
 
+    @classmethod
+    def for_small_models(cls) -> NPO:
+        """Return those that served on the demo's model of a million weights."""
+        return cls(beta=1.0, retain=5.0, learning_rate=2e-4, epochs=20)
+
     def forget(
         self,
         model: nn.Module,

@@ -36,6 +36,11 @@ class Subnet:
         """Check the hyper-parameters."""
         self._balanced()
 
+    @classmethod
+    def for_small_models(cls) -> Subnet:
+        """Return those that served on the demo's model of a million weights."""
+        return cls(ratio=0.02, learning_rate=3.0, epochs=20)
+
     def forget(
         self,
         model: nn.Module,

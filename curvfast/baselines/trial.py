@@ -106,7 +106,7 @@ def gradients(
         with torch.enable_grad():
             found = log_likelihoods(subject, leaves, term.batch)
             loss = term.coefficient * term.objective(found, term.batch)
-        # An expert that no token was routed to has no gradient.
+        # A layer that is never called has no gradient.
         parts = torch.autograd.grad(
             loss, list(leaves.values()), allow_unused=True, materialize_grads=True
         )
