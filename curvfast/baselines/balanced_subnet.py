@@ -70,7 +70,7 @@ class BalancedSubnet:
 
     @classmethod
     def for_small_models(cls) -> BalancedSubnet:
-        """Return those that served on the demo's model of a million weights."""
+        """Return those that forget with little loss on the demo's models of 1M weights."""
         return cls(ratio=0.02, clean_weight=0.5, learning_rate=3.0, epochs=10)
 
     def forget(

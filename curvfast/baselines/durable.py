@@ -39,7 +39,7 @@ class Durable:
 
     @classmethod
     def for_small_models(cls) -> Durable:
-        """Return those that served on the demo's model of a million weights."""
+        """Return those that forget with little loss on the demo's models of 1M weights."""
         return cls(ratio=0.035)
 
     def forget(

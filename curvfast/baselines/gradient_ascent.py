@@ -25,7 +25,8 @@ class GradientAscent:
     """Fine-tunes by −CE(memorized) + retain · CE(clean); the first has no lower bound.
 
     The defaults are TOFU's, for models of 7B parameters, all of which it fine-tunes:
-    ``layers="all"`` comes closest.
+    ``layers="all"`` comes closest. There is nothing it converges to: what it gives depends on when
+    it stops, which must be chosen for each model.
     """
 
     retain: float = 1.0
@@ -46,11 +47,6 @@ class GradientAscent:
         check_training(
             self.epochs, self.learning_rate, retain=self.retain, weight_decay=self.weight_decay
         )
-
-    @classmethod
-    def for_small_models(cls) -> GradientAscent:
-        """Return those that served on the demo's model of a million weights."""
-        return cls(retain=5.0, learning_rate=1e-4, epochs=30)
 
     def forget(
         self,

@@ -54,11 +54,6 @@ class Greedy:
         if self.at_once < 1:
             raise InputError(f"at_once={self.at_once}: pass a positive number of weights")
 
-    @classmethod
-    def for_small_models(cls) -> Greedy:
-        """Return those that served on the demo's model of a million weights."""
-        return cls(ratio=0.0005, at_once=10)
-
     def forget(
         self,
         model: nn.Module,

@@ -77,7 +77,7 @@ class NPO:
 
     @classmethod
     def for_small_models(cls) -> NPO:
-        """Return those that served on the demo's model of a million weights."""
+        """Return those that forget with little loss on the demo's models of 1M weights."""
         return cls(beta=1.0, retain=5.0, learning_rate=2e-4, epochs=20)
 
     def forget(

@@ -38,7 +38,7 @@ class Subnet:
 
     @classmethod
     def for_small_models(cls) -> Subnet:
-        """Return those that served on the demo's model of a million weights."""
+        """Return those that forget with little loss on the demo's models of 1M weights."""
         return cls(ratio=0.02, learning_rate=3.0, epochs=20)
 
     def forget(
