@@ -126,6 +126,19 @@ def test_greedy_leaves_alone_what_would_not_help() -> None:
         assert torch.equal(after != before[f"{name}.weight"], helps)
 
 
+def test_greedy_stops_at_its_share_however_many_go_at_once() -> None:
+    net = llama()
+    before = state(net)
+    report = Greedy(ratio=0.002, at_once=7, batch_size=64).forget(
+        net, passages(), token_batches(), progress=False
+    )
+    total = round(0.002 * sum(layer.weights for layer in report.layers))
+    assert total % 7
+    assert len(report.memorized_loss) == -(-total // 7)
+    after = state(net)
+    assert sum(int((after[n] != before[n]).sum()) for n in before) == total
+
+
 def test_durable_zeroes_the_largest_gradients_of_the_mean_over_all_rows() -> None:
     net = llama().double()
     text = passages(7)
