@@ -18,7 +18,7 @@ from results import CPU
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-_OTHERS = ("cpu", "demo", "dry-run")
+_OTHERS = ("cpu", "demo", "dry-run", "frontier")
 METHODS = (
     ("base", "unedited"),
     ("kfac", "**K-FAC edit**"),

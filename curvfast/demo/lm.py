@@ -56,7 +56,7 @@ def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[st
     base = {**measure(model), "kept_fraction": 1.0}
     say("measuring curvature on prose that holds none of the passages")
     factors = collect_from(
-        model, _prose(recipe, corpus), labels="sampled", tokens=recipe.statistics_tokens,
+        model, prose(recipe, corpus), labels="sampled", tokens=recipe.statistics_tokens,
         seed=recipe.seed,
     )  # fmt: skip
     basis = factors.eigh()
@@ -87,7 +87,7 @@ def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[st
     return results
 
 
-def _prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:
+def prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:
     """Return batches of training prose, enough for the statistics."""
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     windows = -(-recipe.statistics_tokens // (recipe.length - 1)) + _ROWS

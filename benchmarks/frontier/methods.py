@@ -1,0 +1,149 @@
+"""Every way to forget that is compared, by name, and its strengths, weak to strong.
+
+A new one is one entry in :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curvfast import edit
+from curvfast.baselines import NPO, BalancedSubnet, Durable, GradientAscent, Greedy, Rival, Subnet
+from curvfast.baselines.selections import random_selection
+from curvfast.baselines.svd import svd_selection
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.selection import Selection
+from frontier.settings import Setting
+
+Change = Callable[[Setting, float], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to forget at several strengths."""
+
+    name: str
+    label: str
+    change: Change
+    """Changes a setting's model, in place, at one strength; returns facts to keep, JSON-able."""
+    strengths: tuple[float, ...]
+    """Weak to strong."""
+    needs: tuple[str, ...] = ()
+    """Which preparations of the setting are part of its cost."""
+    supervised: bool = False
+    """Whether it is given passages."""
+
+
+def edit_by(choose: Callable[[Setting, Selection], tuple[Eigenbasis, Selection]]) -> Change:
+    """Edit by a basis and a selection, chosen given what K-FAC keeps at ρ, the strength."""
+
+    def change(setting: Setting, mass: float) -> dict[str, Any]:
+        kept = setting.basis.keep(mass=mass)
+        pairs = sum(kept[name].pairs for name in kept)
+        weights = sum(len(own.values_a) * len(own.values_g) for own in setting.basis.values())
+        basis, selection = choose(setting, kept)
+        edit(setting.model, basis, selection=selection)
+        return {"mass": mass, "kept_fraction": pairs / weights}
+
+    return change
+
+
+def forget_by(make: Callable[[float], Rival]) -> Change:
+    """Let a rival forget the seen half; ``make`` gives it its strength."""
+
+    def change(setting: Setting, strength: float) -> dict[str, Any]:
+        report = make(strength).forget(
+            setting.model, setting.seen, setting.clean, setting.layers, seed=setting.seed,
+            progress=False,
+        )  # fmt: skip
+        return {
+            "settings": dict(report.settings), "changed": report.changed, "zeroed": report.zeroed
+        }  # fmt: skip
+
+    return change
+
+
+def _singular(setting: Setting, kept: Selection) -> tuple[Eigenbasis, Selection]:
+    fractions = {name: kept[name].fraction for name in kept}
+    return setting.singular, svd_selection(setting.singular, fractions)
+
+
+KFAC = edit_by(lambda setting, kept: (setting.basis, kept))
+SVD = edit_by(_singular)
+RANDOM = edit_by(lambda s, kept: (s.basis, random_selection(s.basis, kept, s.seed)))
+
+_TRAINED = (
+    Method("kfac", "**K-FAC edit**", KFAC, (0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85), ("basis",)),
+    Method("svd", "truncated SVD", SVD, (0.998, 0.995, 0.99, 0.98, 0.97, 0.95), ("singular",)),
+    Method("random", "random pairs", RANDOM, (0.999999, 0.99999, 0.9999, 0.999, 0.99), ("basis",)),
+    Method(
+        "balanced-subnet", "BalancedSubnet",
+        forget_by(lambda ratio: BalancedSubnet(
+            ratio=ratio, clean_weight=0.5, learning_rate=3.0, epochs=10
+        )),
+        (0.005, 0.01, 0.02, 0.04, 0.08), supervised=True,
+    ),
+    Method(
+        "subnet", "Subnet",
+        forget_by(lambda ratio: Subnet(ratio=ratio, learning_rate=3.0, epochs=20)),
+        (0.0025, 0.005, 0.01, 0.02, 0.04), supervised=True,
+    ),
+    Method(
+        "durable", "Durable", forget_by(lambda ratio: Durable(ratio=ratio)),
+        (0.002, 0.005, 0.01, 0.02, 0.035, 0.06), supervised=True,
+    ),
+    Method(
+        "greedy", "Greedy", forget_by(lambda ratio: Greedy(ratio=ratio, at_once=10)),
+        (0.0001, 0.0002, 0.0005, 0.001), supervised=True,
+    ),
+    Method(
+        "gradient-ascent", "gradient ascent + descent",
+        forget_by(lambda epochs: GradientAscent(
+            retain=5.0, learning_rate=1e-4, epochs=int(epochs)
+        )),
+        (5, 10, 20, 30, 40), supervised=True,
+    ),
+    Method(
+        "npo", "NPO + descent",
+        forget_by(lambda epochs: NPO(
+            beta=1.0, retain=5.0, learning_rate=2e-4, epochs=int(epochs)
+        )),
+        (5, 10, 20, 40), supervised=True,
+    ),
+)  # fmt: skip
+
+# What the spans stand in is ordinary text: of them only the span is to go.
+_PRETRAINED = (
+    Method("kfac", "**K-FAC edit**", KFAC, (0.98, 0.95, 0.9, 0.8), ("basis",)),
+    Method("svd", "truncated SVD", SVD, (0.98, 0.95, 0.9, 0.8), ("singular",)),
+    Method(
+        "balanced-subnet", "BalancedSubnet",
+        forget_by(lambda ratio: BalancedSubnet(
+            ratio=ratio, clean_weight=0.5, learning_rate=3.0, epochs=10, scored="suffix"
+        )),
+        (0.01, 0.03, 0.1), supervised=True,
+    ),
+    Method(
+        "npo", "NPO + descent",
+        forget_by(lambda epochs: NPO(
+            beta=1.0, retain=5.0, learning_rate=1e-4, epochs=int(epochs)
+        )),
+        (4, 8, 16), supervised=True,
+    ),
+    Method(
+        "gradient-ascent", "gradient ascent + descent",
+        forget_by(lambda epochs: GradientAscent(
+            retain=5.0, learning_rate=5e-5, epochs=int(epochs), scored="suffix"
+        )),
+        (4, 8, 16), supervised=True,
+    ),
+    Method(
+        "durable", "Durable", forget_by(lambda ratio: Durable(ratio=ratio, scored="suffix")),
+        (0.002, 0.01, 0.03), supervised=True,
+    ),
+    Method("random", "random pairs", RANDOM, (0.999999, 0.9999, 0.99), ("basis",)),
+)  # fmt: skip
+
+METHODS: dict[str, tuple[Method, ...]] = {"lm": _TRAINED, "smollm": _PRETRAINED}
