@@ -24,7 +24,7 @@ from rivals import (
 )
 
 from curvfast import Passage
-from curvfast.baselines.draws import balanced_steps
+from curvfast.baselines.draws import balanced_steps, generators
 from curvfast.baselines.examples import IGNORED_LABEL, collate, read_examples
 from curvfast.baselines.rival import begin
 from curvfast.baselines.trial import log_likelihoods
@@ -66,6 +66,16 @@ def test_padding_and_company_leave_a_rows_likelihood_alone() -> None:
     ]
     torch.testing.assert_close(found, torch.cat(alone))
     torch.testing.assert_close(found, likelihoods(net, examples, {}))
+
+
+def test_likelihoods_of_a_bfloat16_model_are_summed_in_float32() -> None:
+    net = llama().bfloat16().eval()
+    task = begin(net, passages(3), None, "mlp", scored="all", balanced=False)
+    found = log_likelihoods(task.subject, {}, collate(task.memorized, torch.tensor([1])))
+    tokens = task.memorized[1].tokens
+    logp = net(input_ids=tokens[None]).logits[0, :-1].detach().double().log_softmax(-1)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(logp.gather(1, tokens[1:, None]).sum()), rel=1e-6)
 
 
 def test_the_model_is_told_of_padding_where_there_is_some() -> None:
@@ -129,6 +139,14 @@ def test_every_step_has_rows_of_both_sets_and_rounds_miss_none(
         for start in (0, count):
             part = seen[place][start : start + count]
             assert (start and len(part) < count) or sorted(part) == list(range(count))
+
+
+def test_what_one_generator_gives_does_not_depend_on_the_others() -> None:
+    alone = [torch.rand(4, generator=generators(3)[i]) for i in range(3)]
+    together = [torch.rand(4, generator=own) for own in generators(3)]
+    for i in range(3):
+        assert torch.equal(alone[i], together[i])
+        assert not torch.equal(alone[i], alone[i - 1])
 
 
 @pytest.mark.parametrize("rival", SUPERVISED, ids=kind)

@@ -58,9 +58,8 @@ def forget_by(make: Callable[[float], Rival]) -> Change:
             setting.model, setting.seen, setting.clean, setting.layers, seed=setting.seed,
             progress=False,
         )  # fmt: skip
-        return {
-            "settings": dict(report.settings), "changed": report.changed, "zeroed": report.zeroed
-        }  # fmt: skip
+        facts = report.to_dict()
+        return {key: facts[key] for key in ("method", "settings", "changed", "zeroed")}
 
     return change
 
