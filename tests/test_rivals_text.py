@@ -55,6 +55,13 @@ def test_a_suffix_is_scored_alone_and_labels_are_heeded() -> None:
     assert example.targets.tolist() == [-100, -100, 7, -100]
 
 
+def test_clean_text_counts_in_full_whatever_counts_of_the_memorized() -> None:
+    text = [Passage((5, 6, 7), (8, 9))]
+    task = begin(llama(), text, text, "mlp", scored="suffix", balanced=True)
+    assert task.memorized[0].targets.tolist() == [-100, -100, -100, 8, 9]
+    assert task.clean[0].targets.tolist() == [-100, 6, 7, 8, 9]
+
+
 def test_padding_and_company_leave_a_rows_likelihood_alone() -> None:
     net = llama().double().eval()
     examples = read_examples(passages(6), "memorized", "suffix")
@@ -75,7 +82,9 @@ def test_likelihoods_of_a_bfloat16_model_are_summed_in_float32() -> None:
     tokens = task.memorized[1].tokens
     logp = net(input_ids=tokens[None]).logits[0, :-1].detach().double().log_softmax(-1)
     assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(logp.gather(1, tokens[1:, None]).sum()), rel=1e-6)
+    assert float(found.detach()) == pytest.approx(
+        float(logp.gather(1, tokens[1:, None]).sum()), rel=1e-6
+    )
 
 
 def test_the_model_is_told_of_padding_where_there_is_some() -> None:

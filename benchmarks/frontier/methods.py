@@ -116,7 +116,7 @@ _TRAINED = (
 # What the spans stand in is ordinary text: of them only the span is to go.
 _PRETRAINED = (
     Method("kfac", "**K-FAC edit**", KFAC, (0.98, 0.95, 0.9, 0.8), ("basis",)),
-    Method("svd", "truncated SVD", SVD, (0.98, 0.95, 0.9, 0.8), ("singular",)),
+    Method("svd", "truncated SVD", SVD, (0.995, 0.98, 0.95, 0.9), ("singular",)),
     Method(
         "balanced-subnet", "BalancedSubnet",
         forget_by(lambda ratio: BalancedSubnet(
