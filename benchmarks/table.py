@@ -18,7 +18,7 @@ from results import CPU
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-_OTHERS = ("cpu", "demo", "dry-run")
+_OTHERS = ("cpu", "demo", "dry-run", "frontier")
 METHODS = (
     ("base", "unedited"),
     ("kfac", "**K-FAC edit**"),
@@ -126,6 +126,16 @@ def _cpu(file: str, table: Callable[[Any], Sequence[Sequence[str]]]) -> Callable
     return make
 
 
+def _frontier(setting: str, name: str) -> Callable[[], str]:
+    def make() -> str:
+        from frontier import table
+
+        found = table.runs(setting)
+        return markdown(getattr(table, name)(found)) if found else "Not measured yet."
+
+    return make
+
+
 def _newest() -> str:
     measured = newest_gpu()
     return "None was at hand." if measured is None else gpu(measured)
@@ -134,6 +144,10 @@ def _newest() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "trained": trained,
     "pretrained": pretrained,
+    "frontier-lm": _frontier("lm", "recited"),
+    "frontier-lm-detailed": _frontier("lm", "detailed"),
+    "frontier-smollm": _frontier("smollm", "recited"),
+    "frontier-smollm-detailed": _frontier("smollm", "detailed"),
     "gpu": _newest,
     "second-moments": _cpu("bench.json", tables_cpu.second_moments),
     "races": _cpu("bench.json", tables_cpu.races),
@@ -142,7 +156,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": _cpu("scaling.json", tables_cpu.scaling),
     "shares": _cpu("profile.json", tables_cpu.shares),
 }
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = tuple(
+    ROOT / folder / "README.md" for folder in (".", "benchmarks", "benchmarks/frontier")
+)
 
 
 if __name__ == "__main__":

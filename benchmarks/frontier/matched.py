@@ -1,0 +1,64 @@
+"""Methods at one perplexity: what each recites there, interpolated along its strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from curvfast.core.interpolation import between, first_crossing
+from curvfast.errors import InputError
+
+Point = Mapping[str, Any]
+MEASURES = tuple(
+    f"{measure}_{half}"
+    for half in ("seen", "unseen")
+    for measure in ("strict", "loose", "levenshtein")
+)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A method where its perplexity has risen by a given share, or as far as it goes."""
+
+    values: Mapping[str, float]
+    """:data:`MEASURES`, and ``cpu_seconds`` of the next stronger change measured."""
+    rise: float
+    """By which share perplexity has risen there."""
+    reached: bool
+    """Whether that is the share asked for; otherwise this is the strongest change measured."""
+
+
+def at_rise(base: Point, points: Sequence[Point], rise: float) -> Matched:
+    """Return a method at the unedited model's perplexity times 1 + ``rise``.
+
+    From the unedited model on, strength by strength, the first two neighbours between whose
+    perplexities it lies are joined by a straight line.
+
+    Args:
+        base: Measures of the unedited model.
+        points: Measures at each strength, weak to strong; at least one.
+        rise: Positive.
+    """
+    curve = [base, *points]
+    try:
+        crossing = first_crossing([p["perplexity"] for p in curve], base["perplexity"] * (1 + rise))
+    except InputError:
+        last = points[-1]
+        values = {m: last[m] for m in (*MEASURES, "cpu_seconds")}
+        return Matched(values, last["perplexity"] / base["perplexity"] - 1, False)
+    weaker, stronger = curve[crossing.before], curve[crossing.after]
+    values = {m: between(weaker[m], stronger[m], crossing.share) for m in MEASURES}
+    return Matched({**values, "cpu_seconds": stronger["cpu_seconds"]}, rise, True)
+
+
+def over_seeds(found: Sequence[Matched], measure: str) -> tuple[float, float | None]:
+    """Return the mean of a measure and its standard deviation, None of a single seed."""
+    values = [one.values[measure] for one in found]
+    return mean(values), stdev(values) if len(values) > 1 else None
+
+
+def furthest(found: Sequence[Matched]) -> float | None:
+    """Return the mean rise where some seed does not reach the one asked for, else None."""
+    return None if all(one.reached for one in found) else mean(one.rise for one in found)

@@ -1,0 +1,116 @@
+"""BalancedSubnet: learn which few weights to drop for memorized text to go and other text to stay.
+
+Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXiv 2410.02159.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from curvfast.baselines.checks import (
+    check_clean_weight,
+    check_ratio,
+    check_reading,
+    check_training,
+    dropped,
+)
+from curvfast.baselines.descent import descend
+from curvfast.baselines.draws import balanced_steps, generators
+from curvfast.baselines.masks import MaskedWeights
+from curvfast.baselines.report import ForgetReport
+from curvfast.baselines.rival import begin, finish
+from curvfast.layers import LayerSpec
+
+
+@dataclass(frozen=True)
+class BalancedSubnet:
+    """Drops the weights of smallest learnt |score|; loss −(1 − w) · CE(memorized) + w · CE(clean).
+
+    The defaults are those of the paper's code, which tunes the ratio for each model. The paper
+    masks the up and down projections of every MLP: ``layers=["*.up_proj", "*.down_proj"]`` where
+    there is a gate too.
+    """
+
+    ratio: float = 0.01
+    """Share of each matrix's weights that is dropped, in (0, 1)."""
+    clean_weight: float = 0.05
+    """w, in [0, 1); 0 is Subnet, and needs no clean text."""
+    learning_rate: float = 0.1
+    """Of SGD, on the scores."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    epochs: int = 5
+    """Times that every row of the larger set is seen."""
+    batch_size: int = 32
+    """Rows of each set in a step, at most: the paper draws 64 of both together."""
+    scored: str = "all"
+    """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters."""
+        check_ratio(self.ratio)
+        check_clean_weight(self.clean_weight)
+        check_reading(self.batch_size, self.scored)
+        check_training(
+            self.epochs, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    @classmethod
+    def original(cls) -> BalancedSubnet:
+        """Return the hyper-parameters of the paper's code."""
+        return cls()
+
+    @classmethod
+    def kfac_paper(cls) -> BalancedSubnet:
+        """Return those of the comparison in arXiv 2510.24256, on OLMo-2-7B."""
+        return cls(ratio=0.0015, clean_weight=0.7, learning_rate=0.3)
+
+    @classmethod
+    def for_small_models(cls) -> BalancedSubnet:
+        """Return those that forget with little loss on the demo's models of 1M weights."""
+        return cls(ratio=0.02, clean_weight=0.5, learning_rate=3.0, epochs=10)
+
+    def forget(
+        self,
+        model: nn.Module,
+        memorized: Any,
+        clean: Any = None,
+        layers: LayerSpec = "mlp",
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> ForgetReport:
+        """Learn the masks and zero what they drop, as :class:`~.rival.Rival` says.
+
+        Exactly round(ratio · weights) of each layer become zero; all others stay, bit for bit.
+
+        Args:
+            model: As there.
+            memorized: As there.
+            clean: As there; not needed if ``clean_weight`` is 0.
+            layers: As there.
+            seed: As there.
+            progress: As there.
+
+        Returns:
+            What changed, and the losses on the way.
+        """
+        balanced = self.clean_weight > 0
+        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+        form = MaskedWeights(
+            task.subject,
+            dropped(self.ratio, task.subject.weights()),
+            generators(seed)[0],
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        steps = balanced_steps(
+            task, self.batch_size, seed, forget=self.clean_weight - 1, keep=self.clean_weight
+        )
+        rounds = -(-max(len(task.memorized), len(task.clean)) // self.batch_size)
+        losses = descend(task.subject, form, steps, self.epochs * rounds, progress=progress)
+        return finish(self, asdict(self), task, form.weights(), losses)

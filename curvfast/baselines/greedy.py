@@ -1,0 +1,120 @@
+"""Greedy: zero, one by one, the weight whose removal promises most; exact about its order and slow.
+
+Maini et al., "Can Neural Network Memorization Be Localized?", 2023, arXiv 2307.09542; for language
+models Sakarvadia et al., ICLR 2025, arXiv 2410.02159.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvfast.baselines.checks import check_clean_weight, check_ratio, check_reading
+from curvfast.baselines.descent import descend
+from curvfast.baselines.draws import balanced_steps
+from curvfast.baselines.report import ForgetReport
+from curvfast.baselines.rival import begin, finish
+from curvfast.baselines.subject import Subject
+from curvfast.errors import InputError
+from curvfast.layers import LayerSpec
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Zeroes where w · ∂L/∂w is largest, of all layers, again and again.
+
+    L = −(1 − w) · CE(memorized) + w · CE(clean); to first order, zeroing a weight lowers L by
+    w · ∂L/∂w. Where no weight would lower it, nothing is zeroed.
+    """
+
+    ratio: float = 0.001
+    """Share of all weights that is zeroed at most, in (0, 1)."""
+    at_once: int = 1
+    """Weights zeroed for each gradient; 1 is the paper's, at a forward and backward a weight."""
+    clean_weight: float = 0.5
+    """w, in [0, 1); 0 needs no clean text."""
+    batch_size: int = 32
+    """Rows of each set for a gradient, at most."""
+    scored: str = "all"
+    """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters.
+
+        Raises:
+            InputError: If one is out of range.
+        """
+        check_ratio(self.ratio)
+        check_reading(self.batch_size, self.scored)
+        check_clean_weight(self.clean_weight)
+        if self.at_once < 1:
+            raise InputError(f"at_once={self.at_once}: pass a positive number of weights")
+
+    def forget(
+        self,
+        model: nn.Module,
+        memorized: Any,
+        clean: Any = None,
+        layers: LayerSpec = "mlp",
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> ForgetReport:
+        """Zero the weights, as :class:`~.rival.Rival` says.
+
+        Args:
+            model: As there.
+            memorized: As there.
+            clean: As there; needed unless ``clean_weight`` is 0.
+            layers: As there.
+            seed: As there.
+            progress: As there.
+
+        Returns:
+            What changed: at most round(ratio · weights) of all layers together.
+        """
+        balanced = self.clean_weight > 0
+        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+        total = sum(weight.numel() for weight in task.subject.weights().values())
+        count = round(self.ratio * total)
+        if not count:
+            raise InputError(f"ratio={self.ratio} of {total} weights is none; raise it")
+        form = ZeroedWeights(task.subject, count, self.at_once)
+        steps = balanced_steps(
+            task, self.batch_size, seed, forget=self.clean_weight - 1, keep=self.clean_weight
+        )
+        losses = descend(task.subject, form, steps, -(-count // self.at_once), progress=progress)
+        return finish(self, asdict(self), task, form.weights(), losses)
+
+
+class ZeroedWeights:
+    """The model's weights, of which every step zeroes the most promising."""
+
+    def __init__(self, subject: Subject, count: int, at_once: int) -> None:
+        """Start from the model's own weights; zero at most ``count``, ``at_once`` a step."""
+        self._weights = {name: weight.clone() for name, weight in subject.weights().items()}
+        self._left = count
+        self._at_once = at_once
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights."""
+        return self._weights
+
+    def move(self, found: Mapping[str, Tensor]) -> None:
+        """Zero where w · ∂L/∂w is largest and positive, over all layers."""
+        weights = self._weights.values()
+        device = next(iter(found.values())).device
+        gains = torch.cat(
+            [(weight * found[name]).flatten().to(device) for name, weight in self._weights.items()]
+        )
+        best = gains.topk(min(self._left, self._at_once))
+        zero = torch.zeros_like(gains, dtype=torch.bool)
+        zero[best.indices] = best.values > 0
+        parts = zero.split([weight.numel() for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.masked_fill_(part.view(weight.shape).to(weight.device), 0)
+        self._left -= len(best.values)

@@ -1,0 +1,131 @@
+"""Negative preference optimisation: ascent that weakens as a passage is forgotten.
+
+Zhang, Lin, Bai and Mei, "Negative Preference Optimization: From Catastrophic Collapse to Effective
+Unlearning", 2024, arXiv 2404.05868, equation 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from curvfast.baselines.checks import check_reading, check_training
+from curvfast.baselines.descent import descend
+from curvfast.baselines.draws import balanced_steps
+from curvfast.baselines.examples import TokenBatch, in_order
+from curvfast.baselines.fine_tuning import FreeWeights
+from curvfast.baselines.report import ForgetReport
+from curvfast.baselines.rival import Task, begin, finish
+from curvfast.baselines.trial import log_likelihoods
+from curvfast.errors import InputError
+from curvfast.layers import LayerSpec
+from curvfast.steps import frozen
+
+
+def npo_loss(found: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Return −(2/β) · mean log σ(−β · (log π_θ − log π_ref)).
+
+    As β → 0 it is (2/β) · log 2 + mean(log π_θ − log π_ref): gradient ascent on the summed loss.
+
+    Args:
+        found: log π_θ of each passage, [rows].
+        reference: log π_ref of the same passages, [rows].
+        beta: β > 0.
+    """
+    return -2 / beta * logsigmoid(-beta * (found - reference)).mean()
+
+
+@dataclass(frozen=True)
+class NPO:
+    """Fine-tunes by the NPO loss of memorized text + retain · CE(clean).
+
+    π is the likelihood of a passage's suffix given its prefix, π_ref that of the model as it was.
+    The defaults are the paper's on TOFU, for models of 7B parameters, all of which it fine-tunes:
+    ``layers="all"`` comes closest.
+    """
+
+    beta: float = 0.1
+    """β > 0: the larger, the sooner a forgotten passage is left alone."""
+    retain: float = 1.0
+    """Coefficient of the loss on clean text; 0 is NPO alone, and needs none."""
+    learning_rate: float = 1e-5
+    """Of AdamW."""
+    weight_decay: float = 0.01
+    epochs: int = 10
+    """Times that every memorized row is seen."""
+    batch_size: int = 32
+    """Rows of each set in a step, at most."""
+    scored: str = "suffix"
+    """Which tokens of a memorized passage count: ``"suffix"``, or ``"all"``."""
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters.
+
+        Raises:
+            InputError: If one is out of range.
+        """
+        check_reading(self.batch_size, self.scored)
+        check_training(
+            self.epochs, self.learning_rate, retain=self.retain, weight_decay=self.weight_decay
+        )
+        if not 0 < self.beta < float("inf"):
+            raise InputError(f"beta={self.beta}: pass a positive number")
+
+    @classmethod
+    def for_small_models(cls) -> NPO:
+        """Return those that forget with little loss on the demo's models of 1M weights."""
+        return cls(beta=1.0, retain=5.0, learning_rate=2e-4, epochs=20)
+
+    def forget(
+        self,
+        model: nn.Module,
+        memorized: Any,
+        clean: Any = None,
+        layers: LayerSpec = "mlp",
+        *,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> ForgetReport:
+        """Fine-tune a copy of the weights and write it, as :class:`~.rival.Rival` says.
+
+        Args:
+            model: As there.
+            memorized: As there.
+            clean: As there; not needed if ``retain`` is 0.
+            layers: As there.
+            seed: As there.
+            progress: As there.
+
+        Returns:
+            What changed, and the losses on the way: cross-entropies, whatever the objective.
+        """
+        balanced = self.retain > 0
+        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+        reference = reference_log_likelihoods(task, self.batch_size)
+
+        def objective(found: Tensor, batch: TokenBatch) -> Tensor:
+            return npo_loss(found, reference[batch.rows].to(found.device), self.beta)
+
+        form = FreeWeights(
+            task.subject, learning_rate=self.learning_rate, weight_decay=self.weight_decay
+        )
+        steps = balanced_steps(
+            task, self.batch_size, seed, forget=1.0, keep=self.retain, objective=objective
+        )
+        count = self.epochs * -(-len(task.memorized) // self.batch_size)
+        losses = descend(task.subject, form, steps, count, progress=progress)
+        return finish(self, asdict(self), task, form.weights(), losses)
+
+
+def reference_log_likelihoods(task: Task, batch_size: int) -> Tensor:
+    """Return log π_ref of every memorized row, [rows] on the CPU: of the model as it is."""
+    with torch.no_grad(), frozen(task.subject.model, False):
+        parts = [
+            log_likelihoods(task.subject, {}, batch).cpu()
+            for batch in in_order(task.memorized, batch_size)
+        ]
+    return torch.cat(parts)

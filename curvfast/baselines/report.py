@@ -1,0 +1,77 @@
+"""What a method did to a model to make it forget: one report for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What became of one layer's weight."""
+
+    name: str
+    weights: int
+    """Its number of weights."""
+    changed: float
+    """Share of them that are not what they were."""
+    zeroed: float
+    """Share of them that are zero now and were not."""
+    relative_change: float
+    """‖W' − W‖ / ‖W‖ in Frobenius norm."""
+
+
+@dataclass(frozen=True)
+class ForgetReport:
+    """What a rival's ``forget`` did, layer by layer; prints as a table."""
+
+    method: str
+    """The rival's class."""
+    settings: Mapping[str, Any]
+    """Its hyper-parameters, JSON-able."""
+    layers: tuple[LayerChange, ...]
+    seconds: float
+    """From the call to the last weight written."""
+    memorized_loss: tuple[float, ...] = ()
+    """Before each step: per-sample mean cross-entropy on that step's memorized rows, in nats."""
+    clean_loss: tuple[float, ...] = ()
+    """The same on its ordinary rows; empty where the method looks at none."""
+
+    @property
+    def changed(self) -> float:
+        """Share of all weights of these layers that are not what they were."""
+        return self._share("changed")
+
+    @property
+    def zeroed(self) -> float:
+        """Share of all weights of these layers that are zero now and were not."""
+        return self._share("zeroed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {
+            "method": self.method,
+            "settings": dict(self.settings),
+            "changed": self.changed,
+            "zeroed": self.zeroed,
+            "seconds": self.seconds,
+            "memorized_loss": list(self.memorized_loss),
+            "clean_loss": list(self.clean_loss),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        """Return the report as an aligned table."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':<{width}}  {'weights':>11}  changed %  zeroed %  change %"]
+        lines += [
+            f"{c.name:<{width}}  {c.weights:>11}  {100 * c.changed:9.3f}  {100 * c.zeroed:8.3f}  "
+            f"{100 * c.relative_change:8.2f}"
+            for c in self.layers
+        ]
+        return "\n".join([*lines, f"{self.method}: {self.seconds:.3f} seconds"])
+
+    def _share(self, what: str) -> float:
+        total = sum(layer.weights for layer in self.layers)
+        return float(sum(getattr(c, what) * c.weights for c in self.layers) / max(1, total))
