@@ -49,15 +49,15 @@ if TYPE_CHECKING:
     from curvfast.hf.callback import CurvatureCallback as CurvatureCallback
     from curvfast.hf.factored import load_factored as load_factored
     from curvfast.hf.factored import save_factored as save_factored
-    from curvfast.layer_search import LayerSearch as LayerSearch
-    from curvfast.layer_search import search_layers as search_layers
     from curvfast.ops.registry import backends as backends
     from curvfast.ops.registry import use_backend as use_backend
     from curvfast.planning.plan import CollectionPlan as CollectionPlan
     from curvfast.planning.plan import plan_collection as plan_collection
     from curvfast.selecting import select as select
-    from curvfast.sweeping import Sweep as Sweep
-    from curvfast.sweeping import sweep as sweep
+    from curvfast.sweeps.layer_search import LayerSearch as LayerSearch
+    from curvfast.sweeps.layer_search import search_layers as search_layers
+    from curvfast.sweeps.sweep import Sweep as Sweep
+    from curvfast.sweeps.sweep import sweep as sweep
     from curvfast.writing.card import save_edited as save_edited
     from curvfast.writing.factored import FactorReport as FactorReport
     from curvfast.writing.factored import factorize as factorize
@@ -105,10 +105,10 @@ _HOMES = {
     "Patch": "writing.patch",
     "make_patch": "writing.patch",
     "select": "selecting",
-    "LayerSearch": "layer_search",
-    "search_layers": "layer_search",
-    "Sweep": "sweeping",
-    "sweep": "sweeping",
+    "LayerSearch": "sweeps.layer_search",
+    "search_layers": "sweeps.layer_search",
+    "Sweep": "sweeps.sweep",
+    "sweep": "sweeps.sweep",
 }
 
 

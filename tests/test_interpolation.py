@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from curvfast.core.interpolation import Crossing, between, first_crossing
 from curvfast.errors import InputError
-from curvfast.frontier import UNEDITED, SweepPoint, curves, matched
+from curvfast.sweeps.frontier import UNEDITED, SweepPoint, curves, matched
 
 NUMBERS = st.floats(-1e6, 1e6)
 CURVES = st.lists(NUMBERS, min_size=1, max_size=9)

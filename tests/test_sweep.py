@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import curvfast
-from curvfast import Eigenbasis, Factors, LayerFactors, Sweep, rotations
+from curvfast import Eigenbasis, Factors, LayerFactors, Sweep
 from curvfast.core import importance as importances
 from curvfast.core.importance import Importance
 from curvfast.errors import FormatError, InputError, LayerNotFound
-from curvfast.rotations import Hold
+from curvfast.sweeps import rotations
+from curvfast.sweeps.rotations import Hold
 
 SHAPES = [(9, 6), (7, 9), (6, 7)]
 ALL = get_args(Importance)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from curvfast.errors import FormatError, InputError
-from curvfast.frontier import UNEDITED, SweepPoint
 from curvfast.provenance import model_facts
 from curvfast.selecting import differing
 from curvfast.storage import append_line, finished_lines
-from curvfast.trials import Trials
+from curvfast.sweeps.frontier import UNEDITED, SweepPoint
+from curvfast.sweeps.trials import Trials
 
 KIND = "curvfast-sweep"
 VERSION = 1

@@ -13,13 +13,13 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance, importance_frame
 from curvfast.core.rule import Rule
 from curvfast.errors import FormatError, InputError
-from curvfast.frontier import UNEDITED, Matched, SweepPoint, matched
 from curvfast.layers import LayerSpec
 from curvfast.matching import basis_layers
 from curvfast.progress import Bar
-from curvfast.rotations import Hold
-from curvfast.sweep_log import SweepLog, read_points
-from curvfast.trials import Measure, Size, Trials
+from curvfast.sweeps.frontier import UNEDITED, Matched, SweepPoint, matched
+from curvfast.sweeps.log import SweepLog, read_points
+from curvfast.sweeps.rotations import Hold
+from curvfast.sweeps.trials import Measure, Size, Trials
 
 T = TypeVar("T", float, Importance)
 LayerSets = LayerSpec | Mapping[str, LayerSpec | None] | None

@@ -15,8 +15,8 @@ from curvfast.core.rule import Rule
 from curvfast.edit_plan import editable_layers
 from curvfast.editing import restore
 from curvfast.errors import InputError
-from curvfast.frontier import SIZE, UNEDITED, SweepPoint
-from curvfast.rotations import Hold, Rotations
+from curvfast.sweeps.frontier import SIZE, UNEDITED, SweepPoint
+from curvfast.sweeps.rotations import Hold, Rotations
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 Size = tuple[float | None, float | None]

@@ -13,13 +13,13 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance
 from curvfast.core.rule import Rule
 from curvfast.errors import InputError
-from curvfast.frontier import SweepPoint
 from curvfast.layers import LayerSpec
 from curvfast.progress import Bar
-from curvfast.rotations import Hold
-from curvfast.sweep_log import SweepLog
-from curvfast.sweeping import LayerSets, layer_sets, measured, measured_unedited
-from curvfast.trials import Measure, Trials
+from curvfast.sweeps.frontier import SweepPoint
+from curvfast.sweeps.log import SweepLog
+from curvfast.sweeps.rotations import Hold
+from curvfast.sweeps.sweep import LayerSets, layer_sets, measured, measured_unedited
+from curvfast.sweeps.trials import Measure, Trials
 
 
 @dataclass(frozen=True)
