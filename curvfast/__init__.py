@@ -23,6 +23,7 @@ from curvfast._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from curvfast.analysis.detector import memorization_scores as memorization_scores
+    from curvfast.analysis.mining import mine as mine
     from curvfast.analysis.ratio import activation_ratio as activation_ratio
     from curvfast.collection import collect as collect
     from curvfast.convergence import Converged as Converged
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
     "memorization_scores": "analysis.detector",
+    "mine": "analysis.mining",
     "activation_ratio": "analysis.ratio",
     "Curvature": "curvature",
     "collect": "collection",
