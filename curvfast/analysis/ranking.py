@@ -40,16 +40,12 @@ def top_tokens(
             read_call(counted, arguments)
             logits = logits_of(model(**arguments))
             rows = counted.rows("the model's logits", logits.shape[:-1], logits.device)
-            index = rows.index
-            if rows.kept is not None:
-                sequences, length, first = rows.kept
-                logits = logits.reshape(sequences, length, -1)[:, :first]
-            flat = logits.flatten(0, -2)
-            if not 1 <= k <= flat.shape[1]:
+            own = rows.take(logits)
+            if not 1 <= k <= own.shape[1]:
                 raise InputError(
-                    f"k={k}: pass a number from 1 to the {flat.shape[1]} tokens there are"
+                    f"k={k}: pass a number from 1 to the {own.shape[1]} tokens there are"
                 )
-            found.append((flat if index is None else flat[index]).topk(k).indices.cpu())
+            found.append(own.topk(k).indices.cpu())
     if not sum(map(len, found)):
         raise InputError("batches hold no position that predicts a token; got nothing to rank")
     return torch.cat(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvfast.adapters import LinearLayer
 from curvfast.analysis.watching import Seen, watching
-from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.eigenbasis import Eigenbasis, StoredBasis
 from curvfast.errors import CoverageError, InputError
 from curvfast.progress import Bar
 from curvfast.rows import RowRule
@@ -86,14 +86,8 @@ def text_sums(
 
 def readers(basis: Eigenbasis, names: Iterable[str]) -> dict[str, str]:
     """Return, for each layer, the first of those that share its A: all of them read one tensor."""
-    first: dict[Any, str] = {}
-    found = {}
-    for name in names:
-        layer = basis[name]
-        # A stored basis reads anew each time: its names say what is shared.
-        shared = getattr(layer, "_names", (None,))[0] or id(layer.vectors_a)
-        found[name] = first.setdefault(shared, name)
-    return found
+    first: dict[Hashable, str] = {}
+    return {name: first.setdefault(basis[name].key_a, name) for name in names}
 
 
 class Vectors:
@@ -111,7 +105,7 @@ class Vectors:
         if known is None or known.device != device:
             basis = self._basis[layer]
             known = getattr(basis, self._leaf).to(device)
-            if not hasattr(basis, "_names"):
+            if not isinstance(basis, StoredBasis):
                 self._moved[layer] = known
         return known
 

@@ -16,7 +16,7 @@ from curvfast.adapters import LinearLayer, Part, Product, watch
 from curvfast.capture import no_autocast
 from curvfast.errors import InputError, ShapeError
 from curvfast.provenance import is_causal_lm, unwrap
-from curvfast.rows import Batch, Routed, RowRule, Rows, read_call
+from curvfast.rows import Batch, Routed, RowRule, read_call
 from curvfast.steps import frozen, model_arguments
 
 
@@ -135,18 +135,9 @@ class _Observer:
                 f"{part.layer!r} has {list(of)} rows, which do not divide over {texts} texts; "
                 "leave the layer out of layers="
             )
-        index = _index(owner.rows(part.layer, x.shape[:-1], x.device), x.device)
+        index = owner.rows(part.layer, x.shape[:-1], x.device).indices(x.device)
         where = index if part.positions is None else part.positions.to(x.device)[index]
         return Seen(
             part.layer, x.reshape(-1, width)[index], where // length, where % length,
             (texts, length),
         )  # fmt: skip
-
-
-def _index(rows: Rows, device: torch.device) -> Tensor:
-    """Return where the rows that count stand in the flattened activation, int64 [count]."""
-    if rows.kept is not None:
-        sequences, length, first = rows.kept
-        starts = torch.arange(sequences, device=device)[:, None] * length
-        return (starts + torch.arange(first, device=device)).flatten()
-    return torch.arange(rows.count, device=device) if rows.index is None else rows.index
