@@ -353,6 +353,8 @@ def test_bands_by_mass_end_where_the_mass_is_reached() -> None:
     assert band_ends(values, (0.5, 0.7, 0.75, 1), "mass") == [1, 2, 3, 5]
     assert band_ends(values, (0.1, 0.4, 1), "mass") == [1, 1, 5]
     assert band_ends(torch.ones(10), (0.3, 0.6), "mass") == [3, 6]
+    # 1/7 of the rounded sum of seven 0.7 is more than 0.7.
+    assert band_ends(torch.full((7,), 0.7, dtype=torch.float64), (1 / 7, 1), "mass") == [1, 7]
     assert band_ends(values, (0.2, 0.5, 1), "index") == [1, 2, 5]
     model = nn.Sequential(nn.Linear(5, 3))
     vectors = torch.eye(5)
@@ -398,6 +400,8 @@ def test_layers_are_chosen_by_what_they_tell_apart() -> None:
     known = TextScores(names, torch.tensor([[0.1, 0.5, 0.95], [0.3, 0.5, 0.99]]), 0.6)
     assert telling_layers(known, clean, 2) == ("c", "a")
     assert known.of(telling_layers(known, clean, 1)).tolist() == pytest.approx([0.95, 0.99])
+    unrouted = TextScores(("a", "b"), torch.tensor([[0.25, math.nan]]), 0.6)
+    assert unrouted.of().tolist() == [0.25]
     for count in (0, 4):
         with pytest.raises(InputError, match="count="):
             telling_layers(known, clean, count)
