@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING
 from curvfast._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from curvfast.analysis.detector import memorization_scores as memorization_scores
+    from curvfast.analysis.mining import mine as mine
+    from curvfast.analysis.ratio import activation_ratio as activation_ratio
     from curvfast.collection import collect as collect
     from curvfast.convergence import Converged as Converged
     from curvfast.core.corrections import Corrections as Corrections
@@ -67,6 +70,9 @@ if TYPE_CHECKING:
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
+    "memorization_scores": "analysis.detector",
+    "mine": "analysis.mining",
+    "activation_ratio": "analysis.ratio",
     "Curvature": "curvature",
     "collect": "collection",
     "Converged": "convergence",

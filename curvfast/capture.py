@@ -103,7 +103,7 @@ class _Piece:
         return _take(g, self.layer.d_out, self.rows)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast; a device that has none, such as meta, needs nothing."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
@@ -241,7 +241,7 @@ class Capture:
     def _count(self, piece: _Piece, x: Tensor) -> None:
         assert self._on_input is not None
         piece.shared.added = True
-        with torch.no_grad(), _no_autocast(x.device):
+        with torch.no_grad(), no_autocast(x.device):
             self._on_input(piece.layer.name, piece.batch, piece.shared, piece.inputs(x))
 
     def _on_gradient(self, call: _Call, g: Tensor) -> None:
@@ -263,7 +263,7 @@ class Capture:
                 ) from error
         # The graph may outlive the backward in the caller's loss: hold nothing through it.
         call.kept, call.done = None, True
-        with torch.no_grad(), _no_autocast(g.device):
+        with torch.no_grad(), no_autocast(g.device):
             for piece in call.pieces:
                 self.calls[piece.layer.name].gradients += 1
                 inputs = None if x is None else piece.inputs(x)

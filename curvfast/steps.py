@@ -40,7 +40,7 @@ def run_step(
     Raises:
         InputError: If the batch, the model's output or the labels are of no use.
     """
-    arguments = _arguments(model, batch, next(model.parameters()).device)
+    arguments = model_arguments(model, batch, next(model.parameters()).device)
     gold = arguments.pop("labels", None)
     with torch.enable_grad():
         logits = logits_of(model(**arguments))
@@ -96,7 +96,17 @@ def frozen(model: nn.Module, keep_mode: bool) -> Iterator[bool]:
             module.training = mode
 
 
-def _arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[str, Any]:
+def model_arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[str, Any]:
+    """Return what a model is called with for a batch, on a device and without a cache.
+
+    Args:
+        model: The model.
+        batch: Keyword arguments of it, or the tensor that is its one argument.
+        device: Where tensors are moved.
+
+    Raises:
+        InputError: If the batch is neither.
+    """
     parameters = inspect.signature(unwrap(model).forward).parameters
     if isinstance(batch, Tensor):
         batch = {next(iter(parameters)): batch}

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from curvfast.cli import demo, env, patch, plan, spectrum_log
+from curvfast.cli import demo, env, mine, patch, plan, spectrum_log
 from curvfast.errors import CurvfastError
 
 _EPILOG = """\
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loud.add_argument("-v", "--verbose", action="store_true", help="tell what is being done")
     loud.add_argument("-q", "--quiet", action="store_true", help="print results only")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, plan, patch, spectrum_log, env):
+    for command in (demo, plan, mine, patch, spectrum_log, env):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     level = os.environ.get("CURVFAST_LOG") or ("INFO" if options.verbose else "WARNING")

@@ -1,0 +1,21 @@
+"""What memorization looks like from inside: which components texts excite, and which are known.
+
+Everything here is forward only, and leaves the model as it was: modes, gradients, random state.
+"""
+
+from curvfast.analysis.detector import TextScores as TextScores
+from curvfast.analysis.detector import memorization_scores as memorization_scores
+from curvfast.analysis.detector import telling_layers as telling_layers
+from curvfast.analysis.heat_map import heat_map as heat_map
+from curvfast.analysis.heat_map import token_scores as token_scores
+from curvfast.analysis.mining import Mined as Mined
+from curvfast.analysis.mining import MiningReport as MiningReport
+from curvfast.analysis.mining import mine as mine
+from curvfast.analysis.ranking import ndcg as ndcg
+from curvfast.analysis.ranking import top_tokens as top_tokens
+from curvfast.analysis.ratio import ActivationRatio as ActivationRatio
+from curvfast.analysis.ratio import activation_ratio as activation_ratio
+from curvfast.analysis.recitation import leading_matches as leading_matches
+from curvfast.analysis.separation import auc as auc
+from curvfast.analysis.stress import StressReport as StressReport
+from curvfast.analysis.stress import stress as stress
