@@ -98,6 +98,7 @@ def test_the_section_tells_layers_shares_perplexity_and_data(edited, tmp_path) -
         {"mass": 0.7, "layers": ["*.0.*"]},
         {"fraction": 0.25, "strength": -0.3},
         {"pairs": 100, "strength": 0.1 + 0.2},
+        {"fraction": 0.4, "importance": "kfac_saliency"},
     ],
 )
 def test_the_snippet_makes_the_edit_again(measured, options, tmp_path, monkeypatch) -> None:
@@ -127,6 +128,10 @@ def test_what_is_not_known_is_not_made_up() -> None:
     ast.parse(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
     given_ = EditReport((entry,), 6, provenance={"rule": {"selection": "given"}})
     assert "selection=kept," in edit_section(given_)
+    rule = {"importance": "ekfac", "corrections": "given"}
+    text = edit_section(EditReport((entry,), 6, provenance={"rule": rule}))
+    assert "importance='ekfac'," in text
+    assert "corrections=corrections," in text
 
 
 class TestReadme:

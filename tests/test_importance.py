@@ -183,6 +183,51 @@ def test_corrections_that_are_products_change_nothing(measured: Any) -> None:
             assert torch.equal(one[name].dense(), two[name].dense())
 
 
+@pytest.mark.parametrize("per", ["position", "sequence"])
+def test_measured_corrections_are_taken_as_they_are(measured: Any, per: str) -> None:
+    model, basis = measured
+    batches = token_batches(sizes=(12,))
+    found = curvfast.correct(model, basis, batches, per=per, progress=False)
+    one = curvfast.select(model, basis, "ekfac", pairs=200, corrections=found)
+    for name, kept in one.items():
+        expected = largest(found[name].double(), Rule(pairs=200))
+        assert torch.equal(kept.dense(), expected)
+    some = list(basis)[:2]
+    fewer = curvfast.correct(model, basis, batches, some, per=per, progress=False)
+    with pytest.raises(LayerNotFound, match="collect them for the same layers"):
+        curvfast.select(model, basis, "ekfac", pairs=200, corrections=fewer)
+    two = curvfast.select(model, basis, "ekfac", pairs=200, corrections=fewer, layers=some)
+    for name in some:
+        assert torch.equal(two[name].dense(), one[name].dense())
+
+
+@pytest.mark.parametrize("importance", get_args(Importance))
+def test_patches_and_factors_are_of_the_same_edit(fresh: Any, importance: Any) -> None:
+    model, basis = fresh
+    given = corrections(basis) if importance.startswith("ekfac") else None
+    options = {"fraction": 0.05, "importance": importance, "corrections": given}
+    patched, factored = copy.deepcopy(model), copy.deepcopy(model)
+    before = {name: matrix(model, name) for name in basis}
+    curvfast.make_patch(model, basis, **options).apply(patched)
+    assert all(torch.equal(matrix(model, name), before[name]) for name in basis)
+    forms = curvfast.factorize(factored, basis, **options)
+    report = curvfast.edit(model, basis, **options)
+    assert report.provenance["rule"] == {
+        "fraction": 0.05, "importance": importance, **({"corrections": "given"} if given else {})
+    }  # fmt: skip
+    there = dict(factored.named_modules())
+    for form in forms.layers:
+        edited = matrix(model, form.name)
+        assert torch.equal(matrix(patched, form.name), edited)
+        new = there[form.name].weight.detach()
+        new = new if new.shape == edited.shape else new.T
+        assert (new - edited).norm() <= 1e-5 * before[form.name].norm()
+    if importance == "svd":
+        assert {form.form for form in forms.layers} == {"low rank"}
+    if importance == "identity":
+        assert {form.form for form in forms.layers} == {"dense"}
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["found anew", "given"])
 def test_singular_directions_are_the_best_of_their_number(fresh: Any, known: bool) -> None:
     model, basis = fresh

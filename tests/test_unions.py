@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -287,11 +288,13 @@ def test_wide_factors_are_taken_in_bands(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_saved_union_is_the_same(
     general: Factors, task: Factors, tmp_path: Any, lazy: bool
 ) -> None:
-    union = general.eigh().with_task(task, 0.5).with_task(corpus(3), -0.1, normalize=False)
+    basis = Factors(general.layers, {"tokens": 50}).eigh()
+    union = basis.with_task(task, 0.5).with_task(corpus(3), -0.1, normalize=False)
     union.save_pretrained(tmp_path / "one")
     again = Eigenbasis.from_pretrained(tmp_path / "one", lazy=lazy)
     again.save_pretrained(tmp_path / "two")
     twice = Eigenbasis.from_pretrained(tmp_path / "two", lazy=lazy)
+    assert again.provenance == twice.provenance == {"tokens": 50}
     for name, kept in union.keep(mass=0.7).items():
         for read in (again, twice):
             assert torch.equal(read.keep(mass=0.7)[name].kept, kept.kept)
@@ -322,6 +325,25 @@ def test_tasks_that_do_not_fit_are_refused_by_name(general: Factors, task: Facto
         short(basis).with_task(task)
     with pytest.raises(InputError, match="singular vectors"):
         Eigenbasis(basis.layers, frame="singular").with_task(task)
+
+
+def test_marginals_come_before_tasks(general: Factors, task: Factors) -> None:
+    weighted = Factors(
+        {
+            name: replace(own, a_weighted=own.a_sum * 2, g_weighted=own.g_sum * 3)
+            for name, own in general.items()
+        },
+        {"tokens": 50},
+    )
+    basis = weighted.eigh()
+    with pytest.raises(InputError, match=r"call with_marginals\(\) before with_task\(\)"):
+        basis.with_task(task).with_marginals(weighted)
+    union = basis.with_marginals(weighted).with_task(task, 0.5)
+    assert union.provenance == basis.provenance == {"tokens": 50}
+    for name, kept in union.keep(pairs=20).items():
+        own, other = products(union, name), along(union, task, name)
+        scores = own + 0.5 * own.sum() / other.sum() * other
+        assert torch.equal(kept.dense(), by_sorting(scores, 20))
 
 
 def test_what_rounds_below_zero_is_no_curvature() -> None:
