@@ -187,6 +187,14 @@ def test_a_table_is_aligned() -> None:
     assert len(lines[1]) == len(lines[2])
 
 
+def test_equal_sizes_go_by_what_was_asked_for() -> None:
+    pair = [point(0.5, ppl=24.0), point(0.5, ppl=22.0)]
+    asked = [replace(pair[0], mass=0.7), replace(pair[1], mass=0.9)]
+    for points in (asked, asked[::-1]):
+        ((_, curve),) = curves(BASE, points).items()
+        assert [own.metrics["ppl"] for own in curve] == [20.0, 22.0, 24.0]
+
+
 def test_monotone_curves_of_two_points_with_one_value_take_the_weaker() -> None:
     level = [point(0.8, ppl=22.0, strict=0.8), point(0.6, ppl=22.0, strict=0.6)]
     (row,) = matched(BASE, level, "ppl", 22.0).rows

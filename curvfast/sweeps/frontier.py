@@ -27,7 +27,7 @@ class SweepPoint:
     fraction: float | None
     """The rule, if it was a share of the pairs."""
     kept_fraction: float
-    """Kept pairs over all pairs of the edited layers."""
+    """Kept pairs over all pairs of the edited layers; for ``"svd"`` singular directions."""
     metrics: Mapping[str, float]
     """What was measured, by name; NaN for what is not finite."""
     seconds: float

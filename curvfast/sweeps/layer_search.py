@@ -98,7 +98,8 @@ def search_layers(
             it, rise.
         labels: What ``evaluate`` knows about the data, in words: ``"200 passages known to be
             memorized; perplexity of held-out text"``.
-        at_most: Upper bounds of numbers, such as ``{"perplexity": 22.8}``.
+        at_most: Upper bounds of numbers, such as ``{"perplexity": 22.8}``. Where the unedited model
+            is beyond one, any edit within them is better.
         most: How many candidates to take at most.
         fraction: Instead of ``mass``: share in [0, 1] of each layer's pairs.
         corrections: As in :func:`curvfast.select`.
@@ -114,7 +115,8 @@ def search_layers(
         InputError: As in :func:`curvfast.sweep`; or if ``labels`` is empty, or ``objective`` or
             ``at_most`` name what ``evaluate`` does not return.
         BasisMismatch: If the basis is of another model.
-        LayerNotFound: If a candidate matches nothing in the basis.
+        LayerNotFound: If a candidate matches nothing in the basis, ``corrections`` lack a layer, or
+            one shares its weight with another module.
         ShapeError: If corrections are of another shape.
         StorageError: If ``out`` cannot be read or written.
     """
@@ -169,7 +171,6 @@ def _score(
     def score(point: SweepPoint) -> float:
         within = all(point.metrics[name] <= bound for name, bound in at_most.items())
         value = sign * point.metrics[metric]
-        # The unedited model is what there is without an edit, whatever the bounds.
-        return value if (within or point is unedited) and not math.isnan(value) else math.inf
+        return value if within and not math.isnan(value) else math.inf
 
     return score

@@ -142,7 +142,8 @@ def sweep(
             the basis or ``corrections``, ``evaluate`` returns no numbers by name or others than
             before, or ``out`` is of another sweep.
         BasisMismatch: If the basis is of another model.
-        LayerNotFound: If a set of layers matches nothing in the basis.
+        LayerNotFound: If a set of layers matches nothing in the basis, ``corrections`` lack one, or
+            one shares its weight with another module.
         ShapeError: If corrections are of another shape.
         StorageError: If ``out`` cannot be read or written.
     """

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance, check, importance_frame, ranked, takes_corrections
 from curvfast.core.rule import Rule
+from curvfast.core.selection import Selection, used_ranks
 from curvfast.edit_plan import editable_layers
 from curvfast.editing import restore
 from curvfast.errors import InputError
@@ -115,10 +116,9 @@ class Trials:
             metrics = self._measured()
         finally:
             restore((self.layers[name], self.saved[name]) for name in names)
-        sizes = sum(math.prod(self.basis[name].shape) for name in names)
         return SweepPoint(
             importance, layers, tuple(names), *size,
-            sum(selection.pairs.values()) / sizes, metrics, time.perf_counter() - started,
+            kept_share(selection), metrics, time.perf_counter() - started,
         )  # fmt: skip
 
     def _corrections(self, importance: Importance) -> Mapping[str, Tensor] | None:
@@ -138,6 +138,15 @@ class Trials:
                     raise InputError(f"evaluate= returned {name!r}, which there is already")
                 found[name] = _number(name, value)
         return found
+
+
+def kept_share(selection: Selection) -> float:
+    """Return the kept share of all pairs, or of all singular directions."""
+    if selection.frame == "singular":
+        # A block of r × r pairs is r directions: off its diagonal C is 0.
+        kept = sum(used_ranks(own)[0] for own in selection.values())
+        return kept / sum(min(own.shape) for own in selection.values())
+    return sum(selection.pairs.values()) / sum(math.prod(own.shape) for own in selection.values())
 
 
 def _number(name: str, value: object) -> float:
