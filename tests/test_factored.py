@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvfast
-from curvfast.baselines.selections import random_selection
 from curvfast.core.eigenbasis import LayerBasis
+from curvfast.core.mask import random_mask
 from curvfast.core.projection import drop_, rotate, rotate_back
-from curvfast.core.selection import Mask, Staircase, random_mask
+from curvfast.core.selection import Mask, Staircase
 from curvfast.errors import InputError, LayerNotFound, StorageError
 from curvfast.layers import linear_layers
 from curvfast.writing.factored import FactoredLinear, factored_layers
@@ -118,13 +118,13 @@ def test_the_factors_are_the_edited_weight(kept: Staircase) -> None:
 
 @pytest.mark.parametrize("thin", [0, 1])
 def test_other_masks_are_covered_by_what_they_use(thin: int) -> None:
-    kept = random_mask(9, 7, 50, seed=1).kept
+    kept = random_mask(9, 7, 50, torch.Generator().manual_seed(1)).dense()
     kept[[0, 2, 3, 5, 8]] = False
     if thin:
         kept[:, [1, 2, 3, 4, 6]] = False
     basis, weight = orthonormal(9, 7), torch.randn(9, 7).double()
-    left, right = low_rank_factors(weight, basis, Mask(kept))
-    exact = rotate_back(drop_(rotate(weight, basis), Mask(kept)), basis)
+    left, right = low_rank_factors(weight, basis, Mask.pack(kept))
+    exact = rotate_back(drop_(rotate(weight, basis), Mask.pack(kept)), basis)
     assert (left @ right - exact).norm() <= 1e-12 * weight.norm()
     assert (
         left.shape[1] == min(int(kept.any(1).sum()), int(kept.any(0).sum())) == (2 if thin else 4)
@@ -214,9 +214,9 @@ def test_a_layer_of_high_rank_is_edited_in_place(measured) -> None:
 def test_masks_of_any_form_and_nothing_at_all_can_be_kept(measured) -> None:
     model, basis = measured
     batch = token_batches()[0]
-    kept = dict(random_selection(basis, basis.keep(mass=0.3), seed=0).items())
+    kept = dict(curvfast.select(model, basis, "random", mass=0.3).items())
     first, second = list(basis)[:2]
-    kept[first] = Mask(basis.keep(mass=0.3)[first].dense())
+    kept[first] = Mask.pack(basis.keep(mass=0.3)[first].dense())
     kept[second] = basis.keep(pairs=0)[second]
     twin = copy.deepcopy(model)
     report = curvfast.factorize(model, basis, selection=kept)

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 import curvfast
-from curvfast.baselines.selections import random_selection
 from curvfast.cli import main
 from curvfast.core.selection import Mask
 from curvfast.errors import (
@@ -139,7 +138,7 @@ def test_a_patch_tells_factors_and_selections_apart(original, tmp_path) -> None:
     patch = curvfast.make_patch(model, basis, mass=0.6)
     basis.save_pretrained(tmp_path)
     stored = curvfast.Eigenbasis.from_pretrained(tmp_path, lazy=True)
-    kept = {name: Mask(step.dense()) for name, step in basis.keep(mass=0.6).items()}
+    kept = {name: Mask.pack(step.dense()) for name, step in basis.keep(mass=0.6).items()}
     again = curvfast.make_patch(model, stored, mass=0.6)
     assert told(again) == told(patch)
     other = curvfast.make_patch(model, basis, mass=0.5)
@@ -212,7 +211,7 @@ def test_edits_that_change_nothing_apply_and_revert(original) -> None:
 
 def test_a_mask_whose_mass_is_not_known_is_kept_as_such(original, tmp_path) -> None:
     model, basis = original
-    kept = random_selection(basis, basis.keep(mass=0.6), seed=0)
+    kept = curvfast.select(model, basis, "random", mass=0.6)
     curvfast.make_patch(model, basis, selection=kept).save(tmp_path)
     stored = curvfast.Patch.load(tmp_path)
     assert all(layer.mass != layer.mass for layer in stored.report.layers)
