@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from curvfast.adapters import LinearLayer
 from curvfast.analysis.watching import Seen, watching
-from curvfast.core.eigenbasis import Eigenbasis, StoredBasis
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.layer_basis import StoredBasis
 from curvfast.errors import CoverageError, InputError
 from curvfast.progress import Bar
 from curvfast.rows import RowRule
