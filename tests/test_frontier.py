@@ -12,11 +12,12 @@ import torch
 from cases import VOCABULARY, llama
 from frontier import run, table
 from frontier.matched import MEASURES, at_rise, furthest, over_seeds
-from frontier.methods import METHODS, Method, forget_by
-from frontier.settings import SETTINGS, Setting, halves, trained
+from frontier.methods import KFAC, METHODS, RANDOM, SVD, Method, forget_by
+from frontier.settings import SETTINGS, Setting, halves, restore, trained
 from hypothesis import given
 from hypothesis import strategies as st
 
+import curvfast
 from curvfast import Passage
 from curvfast.baselines import RIVALS, RandomPairs, TruncatedSVD
 from curvfast.core.importance import Importance
@@ -183,6 +184,25 @@ def test_no_passage_of_the_demo_is_in_both_halves_or_in_the_text_that_is_to_stay
     kept = [row for batch in setting.clean for row in batch["input_ids"].tolist()]
     assert kept == rows[: len(kept)]
     assert setting.measures().keys() == {*MEASURES, "perplexity"}
+
+
+def test_edits_of_one_mass_keep_as_much_of_each_layer(setting: Setting) -> None:
+    before = {name: value.clone() for name, value in setting.model.state_dict().items()}
+    kept, found = setting.basis.keep(mass=0.9), {}
+    for name, change in (("kfac", KFAC), ("svd", SVD), ("random", RANDOM)):
+        facts = change(setting, 0.9)
+        assert 0 < facts["kept_fraction"] < 1
+        found[name] = {layer: setting.model.get_submodule(layer).weight.clone() for layer in kept}
+        restore(setting.model, before)
+    curvfast.edit(setting.model, setting.basis, mass=0.9)
+    for layer, kfac in found["kfac"].items():
+        assert torch.equal(kfac, setting.model.get_submodule(layer).weight)
+        assert not torch.equal(kfac, found["random"][layer])
+        rank = int(torch.linalg.matrix_rank(found["svd"][layer].double(), rtol=1e-4))
+        assert rank == round(kept[layer].fraction * min(kfac.shape))
+        own = setting.basis[layer]
+        inside = own.vectors_g.T.double() @ found["random"][layer].double() @ own.vectors_a.double()
+        assert int((inside.abs() > 1e-6).sum()) == kept[layer].pairs
 
 
 def test_both_halves_are_of_all_sources() -> None:
