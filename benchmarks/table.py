@@ -153,6 +153,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "races": _cpu("bench.json", tables_cpu.races),
     "peers": _cpu("peers.json", lambda found: tables_cpu.peers(found, "peers")),
     "peers-wide": _cpu("peers.json", lambda found: tables_cpu.peers(found, "wide")),
+    "peers-words": _cpu("peers.json", lambda found: tables_cpu.peers(found, "words")),
+    "peers-sampled": _cpu("peers.json", lambda found: tables_cpu.peers(found, "sampled")),
     "scaling": _cpu("scaling.json", tables_cpu.scaling),
     "shares": _cpu("profile.json", tables_cpu.shares),
 }

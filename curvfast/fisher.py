@@ -37,9 +37,7 @@ def sampled_gradient(
         The gradient, of the shape and dtype of ``logits`` and zero in rows that do not count; and
         the number of labels.
     """
-    values = logits.detach()
-    if type(logits.grad_fn).__name__ not in _FORGETFUL or not values.is_contiguous():
-        values = values.clone(memory_format=torch.contiguous_format)
+    values = _own_values(logits)
     flat = values.flatten(0, -2)
     ops.sampled_gradient_(flat, rows, generator)
     return values, flat.shape[0] if rows is None else rows.shape[0]
@@ -49,26 +47,27 @@ def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Return the gradient for given labels.
 
     Args:
-        logits: [..., classes], any float dtype.
+        logits: [..., classes], any float dtype. Overwritten as by :func:`sampled_gradient`.
         labels: int64, the leading shape of ``logits``; -100 where there is none.
 
     Returns:
         The gradient, of the shape and dtype of ``logits`` and zero without a label; and the number
         of labels.
     """
-    flat, targets = logits.detach().flatten(0, -2), labels.flatten()
-    gradient = torch.empty_like(flat)
-    unlabelled = targets == IGNORED_LABEL
-    safe = targets.masked_fill(unlabelled, 0)[:, None]
+    values, targets = _own_values(logits), labels.flatten()
+    flat = values.flatten(0, -2)
+    absent = (targets == IGNORED_LABEL).nonzero().squeeze(1)
+    safe = targets.index_fill(0, absent, 0)[:, None]
     step = max(1, _CHUNK_VALUES // flat.shape[1])
-    for rows, own, out in zip(
-        flat.split(step), safe.split(step), gradient.split(step), strict=True
-    ):
-        # In place where no cast is needed: the logits are the largest tensor of the step.
-        whole = out if out.dtype == torch.float32 else None
-        probabilities = torch.softmax(rows, -1, dtype=torch.float32, out=whole)
-        ops.minus_onehot_(probabilities, own)
-        if whole is None:
-            out.copy_(probabilities)
-    gradient.index_fill_(0, unlabelled.nonzero().squeeze(1), 0)
-    return gradient.view(logits.shape), flat.shape[0] - int(unlabelled.sum())
+    for rows, own in zip(flat.split(step), safe.split(step), strict=True):
+        rows.copy_(ops.minus_onehot_(rows.softmax(-1, dtype=torch.float32), own))
+    flat.index_fill_(0, absent, 0)
+    return values, len(targets) - len(absent)
+
+
+def _own_values(logits: Tensor) -> Tensor:
+    """Return the values of logits, contiguous, to be written to: a copy where they are needed."""
+    values = logits.detach()
+    if type(logits.grad_fn).__name__ in _FORGETFUL and values.is_contiguous():
+        return values
+    return values.clone(memory_format=torch.contiguous_format)

@@ -44,7 +44,8 @@ def test_its_code_runs_from_top_to_bottom(
     batches = token_batches()
     names: dict[str, Any] = {
         "model": llama(vocab_size=300), "loader": batches, "batches": batches,
-        "tokenizer": write_text(),
+        "tokenizer": write_text(), "task_batches": token_batches(sizes=(9, 9)),
+        "passages": token_batches(), "other_texts": token_batches(sizes=(9, 9)),
     }  # fmt: skip
     before = names["model"].model.layers[0].mlp.up_proj.weight.clone()
     for block in blocks("python"):
