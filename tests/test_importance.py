@@ -228,6 +228,16 @@ def test_patches_and_factors_are_of_the_same_edit(fresh: Any, importance: Any) -
         assert {form.form for form in forms.layers} == {"dense"}
 
 
+def test_rows_of_the_weight_itself_are_edited_in_place_not_factored() -> None:
+    model, basis = bare()
+    few = torch.zeros(5, 4, dtype=torch.bool)
+    few[2] = True
+    before = model[0].weight.detach().clone()
+    kept = Selection({"0": Mask.pack(few)}, "identity", "standard")
+    assert curvfast.factorize(model, basis, selection=kept).layers[0].form == "dense"
+    assert torch.equal(model[0].weight, before * few)
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["found anew", "given"])
 def test_singular_directions_are_the_best_of_their_number(fresh: Any, known: bool) -> None:
     model, basis = fresh
