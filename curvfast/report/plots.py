@@ -50,8 +50,8 @@ def frontier(
         for point, px, py in zip(points, x, y, strict=True):
             if method == "kfac" and point["mass"] == chosen:
                 axes.annotate(
-                    f"ρ = {chosen:g}", (px, py), xytext=(-9, -4), textcoords="offset points",
-                    color=colour, fontweight="bold", horizontalalignment="right",
+                    f"ρ = {chosen:g}", (px, py), xytext=(2, 8), textcoords="offset points",
+                    color=colour, fontweight="bold", horizontalalignment="left",
                 )  # fmt: skip
     axes.plot(
         base["perplexity"], 100 * base["strict"], marker="*", markersize=14, color="#1b1b1e",
