@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import llama, token_batches
+from cases import VOCABULARY, llama, token_batches
 from rivals import (
     GREEDY,
     MASKING,
     MOVING,
     RANDOM,
     SUPERVISED,
+    Model,
     forget,
     kind,
     passages,
@@ -191,6 +192,34 @@ def test_a_quantised_weight_is_refused_before_any_is_written(rival: Any) -> None
     with pytest.raises(InputError, match="cannot be edited"):
         forget(rival, net)
     assert same(net, before)
+
+
+def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "is_sharded_model", lambda model: True)
+    with pytest.raises(InputError, match="sharded over processes"):
+        forget(Durable(ratio=0.1), llama())
+
+
+def test_a_wrapper_is_looked_through() -> None:
+    net = llama()
+    assert choose(torch.compile(net), "mlp").model is net
+
+
+class Classifier(Model):
+    """One prediction a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = torch.nn.Linear(4, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.mlp(input_ids[:, :4].float())
+
+
+def test_a_model_that_does_not_predict_every_token_is_refused() -> None:
+    rows = torch.randint(1, VOCABULARY, (3, 6))
+    with pytest.raises(InputError, match="pass a causal language model"):
+        Durable(ratio=0.1).forget(Classifier(), rows, progress=False)
 
 
 def test_a_ratio_that_is_no_weight_of_a_layer_is_refused() -> None:
