@@ -216,11 +216,15 @@ def point(perplexity: float, recited: float) -> dict[str, float]:
     return {**dict.fromkeys(MEASURES, recited), "perplexity": perplexity, "cpu_seconds": recited}
 
 
-@given(st.floats(0.01, 0.99), st.floats(0, 1), st.floats(0, 1), st.floats(1.1, 100))
+@given(
+    st.floats(0.51, 0.99), st.floats(0.01, 2), st.floats(0, 1), st.floats(0, 1),
+    st.floats(1.1, 100),
+)  # fmt: skip
 def test_a_measure_that_is_linear_in_perplexity_is_found_exactly(
-    share: float, start: float, end: float, base: float
+    share: float, rise: float, start: float, end: float, base: float
 ) -> None:
-    found = at_rise(point(base, start), [point(2 * base, end)], share)
+    # Twice the rise asked for is the furthest that a line is drawn to.
+    found = at_rise(point(base, start), [point(base * (1 + rise), end)], share * rise)
     assert found.reached
     for measure in MEASURES:
         assert found.values[measure] == pytest.approx(start + share * (end - start))
@@ -241,13 +245,26 @@ def test_a_method_that_never_gets_there_is_shown_at_its_strongest() -> None:
     assert not found.reached
     assert found.rise == pytest.approx(0.02)
     assert found.values["strict_seen"] == 0.3
-    there = at_rise(point(100, 1), [point(200, 0.5)], 0.05)
+    there = at_rise(point(100, 1), [point(108, 0.2)], 0.05)
     assert furthest([there, there]) is None
     assert furthest([there, found]) == pytest.approx((0.05 + 0.02) / 2)
     assert over_seeds([found], "strict_seen") == (0.3, None)
     mean, spread = over_seeds([found, there], "strict_seen")
-    assert mean == pytest.approx((0.3 + 0.975) / 2)
-    assert spread == pytest.approx(0.675 / 2**0.5)
+    assert mean == pytest.approx((0.3 + 0.5) / 2)
+    assert spread == pytest.approx(0.2 / 2**0.5)
+
+
+def test_a_method_whose_weakest_change_costs_far_more_is_shown_there() -> None:
+    path = [point(200, 0.5), point(300, 0.1)]
+    near = at_rise(point(100, 1), path, 0.5)
+    assert near.reached
+    assert near.values["strict_seen"] == pytest.approx(0.75)
+    far = at_rise(point(100, 1), path, 0.49)
+    assert not far.reached
+    assert far.rise == 1
+    assert far.values["strict_seen"] == 0.5
+    # Between strengths a line is drawn however far.
+    assert at_rise(point(100, 1), [point(101, 0.9), *path], 0.05).reached
 
 
 # Tables

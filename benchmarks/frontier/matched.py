@@ -18,23 +18,29 @@ MEASURES = tuple(
 )
 
 
+# A line from the unedited model to a weakest change that costs more than this many times the rise
+# asked for would say nothing about the change.
+_TOO_FAR = 2
+
+
 @dataclass(frozen=True)
 class Matched:
-    """A method where its perplexity has risen by a given share, or as far as it goes."""
+    """A method where its perplexity has risen by a given share, or as near as it comes."""
 
     values: Mapping[str, float]
     """:data:`MEASURES`, and ``cpu_seconds`` of the next stronger change measured."""
     rise: float
     """By which share perplexity has risen there."""
     reached: bool
-    """Whether that is the share asked for; otherwise this is the strongest change measured."""
+    """Whether that is the share asked for; otherwise this is the strongest change measured, or the
+    weakest where that costs far more already."""
 
 
 def at_rise(base: Point, points: Sequence[Point], rise: float) -> Matched:
     """Return a method at the unedited model's perplexity times 1 + ``rise``.
 
-    From the unedited model on, strength by strength, the first two neighbours between whose
-    perplexities it lies are joined by a straight line.
+    The curve is linear between neighbours, from the unedited model on, strength by strength; where
+    it reaches that perplexity more than once, the first time counts.
 
     Args:
         base: Measures of the unedited model.
@@ -43,14 +49,23 @@ def at_rise(base: Point, points: Sequence[Point], rise: float) -> Matched:
     """
     curve = [base, *points]
     try:
-        crossing = first_crossing([p["perplexity"] for p in curve], base["perplexity"] * (1 + rise))
+        found = first_crossing([p["perplexity"] for p in curve], base["perplexity"] * (1 + rise))
     except InputError:
-        last = points[-1]
-        values = {m: last[m] for m in (*MEASURES, "cpu_seconds")}
-        return Matched(values, last["perplexity"] / base["perplexity"] - 1, False)
-    weaker, stronger = curve[crossing.before], curve[crossing.after]
-    values = {m: between(weaker[m], stronger[m], crossing.share) for m in MEASURES}
+        return _as_measured(base, points[-1])
+    if found.before == 0 and _rise(base, points[0]) > _TOO_FAR * rise:
+        return _as_measured(base, points[0])
+    weaker, stronger = curve[found.before], curve[found.after]
+    values = {m: between(weaker[m], stronger[m], found.share) for m in MEASURES}
     return Matched({**values, "cpu_seconds": stronger["cpu_seconds"]}, rise, True)
+
+
+def _as_measured(base: Point, point: Point) -> Matched:
+    values = {m: point[m] for m in (*MEASURES, "cpu_seconds")}
+    return Matched(values, _rise(base, point), False)
+
+
+def _rise(base: Point, point: Point) -> float:
+    return float(point["perplexity"] / base["perplexity"] - 1)
 
 
 def over_seeds(found: Sequence[Matched], measure: str) -> tuple[float, float | None]:
