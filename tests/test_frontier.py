@@ -21,6 +21,7 @@ import curvfast
 from curvfast import Passage
 from curvfast.baselines import RIVALS, RandomPairs, TruncatedSVD
 from curvfast.core.importance import Importance
+from curvfast.evals.generation import greedy
 
 LM = METHODS["lm"]
 
@@ -191,7 +192,9 @@ def test_edits_of_one_mass_keep_as_much_of_each_layer(setting: Setting) -> None:
     kept, found = setting.basis.keep(mass=0.9), {}
     for name in ("kfac", "svd", "random"):
         facts = edit_by(name)(setting, 0.9)
-        assert 0 < facts["kept_fraction"] < 1
+        pairs = sum(kept.pairs.values())
+        weights = sum(setting.model.get_submodule(layer).weight.numel() for layer in kept)
+        assert 0.05 < facts["kept_fraction"] == pairs / weights < 0.95
         found[name] = {layer: setting.model.get_submodule(layer).weight.clone() for layer in kept}
         restore(setting.model, before)
     curvfast.edit(setting.model, setting.basis, mass=0.9)
@@ -203,6 +206,21 @@ def test_edits_of_one_mass_keep_as_much_of_each_layer(setting: Setting) -> None:
         own = setting.basis[layer]
         inside = own.vectors_g.T.double() @ found["random"][layer].double() @ own.vectors_a.double()
         assert int((inside.abs() > 1e-6).sum()) == kept[layer].pairs
+
+
+def test_each_half_is_measured_for_itself(setting: Setting) -> None:
+    prompts = [passage.prefix for passage in setting.seen]
+    recited = [
+        Passage(prompt, tuple(suffix))
+        for prompt, suffix in zip(prompts, greedy(setting.model, prompts, 4), strict=True)
+    ]
+    found = dataclasses.replace(setting, seen=recited).measures()
+    assert [found[f"{m}_seen"] for m in ("strict", "loose", "levenshtein")] == [1, 1, 0]
+    assert found["strict_unseen"] < 1
+    assert found["levenshtein_unseen"] > 0
+    swapped = dataclasses.replace(setting, seen=setting.unseen, unseen=recited).measures()
+    assert swapped["strict_unseen"] == 1
+    assert swapped["levenshtein_seen"] == found["levenshtein_unseen"]
 
 
 def test_both_halves_are_of_all_sources() -> None:
@@ -271,7 +289,7 @@ def test_a_method_whose_weakest_change_costs_far_more_is_shown_there() -> None:
 
 
 def test_tables_show_methods_measured_in_full_and_no_others() -> None:
-    kfac, svd, *_ = LM
+    kfac, svd = (next(m for m in LM if m.name == name) for name in ("kfac", "svd"))
     points = {kfac.name: {str(s): point(100 + 10 * i, 0.5) for i, s in
                           enumerate(kfac.strengths)}}  # fmt: skip
     points[svd.name] = {str(svd.strengths[-1]): point(103, 0.25)}
@@ -280,12 +298,17 @@ def test_tables_show_methods_measured_in_full_and_no_others() -> None:
     assert head[1:3] == ["+5%, seen", "+5%, unseen"]
     assert base == ["unedited"] + ["100"] * 6
     assert [line[0] for line in lines] == [kfac.label]
-    points[svd.name] = {str(s): point(103, 0.25) for s in reversed(svd.strengths)}
+    points[svd.name] = {str(s): point(103, 0.25) for s in svd.strengths}
     *_, line = table.recited([found, found])
     assert line == [svd.label] + ["25 ± 0 (at +3%)"] * 6
     *_, line = table.detailed([found])
     assert line == [svd.label, "25 (at +3%)", "25 (at +3%)", "0.25 (at +3%)", "0.25 (at +3%)",
                     "0.25"]  # fmt: skip
+    # Weak to strong, in whatever order they were measured.
+    measured = [(str(s), point(101 + 4 * i, 1 - 0.1 * i)) for i, s in enumerate(svd.strengths)]
+    points[svd.name] = dict(reversed(measured))
+    *_, line = table.recited([found])
+    assert line[1:] == ["90", "90", "78", "78", "52", "52"]
 
 
 @pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
