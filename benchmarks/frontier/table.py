@@ -52,7 +52,7 @@ def detailed(found: Sequence[Run]) -> Lines:
             _halves(matched, measure, text)
             for measure, text in (("loose", _percent), ("levenshtein", _distance))
         )
-        return [*near, *distance, f"{cost:.2g}"]
+        return [*near, *distance, f"{cost:.0f}" if cost >= 10 else f"{cost:.2g}"]
 
     near, distance = _unedited(found, "loose", _percent), _unedited(found, "levenshtein", _distance)
     return [head, ["unedited", *near, *distance, ""], *_by_method(found, cells)]
