@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
+
+from curvfast.demo.caching import key_of
 
 SWEEP = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95, 0.97, 0.98, 0.99)
 
@@ -51,4 +51,4 @@ class Recipe:
         facts = asdict(self)
         for later in ("statistics_tokens", "mass", "sweep", "held_out_windows"):
             del facts[later]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(facts)
