@@ -179,7 +179,7 @@ FLOORS = [
         "planning.plan",
         "planning",
     ],
-    ["demo", "cli"],
+    ["demo", "lab", "cli"],
 ]
 # Packages of one floor that know nothing of each other.
 STRANGERS = ["hf", "evals", "baselines", "report"]
@@ -193,7 +193,7 @@ OWNERS = {
     "transformers": ["hf"],
     "tokenizers": ["hf"],
     "gguf": ["hf"],
-    "matplotlib": ["report.plots"],
+    "matplotlib": ["report"],
     "safetensors": ["storage"],
     "rapidfuzz": ["evals.memorization"],
     "tqdm": ["progress"],

