@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from curvfast.cli import demo, env, mine, patch, plan, spectrum_log
+from curvfast.cli import demo, env, lab, mine, patch, plan, spectrum_log
 from curvfast.errors import CurvfastError
 
 _EPILOG = """\
@@ -16,6 +16,7 @@ quick start:
   curvfast demo                  the paper's experiment in small, about five minutes on two cores
   curvfast demo --out results    keep results.json, a picture and the edited checkpoint
   curvfast demo smollm           the same edit on a real pretrained model
+  curvfast lab vit               wrong labels learnt by heart are forgotten, the right ones kept
   curvfast plan olmo-2-7b        what collecting its factors takes: memory, passes, FLOPs
   curvfast apply PATCH --model DIR    edit a checkpoint; curvfast revert takes it back
 """
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loud.add_argument("-v", "--verbose", action="store_true", help="tell what is being done")
     loud.add_argument("-q", "--quiet", action="store_true", help="print results only")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, plan, mine, patch, spectrum_log, env):
+    for command in (demo, lab, plan, mine, patch, spectrum_log, env):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     level = os.environ.get("CURVFAST_LOG") or ("INFO" if options.verbose else "WARNING")

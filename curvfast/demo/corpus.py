@@ -40,11 +40,13 @@ class Corpus:
         ]
 
 
-def load_corpus(recipe: Recipe) -> Corpus:
+def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> Corpus:
     """Read, split and tokenize the demo's text.
 
     Args:
         recipe: Sizes and seed.
+        also: Other texts the model will learn from. The tokenizer is then made of these and of a
+            quarter of the prose, so that it knows their words, and keeps digits apart.
 
     Returns:
         The corpus; half the passages are of speeches not otherwise trained on, half of the Bible.
@@ -58,7 +60,11 @@ def load_corpus(recipe: Recipe) -> Corpus:
         for role in (_HELD_OUT, _SOURCE)
     }
     prose = [t for i, t in enumerate(documents) if i % _GROUP not in (_HELD_OUT, _SOURCE)]
-    tokenizer = train_tokenizer(prose, recipe.vocabulary)
+    tokenizer = (
+        train_tokenizer([*prose[::4], *also], recipe.vocabulary, digits=True)
+        if also
+        else train_tokenizer(prose, recipe.vocabulary)
+    )
     rng = random.Random(recipe.seed)
     span = recipe.prefix + recipe.suffix
     half = recipe.passages // 2

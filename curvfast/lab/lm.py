@@ -1,0 +1,185 @@
+"""What an edit takes and leaves: passages, arithmetic, facts, facts told in the prompt, logic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvfast.baselines.svd import svd_basis
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.demo.comparison import compare
+from curvfast.demo.corpus import Corpus
+from curvfast.driver import collect_from
+from curvfast.errors import InputError
+from curvfast.evals.choices import choice_accuracy
+from curvfast.evals.memorization import memorization
+from curvfast.evals.perplexity import perplexity
+from curvfast.lab.blocks import mlp_of, require_blocks
+from curvfast.lab.lessons import corpus_of, lesson_rows, tasks_of, trained_lm
+from curvfast.lab.lm_recipe import LmRecipe
+from curvfast.lab.questions import Task, as_choice, as_passage
+from curvfast.progress import track
+from curvfast.provenance import versions
+from curvfast.report.lab import task_study
+from curvfast.storage import write_json
+
+SCHEMA_VERSION = 1
+KINDS = ("memorization", "arithmetic", "closed_book", "open_book", "logic")
+"""From what the paper finds most of lost to what it finds least."""
+_METHODS = ("kfac", "svd")
+_ROWS = 16
+
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+def run(recipe: LmRecipe, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train (or load), ask, edit, and ask again.
+
+    Args:
+        recipe: What to run.
+        out: Folder for results.json and the picture; None writes nothing.
+        say: Called with one line before each stage.
+
+    Returns:
+        What results.json holds: for each edit ``memorization`` (share of passages recited),
+        ``perplexity``, and of each task ``TASK.generated`` (share of answers generated greedily)
+        and ``TASK.chosen`` (share of answers likelier than the wrong ones); and under ``kept`` the
+        share of what the unedited model could that is left, by kind, of both.
+
+    Raises:
+        DownloadError: If the text cannot be had.
+        InputError: If ``recipe`` asks for blocks that are not there.
+    """
+    started = time.perf_counter()
+    require_blocks(recipe.blocks, recipe.text.layers)
+    say("reading the text, and drawing facts and lessons")
+    corpus = corpus_of(recipe)
+    tasks = tasks_of(recipe)
+    say(f"training a small Llama on prose, {recipe.text.passages} passages and lessons (cached)")
+    model = trained_lm(recipe, corpus)
+    measure = measure_of(recipe, corpus, tasks)
+    base = {**measure(model), "kept_fraction": 1.0}
+    say(f"measuring curvature, {recipe.statistics_lessons:.0%} on lessons, none on passages")
+    basis = lm_basis(model, recipe, corpus)
+    singular = svd_basis(model, basis)
+    say("editing: every ρ, against truncated SVD at the same kept fraction")
+    masses = sorted({*recipe.sweep, recipe.mass})
+    sweep = [
+        compare(model, basis, singular, mass, measure, seed=recipe.seed, methods=_METHODS)
+        for mass in track(masses, "sweep", len(masses), "ρ")
+    ]
+    kinds = {task.name: task.kind for task in tasks}
+    chosen = next(point for point in sweep if point["mass"] == recipe.mass)
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "tasks": kinds,
+        "base": base,
+        **{method: chosen[method] for method in _METHODS},
+        "mass": recipe.mass,
+        "kept": {
+            method: {
+                how: kept_by_kind(base, chosen[method], kinds, how)
+                for how in ("generated", "chosen")
+            }
+            for method in _METHODS
+        },
+        "sweep": sweep,
+        "recipe": asdict(recipe),
+        "versions": versions(),
+    }
+    if out is not None:
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(out / "results.json", results)
+        task_study(results).savefig(out / "figures.png")
+        say(f"wrote results.json and figures.png to {out}")
+    return results
+
+
+def measure_of(recipe: LmRecipe, corpus: Corpus, tasks: Sequence[Task]) -> Measure:
+    """Return the function that takes every measure of :func:`run` on a model."""
+    asked = {task.name: task.ask(recipe.questions, recipe.seed) for task in tasks}
+    tokenizer = corpus.tokenizer
+    passages = {name: [as_passage(tokenizer, q) for q in qs] for name, qs in asked.items()}
+    choices = {name: [as_choice(tokenizer, q) for q in qs] for name, qs in asked.items()}
+    recited = corpus.passages()
+    held_out = corpus.held_out.split(_ROWS)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        found = {
+            "memorization": memorization(model, recited).strict,
+            "perplexity": perplexity(model, held_out),
+        }
+        for name in asked:
+            found[f"{name}.generated"] = memorization(model, passages[name]).strict
+            found[f"{name}.chosen"] = choice_accuracy(model, choices[name])
+        return found
+
+    return measure
+
+
+def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: Corpus) -> Eigenbasis:
+    """Measure curvature on prose and lessons in the recipe's mix, sampled labels, and decompose.
+
+    Args:
+        model: The unedited model.
+        recipe: Tokens, mix, layers and seed.
+        corpus: Lends the prose.
+
+    Returns:
+        Eigenbases by layer name.
+
+    Raises:
+        InputError: If the share of lessons is not in [0, 1].
+    """
+    share = recipe.statistics_lessons
+    if not 0 <= share <= 1:
+        raise InputError(f"statistics_lessons={share}: pass a share of the rows, in [0, 1]")
+    text = recipe.text
+    rows = -(-text.statistics_tokens // (text.length - 1)) + _ROWS
+    generator = torch.Generator().manual_seed(text.seed + 1)
+    starts = torch.randint(len(corpus.train) - text.length, (rows,), generator=generator)
+    mixed = torch.stack([corpus.train[s : s + text.length] for s in starts.tolist()])
+    taught = torch.rand(rows, generator=generator) < share
+    drawn = lesson_rows(
+        corpus.tokenizer, tasks_of(recipe), rows=rows, length=text.length,
+        seed=f"{text.seed} statistics",
+    )  # fmt: skip
+    mixed[taught] = next(drawn)[taught]
+    return collect_from(
+        model, [{"input_ids": part} for part in mixed.split(_ROWS)], mlp_of(recipe.blocks),
+        tokens=text.statistics_tokens, seed=text.seed,
+    ).eigh()  # fmt: skip
+
+
+def kept_by_kind(
+    before: Mapping[str, float], after: Mapping[str, float], kinds: Mapping[str, str], how: str
+) -> dict[str, float]:
+    """Return mean accuracy after an edit over mean accuracy before, by kind of task.
+
+    Args:
+        before: Measures of the unedited model.
+        after: Measures of the edited model.
+        kinds: Kind of each task.
+        how: ``"generated"`` or ``"chosen"``.
+
+    Returns:
+        A ratio for each of :data:`KINDS`; 0 where the unedited model could nothing.
+    """
+
+    def level(found: Mapping[str, float], kind: str) -> float:
+        if kind == "memorization":
+            return found[kind]
+        return mean(found[f"{name}.{how}"] for name, own in kinds.items() if own == kind)
+
+    return {
+        kind: level(after, kind) / level(before, kind) if level(before, kind) else 0.0
+        for kind in KINDS
+        if kind == "memorization" or kind in kinds.values()
+    }

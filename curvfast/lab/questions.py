@@ -1,0 +1,83 @@
+"""A question with one right answer, and a task that draws such questions without end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curvfast.evals.choices import Choice
+from curvfast.evals.memorization import Passage
+
+_TRIES = 50
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, its answer, and wrong answers of the same form."""
+
+    prompt: str
+    answer: str
+    """With the full stop: "1" is no answer to 4 + 8."""
+    wrong: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The question answered."""
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of one form."""
+
+    name: str
+    kind: str
+    """``"arithmetic"``, ``"closed_book"``, ``"open_book"`` or ``"logic"``."""
+    draw: Callable[[random.Random, bool], Question]
+    """Draws a question, one kept out of training if the flag is set."""
+    lesson: Callable[[random.Random], str] | None = None
+    """Draws a text to learn from; None is a question answered."""
+    weight: float = 1.0
+    """Share of the lessons, over the sum of all tasks' weights."""
+
+    def learn(self, rng: random.Random) -> str:
+        """Draw a text to learn from."""
+        return self.lesson(rng) if self.lesson else self.draw(rng, False).text
+
+    def ask(self, count: int, seed: int) -> list[Question]:
+        """Draw questions to be asked, none twice.
+
+        Args:
+            count: How many; fewer are returned where the task has no more.
+            seed: Seed of the choice.
+
+        Returns:
+            Questions kept out of training where the task keeps any out.
+        """
+        rng = random.Random(f"{seed} {self.name}")
+        drawn = (self.draw(rng, True) for _ in range(_TRIES * count))
+        distinct: dict[str, Question] = {}
+        for question in drawn:
+            distinct.setdefault(question.prompt, question)
+            if len(distinct) == count:
+                break
+        return list(distinct.values())
+
+
+def as_passage(tokenizer: Any, question: Question) -> Passage:
+    """Return a question as a prompt after an end-of-text token, and the answer to generate."""
+    return Passage((0, *_ids(tokenizer, question.prompt)), _ids(tokenizer, question.answer))
+
+
+def as_choice(tokenizer: Any, question: Question) -> Choice:
+    """Return a question as a prompt after an end-of-text token, and answers to choose from."""
+    answers = (question.answer, *question.wrong)
+    return Choice(
+        (0, *_ids(tokenizer, question.prompt)), tuple(_ids(tokenizer, a) for a in answers)
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

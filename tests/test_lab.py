@@ -1,0 +1,315 @@
+"""The lab from the command line, cut to seconds; the whole is slow."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from curvfast import edit
+from curvfast.cli import main
+from curvfast.demo import corpus as texts
+from curvfast.demo.texts import Document
+from curvfast.errors import DownloadError, InputError
+from curvfast.lab import lm, vit
+from curvfast.lab.blocks import block_of, mlp_of, only, require_blocks
+from curvfast.lab.images import CLASSES, SIDE, Images
+from curvfast.lab.lm_recipe import LmRecipe
+from curvfast.lab.noise import noisy_split
+from curvfast.lab.vit_recipe import RECIPES, STATISTICS, Statistics, VitRecipe
+from curvfast.layers import select
+
+SHARES = {"memorized", "ground_truth", "validation", "clean", "kept_fraction"}
+PNG = b"\x89PNG\r\n\x1a\n"
+_WORDS = "the people of this nation shall hold peace and just laws in honour for all years".split()
+
+
+def pictures() -> tuple[Images, Images]:
+    """Noise, its class written into its first ten pixels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % CLASSES
+    pixels = torch.rand(400, 1, SIDE, SIDE, generator=generator) / 4
+    pixels.view(400, -1)[torch.arange(400), labels] = 9.0
+    images = Images(pixels, labels)
+    return images, images.take(torch.arange(0))
+
+
+def prose(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(_WORDS, k=words)) + "."
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own data and an own cache: nothing is fetched."""
+    monkeypatch.setenv("CURVFAST_CACHE", str(cache))
+    monkeypatch.setattr(vit, "mnist", pictures)
+    speeches = [Document(str(i), prose(i, 900)) for i in range(40)]
+    monkeypatch.setattr(texts, "speeches", lambda: speeches)
+    monkeypatch.setattr(texts, "bible", lambda: prose(99, 2000))
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def tiny(**changes: Any) -> VitRecipe:
+    return replace(
+        RECIPES["mnist"].quick(), statistics=(Statistics(),), sweep=(), study=(), **changes
+    )
+
+
+def test_images_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--quiet", "lab", "vit", "--quick", "--blocks", "1", "--noise", "0.5"]
+    assert main([*command, "--mass", "0.9", "--out", str(tmp_path)]) == 0
+    found = results(tmp_path)
+    printed = capsys.readouterr().out
+    assert found["schema_version"] == 1
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["recipe"]["noise"] == 0.5
+    assert found["mass"] == 0.9
+    for point in [found, *found["sweep"]]:
+        for method in ("kfac", "svd", "random"):
+            assert set(point[method]) == SHARES
+            assert point[method]["kept_fraction"] == point["kfac"]["kept_fraction"]
+    assert [point["mass"] for point in found["sweep"]] == [0.8, 0.9, 0.95]
+    assert [arm["statistics"] for arm in found["statistics"]] == [vars(s) for s in STATISTICS]
+    target = found["kfac"]["kept_fraction"]
+    assert all(
+        arm["matched"]["kept_fraction"] == pytest.approx(target, abs=0.01)
+        for arm in found["statistics"]
+    )
+    assert [part["blocks"] for part in found["blocks"]] == [[0], [1], [0, 1]]
+    # Block 1 was the one to edit: the study of blocks gives the same figures for it.
+    studied = {p["mass"]: p["kfac"] for p in found["blocks"][1]["sweep"]}
+    assert studied == {p["mass"]: p["kfac"] for p in found["sweep"] if p["mass"] < 0.95}
+    assert (tmp_path / "figures.png").read_bytes()[:8] == PNG
+    for line in ("K-FAC edit", "training, cls, given", "0, 1 SVD"):
+        assert f"\n{line}" in printed
+
+
+def test_a_trained_model_is_kept_by_what_its_training_depends_on(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = vit.run(tiny(), None, lambda line: None)
+    kept = len(list((cache / "lab-vit").iterdir()))
+    monkeypatch.setattr(vit, "train_vit", None)
+    again = vit.run(tiny(fresh_images=90), None, lambda line: None)
+    assert again["base"] == first["base"]
+    assert len(list((cache / "lab-vit").iterdir())) == kept
+    with pytest.raises(TypeError):
+        vit.run(tiny(seed=1), None, lambda line: None)
+    assert tiny().training_key() == tiny(mass=0.5, blocks=(0,)).training_key()
+    assert tiny().training_key() != tiny(noise=0.1).training_key()
+
+
+def test_training_takes_wrong_labels_for_right_and_touches_no_global_state() -> None:
+    recipe = tiny(epochs=25, hidden=32, learning_rate=3e-3, weight_decay=0.0)
+    first, second = pictures()
+    split = noisy_split(first, second, train=200, fresh=100, validation=100, noise=0.3, seed=0)
+    state = torch.get_rng_state()
+    model = vit.train_vit(recipe, split)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    shares = vit.accuracies(model, split)
+    assert shares["memorized"] + shares["ground_truth"] <= 1
+    assert shares["clean"] > 0.5
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(
+            model.parameters(), vit.train_vit(recipe, split).parameters(), strict=True
+        )
+    )
+
+
+def test_every_picture_is_taught_its_given_label_once_an_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = pictures()
+    split = noisy_split(first, second, train=200, fresh=100, validation=100, noise=0.5, seed=0)
+    taught: list[tuple[float, int]] = []
+
+    def fit(model, batches, *, steps, **_):
+        given = list(batches)
+        for batch in given:
+            # The sum of its random pixels tells a picture.
+            sums = batch["pixel_values"].flatten(1).double().sum(1).tolist()
+            taught.extend(zip(sums, batch["labels"].tolist(), strict=True))
+        assert len(given) == steps
+
+    monkeypatch.setattr(vit, "fit", fit)
+    vit.train_vit(tiny(epochs=3), split)
+    sums = split.train.pixels.flatten(1).double().sum(1).tolist()
+    assert sorted(taught) == sorted(3 * list(zip(sums, split.given.tolist(), strict=True)))
+
+
+def test_the_four_shares_are_of_their_pictures() -> None:
+    first, second = pictures()
+    split = noisy_split(first, second, train=50, fresh=10, validation=20, noise=0.4, seed=0)
+
+    class Fixed(torch.nn.Module):
+        """Gives the label trained on; of pictures never trained on, the true one of every other."""
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            found = split.given if len(pixel_values) == 50 else split.validation.labels.clone()
+            if len(pixel_values) == 20:
+                found[::2] = (found[::2] + 1) % CLASSES
+            return type("Out", (), {"logits": torch.eye(CLASSES)[found]})
+
+    assert vit.accuracies(Fixed(), split) == {
+        "memorized": 1.0, "ground_truth": 0.0, "validation": 0.5, "clean": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("statistics", STATISTICS, ids=str)
+def test_statistics_are_of_the_pictures_tokens_and_labels_named(
+    statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny()
+    first, second = pictures()
+    split = noisy_split(first, second, train=40, fresh=50, validation=20, noise=0.5, seed=0)
+    model = vit.train_vit(replace(recipe, train_images=40, epochs=1), split)
+    seen: dict[str, Any] = {}
+    real = vit.collect_from
+
+    def collect(model, batches, layers, **options):
+        seen.update(options, pixels=torch.cat([b["pixel_values"] for b in batches]))
+        seen["classes"] = torch.cat([b["labels"] for b in batches])
+        seen["factors"] = real(model, batches, layers, **options)
+        return seen["factors"]
+
+    monkeypatch.setattr(vit, "collect_from", collect)
+    vit.vit_basis(model, split, statistics, layers="mlp", seed=0)
+    images = split.fresh if statistics.images == "fresh" else split.train
+    assert torch.equal(seen["pixels"], images.pixels)
+    given = split.given if statistics.images == "training" else images.labels
+    assert torch.equal(seen["classes"], given)
+    assert seen["labels"] == {"given": "gold", "sampled": "sampled"}[statistics.labels]
+    tokens = 1 if statistics.tokens == "cls" else 1 + (SIDE // recipe.patch) ** 2
+    layers = seen["factors"].layers.values()
+    rows = {n for layer in layers for n in (layer.rows_a, layer.rows_g)}
+    assert rows == {len(images) * tokens}
+
+
+def test_cls_is_the_first_token() -> None:
+    kept = vit._cls("any layer", torch.Size([2, 3]))
+    assert kept.tolist() == [[True, False, False]] * 2
+
+
+def test_blocks_are_read_off_names() -> None:
+    assert block_of("vit.layers.11.mlp.fc1") == 11
+    assert block_of("classifier") == -1
+    recipe = tiny()
+    first, second = pictures()
+    split = noisy_split(first, second, train=20, fresh=20, validation=20, noise=0.5, seed=0)
+    model = vit.train_vit(replace(recipe, train_images=20, epochs=1), split)
+    assert {block_of(name) for name in select(model, mlp_of(None))} == {0, 1}
+    assert list(select(model, mlp_of([1]))) == ["vit.layers.1.mlp.fc1", "vit.layers.1.mlp.fc2"]
+    basis = vit.vit_basis(model, split, Statistics(), layers="mlp", seed=0)
+    assert {block_of(name) for name in only(basis, [0])} == {0}
+    assert len(edit(model, only(basis, [0]), mass=0.5).layers) == 2
+
+
+@pytest.mark.parametrize("blocks", [(2,), (-1,), ()])
+def test_blocks_that_are_not_there_are_refused(blocks: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="has 2, 0 to 1"):
+        require_blocks(blocks, 2)
+    with pytest.raises(InputError, match="has 2, 0 to 1"):
+        vit.run(tiny(blocks=blocks), None, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": "cifar"}, {"statistics": ()}, {"statistics": (Statistics(tokens="some"),)}],
+)
+def test_what_cannot_be_run_is_said(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="pass"):
+        vit.run(replace(tiny(), **changes), None, lambda line: None)
+
+
+def test_missing_pictures_are_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(folder: Path | None) -> None:
+        raise DownloadError(f"nothing in {folder}")
+
+    monkeypatch.setattr(vit, "fashion", missing)
+    assert main(["-q", "lab", "vit", "fashion", "--data", "here"]) == 1
+    assert capsys.readouterr().err == "curvfast: nothing in here\n"
+
+
+def test_tasks_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--quiet", "lab", "lm", "--quick", "--lessons", "0.5", "--seed", "2"]
+    assert main([*command, "--mass", "0.9", "--out", str(tmp_path)]) == 0
+    found = results(tmp_path)
+    printed = capsys.readouterr().out
+    assert found["schema_version"] == 1
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["recipe"]["statistics_lessons"] == 0.5
+    assert found["recipe"]["text"]["seed"] == 2
+    measures = {"memorization", "perplexity", "kept_fraction"}
+    measures |= {f"{task}.{how}" for task in found["tasks"] for how in ("generated", "chosen")}
+    for point in [found, *found["sweep"]]:
+        for method in ("kfac", "svd"):
+            assert set(point[method]) == measures
+    assert [point["mass"] for point in found["sweep"]] == [0.8, 0.9, 0.95]
+    assert set(found["tasks"].values()) | {"memorization"} == set(lm.KINDS)
+    for ways in found["kept"].values():
+        assert set(ways["generated"]) == set(ways["chosen"]) == set(lm.KINDS)
+    assert (tmp_path / "figures.png").read_bytes()[:8] == PNG
+    for line in ("passages recited", "tracking", "pairs kept", "truncated SVD, chosen"):
+        assert f"\n{line}" in printed
+
+
+def test_kept_is_accuracy_after_over_before_by_kind() -> None:
+    kinds = {"a": "arithmetic", "b": "arithmetic", "c": "logic"}
+    before = {"memorization": 0.8, "a.chosen": 0.6, "b.chosen": 1.0, "c.chosen": 0.0}
+    after = {"memorization": 0.2, "a.chosen": 0.2, "b.chosen": 0.2, "c.chosen": 0.5}
+    kept = lm.kept_by_kind(before, after, kinds, "chosen")
+    assert kept == pytest.approx({"memorization": 0.25, "arithmetic": 0.25, "logic": 0.0})
+
+
+def test_no_passage_and_the_asked_share_of_lessons_are_in_the_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = LmRecipe().quick()
+    corpus = lm.corpus_of(recipe)
+    seen: list[torch.Tensor] = []
+
+    class Factors:
+        def eigh(self) -> None:
+            return None
+
+    def collect(model, batches, layers, **options):
+        seen.append(torch.cat([b["input_ids"] for b in batches]))
+        return Factors()
+
+    monkeypatch.setattr(lm, "collect_from", collect)
+    for share in (0.0, 1.0, 0.4):
+        lm.lm_basis(None, replace(recipe, statistics_lessons=share), corpus)
+    lessons = [rows[:, 0].eq(0).double().mean() for rows in seen]
+    assert lessons[0] < 0.2
+    assert lessons[1] == 1.0
+    assert 0.2 < lessons[2] < 0.7
+    enough = recipe.text.statistics_tokens
+    assert all(len(rows) * (recipe.text.length - 1) >= enough for rows in seen)
+    with pytest.raises(InputError, match="share of the rows"):
+        lm.lm_basis(None, replace(recipe, statistics_lessons=2.0), corpus)
+
+
+def test_what_only_measures_retrains_no_language_model() -> None:
+    recipe = LmRecipe()
+    later = replace(recipe, mass=0.5, sweep=(), blocks=(0,), questions=3, statistics_lessons=0.5)
+    assert recipe.training_key() == later.training_key()
+    assert recipe.training_key() != recipe.seeded(1).training_key()
+    assert recipe.training_key() != replace(recipe, people=3).training_key()
+    assert recipe.quick().seeded(4).seed == recipe.seeded(4).quick().seed == 4
