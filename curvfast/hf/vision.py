@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from curvfast.hf.small import without_bars
 
@@ -46,13 +47,15 @@ def new_vit(
         image_size=image, patch_size=patch, num_channels=channels, num_labels=classes,
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        # As torch's linear layers start. At the library's 0.02 a narrow model learns little by
-        # heart, and at a larger spread its curvature is that of where it started.
-        initializer_range=(3 * hidden) ** -0.5,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ViTForImageClassification(config)
+        model = ViTForImageClassification(config)
+        # From the library's spread of 0.02 a narrow model learns little by heart.
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.reset_parameters()
+    return model
 
 
 def save_vit(model: Any, directory: Path) -> None:
