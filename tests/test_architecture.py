@@ -179,7 +179,7 @@ FLOORS = [
         "planning.plan",
         "planning",
     ],
-    ["demo", "lab", "cli"],
+    ["demo", "lab", "studies", "cli"],
 ]
 # Packages of one floor that know nothing of each other.
 STRANGERS = ["hf", "evals", "baselines", "report"]

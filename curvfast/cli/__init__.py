@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from curvfast.cli import demo, env, lab, mine, patch, plan, spectrum_log
+from curvfast.cli import demo, env, lab, mine, patch, plan, spectrum_log, study
 from curvfast.errors import CurvfastError
 
 _EPILOG = """\
@@ -17,6 +17,7 @@ quick start:
   curvfast demo --out results    keep results.json, a picture and the edited checkpoint
   curvfast demo smollm           the same edit on a real pretrained model
   curvfast lab vit               wrong labels learnt by heart are forgotten, the right ones kept
+  curvfast study figure3         a figure of the paper, over three seeds
   curvfast plan olmo-2-7b        what collecting its factors takes: memory, passes, FLOPs
   curvfast apply PATCH --model DIR    edit a checkpoint; curvfast revert takes it back
 """
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loud.add_argument("-v", "--verbose", action="store_true", help="tell what is being done")
     loud.add_argument("-q", "--quiet", action="store_true", help="print results only")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, lab, plan, mine, patch, spectrum_log, env):
+    for command in (demo, lab, study, plan, mine, patch, spectrum_log, env):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     level = os.environ.get("CURVFAST_LOG") or ("INFO" if options.verbose else "WARNING")

@@ -1,0 +1,11 @@
+"""Every study by name; a new one is a module, an entry here and a line in ``names``."""
+
+from __future__ import annotations
+
+from curvfast.studies import figure3, table2
+from curvfast.studies.study import Study
+
+STUDIES: dict[str, Study] = {
+    "figure3": figure3.STUDY,
+    "table2": table2.STUDY,
+}

@@ -1,0 +1,9 @@
+"""What each study shows, and which figure or table of arXiv 2510.24256 it repeats in kind."""
+
+from __future__ import annotations
+
+NAMES: dict[str, tuple[str, str]] = {
+    "figure3": ("what an edit takes of each ability, from recitation to logic", "Figure 3"),
+    "table2": ("wrong labels that a vision transformer learnt by heart, forgotten", "Table 2"),
+}
+"""Title and source; the source is empty where a study goes beyond the paper."""

@@ -1,0 +1,104 @@
+"""Runs a study seed by seed, each kept on disk once it is measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from curvfast.errors import InputError, StorageError
+from curvfast.provenance import versions
+from curvfast.storage import write_json
+from curvfast.studies.catalogue import STUDIES
+from curvfast.studies.study import Ask, Figures
+
+SCHEMA_VERSION = 1
+
+
+def run(
+    name: str,
+    seeds: Sequence[int],
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    quick: bool = False,
+    again: bool = False,
+    data: Path | None = None,
+) -> list[Figures]:
+    """Measure a study at every seed that is not on disk yet, and draw it.
+
+    Args:
+        name: One of :data:`curvfast.studies.catalogue.STUDIES`.
+        seeds: Seeds of everything random, each a run of its own.
+        out: Holds ``NAME/seed-N.json`` for each seed, and ``NAME/figure.png``.
+        say: Called with one line before each stage.
+        quick: Whether to cut it to seconds.
+        again: Whether to measure what is on disk again.
+        data: Folder of Fashion-MNIST's files; None looks in the usual places.
+
+    Returns:
+        The figures of each seed, in the order of ``seeds``.
+
+    Raises:
+        InputError: If there is no seed, or one is named twice.
+        StorageError: If a file of an earlier run is damaged or newer than this library.
+    """
+    if not seeds or len({*seeds}) < len(seeds):
+        raise InputError(f"seeds={list(seeds)}: pass one or more, each once")
+    study, folder = STUDIES[name], out / name
+    found = []
+    for seed in seeds:
+        path = folder / f"seed-{seed}.json"
+        kept = None if again or not path.is_file() else read(path)
+        if kept is None or kept["quick"] != quick:
+            say(f"{name}, seed {seed}")
+            kept = _measured(name, Ask(seed, quick, say, data))
+            write_json(path, kept)
+        found.append(kept["figures"])
+    study.picture(found).savefig(folder / "figure.png")
+    say(f"wrote {folder}/figure.png and the figures of {len(found)} seeds beside it")
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read what an earlier run measured at one seed.
+
+    Args:
+        path: A ``seed-N.json``.
+
+    Returns:
+        Its content: ``figures``, and what they came from.
+
+    Raises:
+        StorageError: If the file is damaged, or of a schema this library does not read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+        complete = {"figures", "quick", "seed", "study"} <= content.keys()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{str(path)!r} cannot be read: {error!r}; remove it") from error
+    if version != SCHEMA_VERSION or not complete:
+        raise StorageError(
+            f"{str(path)!r} is no study of schema {SCHEMA_VERSION}, which this library reads; "
+            "upgrade curvfast, or measure it again"
+        )
+    return dict(content)
+
+
+def _measured(name: str, ask: Ask) -> dict[str, Any]:
+    started, cpu = time.perf_counter(), time.process_time()
+    figures = STUDIES[name].measure(ask)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "study": name,
+        "seed": ask.seed,
+        "quick": ask.quick,
+        "command": f"curvfast study {name} --seeds {ask.seed}{' --quick' * ask.quick}",
+        "figures": figures,
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "versions": versions(),
+    }
