@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lab_data
 import pytest
 import torch
+from lab_data import pictures
 
 from curvfast import edit
 from curvfast.cli import main
-from curvfast.demo import corpus as texts
-from curvfast.demo.texts import Document
 from curvfast.errors import DownloadError, InputError
 from curvfast.lab import lm, vit
 from curvfast.lab.blocks import block_of, mlp_of, only, require_blocks
-from curvfast.lab.images import CLASSES, SIDE, Images
+from curvfast.lab.images import CLASSES, SIDE
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.noise import noisy_split
 from curvfast.lab.vit_recipe import RECIPES, STATISTICS, Statistics, VitRecipe
@@ -26,21 +25,6 @@ from curvfast.layers import select
 
 SHARES = {"memorized", "ground_truth", "validation", "clean", "kept_fraction"}
 PNG = b"\x89PNG\r\n\x1a\n"
-_WORDS = "the people of this nation shall hold peace and just laws in honour for all years".split()
-
-
-def pictures() -> tuple[Images, Images]:
-    """Noise, its class written into its first ten pixels."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(400) % CLASSES
-    pixels = torch.rand(400, 1, SIDE, SIDE, generator=generator) / 4
-    pixels.view(400, -1)[torch.arange(400), labels] = 9.0
-    images = Images(pixels, labels)
-    return images, images.take(torch.arange(0))
-
-
-def prose(seed: int, words: int) -> str:
-    return " ".join(random.Random(seed).choices(_WORDS, k=words)) + "."
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Own data and an own cache: nothing is fetched."""
-    monkeypatch.setenv("CURVFAST_CACHE", str(cache))
-    monkeypatch.setattr(vit, "mnist", pictures)
-    speeches = [Document(str(i), prose(i, 900)) for i in range(40)]
-    monkeypatch.setattr(texts, "speeches", lambda: speeches)
-    monkeypatch.setattr(texts, "bible", lambda: prose(99, 2000))
+    lab_data.install(monkeypatch, cache)
 
 
 def results(folder: Path) -> dict[str, Any]:
