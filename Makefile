@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
+CACHE := $(or $(CURVFAST_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/curvfast)
+FASHION := $(CACHE)/fashion-mnist/train-images-idx3-ubyte.gz
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help install demo test test-slow lint bench bench-peers gpu wheel clean
+.PHONY: help install demo test test-slow lint studies bench bench-peers gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +38,16 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+studies: install $(FASHION) ## the paper's figures and tables over three seeds, into benchmarks/results/studies
+	$(BIN)/python -m curvfast study all --out benchmarks/results/studies
+	PYTHONPATH=.:benchmarks $(BIN)/python benchmarks/table.py --write
+
+# Debian's package of Fashion-MNIST, unpacked into the cache: no root needed.
+$(FASHION):
+	rm -rf build/fashion && mkdir -p build/fashion $(@D)
+	cd build/fashion && apt-get download dataset-fashion-mnist && dpkg-deb -x *.deb .
+	cp build/fashion/usr/share/datasets/fashion-mnist/*-ubyte.gz $(@D)
 
 bench: install ## CPU benchmarks: ratios in one run, and how cost grows
 	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts= --import-mode=importlib \

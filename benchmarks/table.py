@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import tables_cpu
+import tables_studies
 from results import CPU
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-_OTHERS = ("cpu", "demo", "dry-run", "frontier")
+_OTHERS = ("cpu", "demo", "dry-run", "frontier", "studies")
 METHODS = (
     ("base", "unedited"),
     ("kfac", "**K-FAC edit**"),
@@ -108,12 +109,13 @@ def filled(text: str) -> str:
     Raises:
         ValueError: If it has a place for a table that there is not.
     """
-    places = re.findall(r"<!-- ([a-z-]+) -->", text)
-    for name in places:
-        if name not in TABLES:
-            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+    studied = tables_studies.tables()
+    for name in re.findall(r"<!-- ([a-z0-9-]+) -->", text):
+        if name not in TABLES and name not in studied:
+            known = ", ".join([*TABLES, *studied])
+            raise ValueError(f"there is no table {name!r}; there are {known}")
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        table = TABLES[name]()
+        table = markdown(studied[name]) if name in studied else TABLES[name]()
         text = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
     return text
 
@@ -159,7 +161,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "shares": _cpu("profile.json", tables_cpu.shares),
 }
 DOCUMENTS = tuple(
-    ROOT / folder / "README.md" for folder in (".", "benchmarks", "benchmarks/frontier")
+    ROOT / folder / "README.md"
+    for folder in (".", "benchmarks", "benchmarks/frontier", "benchmarks/studies")
 )
 
 

@@ -153,3 +153,12 @@ def test_all_studies_run_one_after_another(
 def test_spread_is_mean_and_sample_standard_deviation() -> None:
     assert spread([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1.0"
     assert spread([0.25]) == "0.25"
+
+
+def test_tables_of_a_page_are_of_every_seed_in_order(asked: list[Ask], tmp_path: Path) -> None:
+    import tables_studies
+
+    assert not tables_studies.tables(tmp_path)
+    run(tmp_path, 10, 2)
+    found = tables_studies.tables(tmp_path)
+    assert found == {"study-figure3-all": [["figures", str([{"tenfold": 20}, {"tenfold": 100}])]]}
