@@ -20,6 +20,7 @@ def fit(
     steps: int,
     learning_rate: float,
     weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> Any:
     """Train a model of transformers in place on one batch a step.
 
@@ -29,13 +30,14 @@ def fit(
         steps: Optimizer steps, which the schedule ends with.
         learning_rate: At the end of the warm-up.
         weight_decay: Of AdamW, on every parameter.
+        betas: Of AdamW.
 
     Returns:
         The model, in eval mode.
     """
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
+        model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     with Bar("train", steps, "step") as bar:

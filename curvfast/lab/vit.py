@@ -174,6 +174,7 @@ def train_vit(recipe: VitRecipe, split: NoisySplit) -> Any:
         steps=len(batches),
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
     )
 
 

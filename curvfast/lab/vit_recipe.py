@@ -68,6 +68,7 @@ class VitRecipe:
     patch: int = 7
     batch: int = 128
     learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
     statistics: tuple[Statistics, ...] = STATISTICS
     """Ways to measure curvature that are compared; the first is the one of the edit."""
 
@@ -86,14 +87,14 @@ class VitRecipe:
         return key_of(facts)
 
 
-_SWEEP = (0.75, 0.85, 0.9, 0.93, 0.95, 0.97, 0.985, 0.995)
+_SWEEP = (0.75, 0.85, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)
 _STUDY = (0.9, 0.97)
 _MNIST = VitRecipe(
-    "mnist", 3600, 700, 700, noise=0.2, epochs=40, weight_decay=1.0, mass=0.985, sweep=_SWEEP,
+    "mnist", 3600, 700, 700, noise=0.2, epochs=40, weight_decay=1.0, mass=0.99, sweep=_SWEEP,
     study=_STUDY,
 )  # fmt: skip
 _FASHION = VitRecipe(
-    "fashion", 4000, 4000, 2000, noise=0.2, epochs=40, weight_decay=1.0, mass=0.95, sweep=_SWEEP,
+    "fashion", 4000, 4000, 2000, noise=0.2, epochs=40, weight_decay=1.0, mass=0.98, sweep=_SWEEP,
     study=_STUDY,
 )  # fmt: skip
 RECIPES: Mapping[str, VitRecipe] = {
