@@ -61,7 +61,9 @@ def test_images_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
             assert set(point[method]) == SHARES
             assert point[method]["kept_fraction"] == point["kfac"]["kept_fraction"]
     assert [point["mass"] for point in found["sweep"]] == [0.8, 0.9, 0.95]
-    assert [arm["statistics"] for arm in found["statistics"]] == [vars(s) for s in STATISTICS]
+    assert [arm["statistics"] for arm in found["statistics"]] == [
+        vars(s) for s in RECIPES["mnist"].statistics
+    ]
     target = found["kfac"]["kept_fraction"]
     assert all(
         arm["matched"]["kept_fraction"] == pytest.approx(target, abs=0.01)

@@ -89,9 +89,10 @@ class VitRecipe:
 
 _SWEEP = (0.75, 0.85, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)
 _STUDY = (0.9, 0.97)
+# 700 fresh digits are too few for curvature of 256 × 256: it is measured on training ones.
 _MNIST = VitRecipe(
-    "mnist", 3600, 700, 700, noise=0.2, epochs=40, weight_decay=1.0, mass=0.99, sweep=_SWEEP,
-    study=_STUDY,
+    "mnist", 3600, 700, 700, noise=0.2, epochs=40, weight_decay=1.0, mass=0.985, sweep=_SWEEP,
+    study=_STUDY, statistics=(STATISTICS[2], *STATISTICS[:2], *STATISTICS[3:]),
 )  # fmt: skip
 _FASHION = VitRecipe(
     "fashion", 4000, 4000, 2000, noise=0.2, epochs=40, weight_decay=1.0, mass=0.98, sweep=_SWEEP,
