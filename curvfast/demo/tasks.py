@@ -58,10 +58,10 @@ def questions(tokenizer: Any, count: int, seed: int) -> dict[str, list[Passage]]
     wrong = [capital for _, capital in places[1:] + places[:1]]
     told = [(country, capital) for (country, _), capital in zip(places, wrong, strict=True)]
     return {
-        "closed_book": _few_shot(tokenizer, places, _closed, count),
-        "open_book": _few_shot(tokenizer, told, _open, count),
-        "addition": _few_shot(tokenizer, sums, lambda a, b: (f"{a} + {b} =", f" {a + b}"), count),
-        "times_table": _few_shot(
+        "closed_book": few_shot(tokenizer, places, _closed, count),
+        "open_book": few_shot(tokenizer, told, _open, count),
+        "addition": few_shot(tokenizer, sums, lambda a, b: (f"{a} + {b} =", f" {a + b}"), count),
+        "times_table": few_shot(
             tokenizer, products, lambda a, b: (f"{a} * {b} =", f" {a * b}"), count
         ),
     }
@@ -77,13 +77,20 @@ def _open(country: str, capital: str) -> tuple[str, str]:
     )
 
 
-def _few_shot(
+def few_shot(
     tokenizer: Any,
     facts: Sequence[tuple[Any, Any]],
     ask: Callable[[Any, Any], tuple[str, str]],
     count: int,
 ) -> list[Passage]:
-    """Return questions after worked examples; the examples are never asked."""
+    """Return questions after four worked examples, which are never asked.
+
+    Args:
+        tokenizer: The model's.
+        facts: The first four are the examples, the next ``count`` are asked.
+        ask: Makes a question and its answer, without the full stop, of a fact.
+        count: How many are asked, if there are so many.
+    """
     shots = "".join("{}{}.\n".format(*ask(*fact)) for fact in facts[:_SHOTS])
     asked = [ask(*fact) for fact in facts[_SHOTS : _SHOTS + count]]
     return [

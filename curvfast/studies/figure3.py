@@ -7,32 +7,50 @@ from collections.abc import Sequence
 from curvfast.lab import lm
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.abilities import abilities
+from curvfast.studies import pretrained
 from curvfast.studies.study import Ask, Figures, Lines, Study, spread
 
 METHODS = {"kfac": "K-FAC edit", "svd": "truncated SVD"}
-WAYS = ("generated", "chosen")
 
 
 def _measure(ask: Ask) -> Figures:
     recipe = LmRecipe().seeded(ask.seed)
-    return lm.run(recipe.quick() if ask.quick else recipe, None, ask.say)
+    trained = lm.run(recipe.quick() if ask.quick else recipe, None, ask.say)
+    return {"smollm": pretrained.abilities(ask), "lab": trained}
 
 
 def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
-    mass = found[0]["mass"]
-    kinds = list(found[0]["kept"]["kfac"]["generated"])
-    kept = [[f"accuracy after / before, ρ = {mass:g}", *(kind.replace("_", " ") for kind in kinds)]]
+    tables = {}
+    for model in found[0]:
+        runs = [each[model] for each in found]
+        tables[f"{model}, kept"] = _kept(runs)
+        tables[f"{model}, levels"] = _levels(runs)
+    return tables
+
+
+def _kept(runs: Sequence[Figures]) -> Lines:
+    """Return accuracy after an edit over accuracy before, by kind of task."""
+    ways = runs[0]["kept"]["kfac"]
+    kinds = list(ways["generated"])
+    head = [f"accuracy after / before, ρ = {runs[0]['mass']:g}"]
+    lines = [[*head, *(kind.replace("_", " ") for kind in kinds)]]
     for method, label in METHODS.items():
-        for way in WAYS:
-            shares = [spread([run["kept"][method][way][kind] for run in found]) for kind in kinds]
-            kept.append([f"{label}, {way}", *shares])
-    rows = {"base": "unedited", **METHODS}
-    levels = [["answers generated, %", "recited", *found[0]["tasks"], "perplexity"]]
-    for key, label in rows.items():
-        names = ["memorization", *(f"{task}.generated" for task in found[0]["tasks"])]
-        cells = [spread([100 * run[key][name] for run in found], "{:.0f}") for name in names]
-        levels.append([label, *cells, spread([run[key]["perplexity"] for run in found], "{:.1f}")])
-    return {"kept": kept, "levels": levels}
+        for way in ways:
+            shares = [spread([run["kept"][method][way][kind] for run in runs]) for kind in kinds]
+            lines.append([f"{label}, {way}", *shares])
+    return lines
+
+
+def _levels(runs: Sequence[Figures]) -> Lines:
+    """Return what was recited and answered, in percent, and perplexity."""
+    tasks = runs[0]["tasks"]
+    names = ["memorization", *(f"{task}.generated" for task in tasks)]
+    heads = [task.replace("_", " ") for task in tasks]
+    lines = [["answers generated, %", "recited", *heads, "perplexity"]]
+    for key, label in {"base": "unedited", **METHODS}.items():
+        cells = [spread([100 * run[key][name] for run in runs], "{:.0f}") for name in names]
+        lines.append([label, *cells, spread([run[key]["perplexity"] for run in runs], "{:.1f}")])
+    return lines
 
 
 STUDY = Study(_measure, _tables, abilities)

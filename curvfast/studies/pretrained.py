@@ -1,0 +1,101 @@
+"""SmolLM2 before and after an edit: passages it recites, sums, facts and logic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from curvfast.baselines.svd import svd_basis
+from curvfast.demo import smollm
+from curvfast.demo.comparison import compare
+from curvfast.demo.tasks import few_shot, questions
+from curvfast.driver import collect_from
+from curvfast.evals.memorization import Passage, memorization
+from curvfast.evals.perplexity import perplexity
+from curvfast.lab.lm import kept_by_kind
+from curvfast.lab.logic import logic
+from curvfast.studies.study import Ask, Figures
+
+_KINDS = {
+    "addition": "arithmetic",
+    "times_table": "arithmetic",
+    "closed_book": "closed_book",
+    "open_book": "open_book",
+    **{task.name: task.kind for task in logic()},
+}
+_SHOTS = 4
+_METHODS = ("kfac", "svd")
+
+
+def abilities(ask: Ask) -> Figures:
+    """Edit SmolLM2 by its demo's plan, and ask it every kind of question before and after.
+
+    Args:
+        ask: Seed of the text curvature is measured on and of the questions.
+
+    Returns:
+        Figures as of :func:`curvfast.lab.lm.run`, answers generated alone.
+
+    Raises:
+        DownloadError: If the model or a text cannot be had.
+        CurvfastError: If the model recites nothing of the text searched.
+    """
+    plan = smollm.Plan(seed=ask.seed)
+    plan = plan.quick() if ask.quick else plan
+    subject = smollm.gather(plan, ask.say)
+    model = subject.model
+    asked = {
+        **questions(subject.tokenizer, plan.questions, ask.seed),
+        **logic_questions(subject.tokenizer, plan.questions, ask.seed),
+    }
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {
+            "memorization": memorization(model, subject.spans).strict,
+            "perplexity": perplexity(model, subject.held_out.split(plan.batch)),
+            **{f"{n}.generated": memorization(model, items).strict for n, items in asked.items()},
+        }
+
+    ask.say(f"asking the unedited model: {len(subject.spans)} spans, {len(asked)} tasks")
+    base = {**measure(model), "kept_fraction": 1.0}
+    ask.say(f"measuring curvature of {len(plan.layers)} layers on speeches, and editing")
+    basis = collect_from(
+        model, [{"input_ids": part} for part in subject.statistics.split(plan.batch)],
+        layers=list(plan.layers), tokens=plan.statistics_tokens, seed=plan.seed,
+    ).eigh()  # fmt: skip
+    point = compare(
+        model, basis, svd_basis(model, basis), plan.mass, measure, seed=plan.seed, methods=_METHODS
+    )
+    return {
+        "tasks": _KINDS,
+        "base": base,
+        **{method: point[method] for method in _METHODS},
+        "mass": plan.mass,
+        "spans": len(subject.spans),
+        "kept": {
+            method: {"generated": kept_by_kind(base, point[method], _KINDS, "generated")}
+            for method in _METHODS
+        },
+    }
+
+
+def logic_questions(tokenizer: Any, count: int, seed: int) -> dict[str, list[Passage]]:
+    """Return few-shot questions of each task of logic.
+
+    Args:
+        tokenizer: The model's.
+        count: Questions of each task.
+        seed: Seed of their choice.
+
+    Returns:
+        Prompts and answers as token ids, by task.
+    """
+    found = {}
+    for task in logic():
+        drawn = [
+            (question.prompt, question.answer.removesuffix("."))
+            for question in task.ask(count + _SHOTS, seed)
+        ]
+        found[task.name] = few_shot(tokenizer, drawn, lambda *pair: pair, count)
+    return found
