@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from curvfast.demo import corpus as texts
+from curvfast.demo import smollm, tasks
 from curvfast.demo.texts import Document
+from curvfast.evals.memorization import Passage
+from curvfast.hf.small import new_llama, train_tokenizer
 from curvfast.lab import vit
 from curvfast.lab.images import CLASSES, SIDE, Images
 
@@ -30,6 +33,18 @@ def prose(seed: int, words: int) -> str:
     return " ".join(random.Random(seed).choices(_WORDS, k=words)) + "."
 
 
+def pretrained(plan: smollm.Plan, say: object) -> smollm.Subject:
+    """As deep as SmolLM2, of random weights; it recites what it was found to say."""
+    tokenizer = train_tokenizer([prose(1, 2000), "0 1 2 3 4 5 6 7 8 9 + * = true false"], 300)
+    model = new_llama(
+        vocabulary=300, hidden=16, mlp=32, layers=24, heads=2, length=plan.window, seed=plan.seed
+    ).eval()
+    tokens = torch.tensor(tokenizer(prose(2, 3000))["input_ids"])[: 24 * 64].view(24, 64)
+    said = model.generate(tokens[:4, :8], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    spans = [Passage(tuple(row[:8]), tuple(row[8:])) for row in said.tolist()]
+    return smollm.Subject(model, tokenizer, tokens[:16], tokens[16:], spans)
+
+
 def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Put them in place of what would be fetched, and use a cache of our own."""
     monkeypatch.setenv("CURVFAST_CACHE", str(cache))
@@ -38,3 +53,6 @@ def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     speeches = [Document(str(i), prose(i, 900)) for i in range(40)]
     monkeypatch.setattr(texts, "speeches", lambda: speeches)
     monkeypatch.setattr(texts, "bible", lambda: prose(99, 2000))
+    monkeypatch.setattr(smollm, "gather", pretrained)
+    places = [(f"Land {i}", f"Town {i}") for i in range(40)]
+    monkeypatch.setattr(tasks, "capitals", lambda: places)

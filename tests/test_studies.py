@@ -11,8 +11,9 @@ import lab_data
 import pytest
 
 from curvfast.cli import main
+from curvfast.demo import smollm
 from curvfast.errors import InputError, StorageError
-from curvfast.studies import runs
+from curvfast.studies import pretrained, runs
 from curvfast.studies.catalogue import STUDIES
 from curvfast.studies.names import NAMES
 from curvfast.studies.study import Ask, Study, spread
@@ -162,3 +163,31 @@ def test_tables_of_a_page_are_of_every_seed_in_order(asked: list[Ask], tmp_path:
     run(tmp_path, 10, 2)
     found = tables_studies.tables(tmp_path)
     assert found == {"study-figure3-all": [["figures", str([{"tenfold": 20}, {"tenfold": 100}])]]}
+
+
+def test_figure_3_asks_of_each_kind_before_and_after(tmp_path: Path) -> None:
+    found = runs.run("figure3", [0], tmp_path, lambda line: None, quick=True)[0]
+    assert found["smollm"]["base"]["memorization"] == 1.0
+    for own in found.values():
+        kinds = {*own["tasks"].values()}
+        assert kinds == {"arithmetic", "closed_book", "open_book", "logic"}
+        for method in ("base", "kfac", "svd"):
+            assert {f"{task}.generated" for task in own["tasks"]} < own[method].keys()
+        assert own["kfac"]["kept_fraction"] == own["svd"]["kept_fraction"] < 1
+    tables = STUDIES["figure3"].tables([found])
+    assert list(tables) == ["smollm, kept", "smollm, levels", "lab, kept", "lab, levels"]
+    recited = next(line for line in tables["smollm, levels"] if line[0] == "unedited")[1]
+    assert recited == "100"
+
+
+def test_questions_of_logic_follow_examples_that_are_never_asked() -> None:
+    subject = lab_data.pretrained(smollm.Plan().quick(), None)
+    asked = pretrained.logic_questions(subject.tokenizer, 5, 0)
+    assert set(asked) == {"boolean", "ordering", "tracking"}
+    for items in asked.values():
+        assert len(items) == 5
+        texts = [subject.tokenizer.decode(item.prefix) for item in items]
+        examples = texts[0].rsplit("\n", 1)[0]
+        assert examples.count("\n") == 3
+        assert all(text.startswith(f"{examples}\n") for text in texts)
+        assert all(text.count(text.split("\n")[-1]) == 1 for text in texts)
