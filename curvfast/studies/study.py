@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any, Protocol
 
 Figures = dict[str, Any]
 Lines = list[list[str]]
+
+
+class Picture(Protocol):
+    """A figure of matplotlib."""
+
+    def savefig(self, path: Path, /) -> None:
+        """Write it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Study:
     """Returns JSON-able figures of one seed."""
     tables: Callable[[Sequence[Figures]], dict[str, Lines]]
     """Returns tables over seeds by name, each a head and rows of cells."""
-    picture: Callable[[Sequence[Figures]], Figure]
+    picture: Callable[[Sequence[Figures]], Picture]
     """Draws the figures of one or more seeds."""
 
 
