@@ -137,6 +137,7 @@ FLOORS = [
         "writing.difference",
         "writing.fingerprint",
         "writing.patch",
+        "writing.patched",
         "writing.checkpoint",
         "writing.whole",
         "writing.low_rank",
