@@ -42,6 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     from curvfast.analysis.mining import mine
     from curvfast.data import text_batches
     from curvfast.errors import InputError
+    from curvfast.evals.passages import MINED, MINED_VERSION
     from curvfast.hf.loading import load_causal_lm
     from curvfast.storage import write_json
 
@@ -83,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
         write_json(
             options.out,
             {
-                "kind": "curvfast-mined", "format_version": 1, "model": options.model,
+                "kind": MINED, "format_version": MINED_VERSION, "model": options.model,
                 "prefix": options.prefix, "suffix": options.suffix, **counts, "passages": found,
             },
         )  # fmt: skip
