@@ -197,6 +197,7 @@ OWNERS = {
     "matplotlib": ["report"],
     "safetensors": ["storage"],
     "rapidfuzz": ["evals.memorization"],
+    "lm_eval": ["evals.harness"],
     "tqdm": ["progress"],
     # Taken by its shape, imported by nobody.
     "datasets": [],
