@@ -136,3 +136,9 @@ def test_bad_requests_teach() -> None:
     ):
         with pytest.raises(InputError, match=r"need|token|generate"):
             call()
+
+
+def test_a_perplexity_that_overflows_is_infinite() -> None:
+    model = llama()
+    model.get_output_embeddings().weight.data.mul_(1e6)
+    assert perplexity(model, [torch.randint(1, VOCABULARY, (2, 9))]) == math.inf

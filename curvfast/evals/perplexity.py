@@ -25,7 +25,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
             or tensors of token ids.
 
     Returns:
-        Perplexity over every predicted real token.
+        Perplexity over every predicted real token; infinity where float64 does not hold it.
 
     Raises:
         InputError: If ``batches`` holds no prediction.
@@ -52,7 +52,10 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
         model.train(training)
     if not count:
         raise InputError("perplexity needs at least one sequence of two real tokens; got none")
-    return math.exp(loss / count)
+    try:
+        return math.exp(loss / count)
+    except OverflowError:
+        return math.inf
 
 
 def _read(batch: Mapping[str, Any] | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
