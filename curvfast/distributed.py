@@ -208,7 +208,12 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DistributedError(
-            f"this rank could not {what} with the others: {str(error).splitlines()[0]}. The likely "
+            f"this rank could not {what} with the others: {_first_line(error)}. The likely "
             "cause: another rank died, or did not make the same call; its own error says why. What "
             "was summed here is still here"
         ) from error
+
+
+def _first_line(error: RuntimeError) -> str:
+    """Return what a C++ error says before its stack trace; its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

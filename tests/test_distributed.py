@@ -18,7 +18,7 @@ from torch import nn
 import curvfast
 from curvfast import Corrections, Eigenbasis, Factors
 from curvfast.distributed import deal, group_of
-from curvfast.errors import InputError
+from curvfast.errors import DistributedError, InputError
 from curvfast.sums import _refined
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank-deficient", "ignore:.*negative eigenvalues")
@@ -124,6 +124,15 @@ def test_a_rank_that_dies_is_an_error_for_the_others(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "rank 0: DistributedError: this rank could not" in done.stdout
     assert "another rank died" in done.stdout
+
+
+@pytest.mark.parametrize(("said", "shown"), [("", "RuntimeError"), ("gone\n#0 a frame", "gone")])
+def test_an_error_of_the_exchange_is_told_whatever_it_says(said: str, shown: str) -> None:
+    with (
+        pytest.raises(DistributedError, match=rf"with the others: {shown}\. The likely cause"),
+        curvfast.distributed._explained("meet"),
+    ):
+        raise RuntimeError(said)
 
 
 @given(
