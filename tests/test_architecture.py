@@ -58,6 +58,7 @@ FLOORS = [
         "data",
     ],
     [
+        "core.by_layer",
         "core.rule",
         "core.mask",
         "core.factors",

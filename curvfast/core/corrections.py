@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from curvfast import storage
-from curvfast.errors import InputError, LayerNotFound, ShapeError
+from curvfast.core.by_layer import Summed
+from curvfast.errors import InputError, ShapeError
 
 _KIND = "curvfast-corrections"
 POSITION, SEQUENCE = "position", "sequence"
@@ -33,7 +34,7 @@ class LayerCorrection:
 
 
 @dataclass(frozen=True, eq=False)
-class Corrections(Mapping[str, Tensor]):
+class Corrections(Summed[Tensor]):
     """Λ of many layers, by layer name: [d_out, d_in] float32, in the order of the eigenbasis.
 
     Λ_ij is the mean, over samples, of the squared gradient of the *summed* loss along eigenpair
@@ -46,35 +47,15 @@ class Corrections(Mapping[str, Tensor]):
     the basis it was measured in, and none of another order. ``first + second`` merges two runs.
     """
 
+    _noun: ClassVar[str] = "correction"
     layers: Mapping[str, LayerCorrection]
     per: str
     """``"position"`` or ``"sequence"``: what a sample is."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What was measured, as of :class:`Factors`."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Return Λ of one layer, [d_out, d_in] float32.
-
-        Raises:
-            LayerNotFound: If ``name`` was not measured.
-        """
-        if name not in self.layers:
-            raise LayerNotFound(
-                f"no correction of layer {name!r}; there are: {', '.join(map(repr, self.layers))}"
-            )
-        return self.layers[name].mean
-
-    def __contains__(self, name: object) -> bool:
-        """Say whether a layer was measured."""
-        return name in self.layers
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over layer names."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self.layers)
+    def _of(self, layer: LayerCorrection) -> Tensor:
+        return layer.mean
 
     def __add__(self, other: Corrections) -> Corrections:
         """Merge: sums and counts add. Both must be measured in one eigenbasis.
@@ -89,22 +70,8 @@ class Corrections(Mapping[str, Tensor]):
             raise InputError(
                 f"one correction is per {self.per}, the other per {other.per}: measure both alike"
             )
-        # An expert that no token of one side was routed to adds nothing there.
-        empty = {*self.provenance.get("unrouted", ()), *other.provenance.get("unrouted", ())}
-        differing = (set(self) ^ set(other)) - empty
-        if differing:
-            raise InputError(
-                "only corrections of the same layers can be added; these differ in: "
-                f"{', '.join(map(repr, sorted(differing)))}"
-            )
-        merged = {**self.layers, **other.layers}
-        for name in self.layers.keys() & other.layers.keys():
-            merged[name] = _add(name, self.layers[name], other.layers[name])
-        provenance = {
-            "merged": [dict(self.provenance), dict(other.provenance)],
-            "unrouted": sorted(empty - merged.keys()),
-        }
-        return Corrections(merged, self.per, provenance)
+        layers, provenance = self._added(other, _add)
+        return Corrections(layers, self.per, provenance)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write sums, counts and provenance to ``directory``, atomically; called on one rank."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from curvfast import storage
+from curvfast.core.by_layer import ByLayer
 from curvfast.core.factors import Factors
 from curvfast.core.layer_basis import LayerBasis as LayerBasis
 from curvfast.core.layer_basis import StoredBasis
@@ -19,15 +20,16 @@ from curvfast.core.scores import Scores, Term, masks, sum_of, unit_of
 from curvfast.core.search import staircases, staircases_by_mass
 from curvfast.core.selection import Frame, Selection
 from curvfast.core.tasks import Task, along
-from curvfast.errors import InputError, LayerNotFound
+from curvfast.errors import InputError
 
 KIND = "curvfast-eigenbasis"
 
 
 @dataclass(frozen=True, eq=False)
-class Eigenbasis(Mapping[str, LayerBasis]):
+class Eigenbasis(ByLayer[LayerBasis]):
     """Eigenbases of many layers, by layer name, and what their pairs are ranked by."""
 
+    _noun: ClassVar[str] = "eigenbasis"
     layers: Mapping[str, LayerBasis]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the factors were measured on, as of :class:`curvfast.Factors`."""
@@ -35,30 +37,6 @@ class Eigenbasis(Mapping[str, LayerBasis]):
     """Curvature of other corpora, added to λᵢμⱼ; see :meth:`with_task`."""
     frame: Frame = "curvature"
     """``"curvature"``, or ``"singular"`` for singular vectors of the weights."""
-
-    def __getitem__(self, name: str) -> LayerBasis:
-        """Return the basis of one layer.
-
-        Raises:
-            LayerNotFound: If there is none.
-        """
-        if name not in self.layers:
-            raise LayerNotFound(
-                f"no eigenbasis of layer {name!r}; there are: {', '.join(map(repr, self.layers))}"
-            )
-        return self.layers[name]
-
-    def __contains__(self, name: object) -> bool:
-        """Say whether a layer has a basis."""
-        return name in self.layers
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over layer names."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self.layers)
 
     def keep(
         self,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from curvfast import distributed, storage
-from curvfast.errors import InputError, LayerNotFound, ShapeError
+from curvfast.core.by_layer import Summed
+from curvfast.errors import InputError, ShapeError
 
 if TYPE_CHECKING:
     from curvfast.core.eigenbasis import Eigenbasis
@@ -54,40 +56,17 @@ class LayerFactors:
 
 
 @dataclass(frozen=True, eq=False)
-class Factors(Mapping[str, LayerFactors]):
+class Factors(Summed[LayerFactors]):
     """Kronecker factors of many layers, by layer name.
 
     ``factors["layer"].A`` reads one; ``first + second`` merges what two runs, ranks or corpora
     summed; :meth:`eigh` goes on to the eigenbasis.
     """
 
+    _noun: ClassVar[str] = "factors"
     layers: Mapping[str, LayerFactors]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What was measured: model, layers, label mode, rows, seed, coverage, library versions."""
-
-    def __getitem__(self, name: str) -> LayerFactors:
-        """Return the factors of one layer.
-
-        Raises:
-            LayerNotFound: If ``name`` was not collected.
-        """
-        if name not in self.layers:
-            raise LayerNotFound(
-                f"no factors of layer {name!r}; there are: {', '.join(map(repr, self.layers))}"
-            )
-        return self.layers[name]
-
-    def __contains__(self, name: object) -> bool:
-        """Say whether a layer was collected."""
-        return name in self.layers
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over layer names."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self.layers)
 
     def __add__(self, other: Factors) -> Factors:
         """Merge: sums and counts add; an A shared in both stays shared.
@@ -98,24 +77,9 @@ class Factors(Mapping[str, LayerFactors]):
         """
         if not isinstance(other, Factors):
             return NotImplemented
-        # An expert that no token of one side was routed to adds nothing there.
-        empty = {*self.provenance.get("unrouted", ()), *other.provenance.get("unrouted", ())}
-        differing = (set(self) ^ set(other)) - empty
-        if differing:
-            raise InputError(
-                "only factors of the same layers can be added; these differ in: "
-                f"{', '.join(map(repr, sorted(differing)))}"
-            )
         _require_same_moments(self, other)
         sums: dict[tuple[int, int], Tensor] = {}
-        merged = {
-            name: _add(name, self[name], other[name], sums)
-            if name in self and name in other
-            else {**other.layers, **self.layers}[name]
-            for name in {**self.layers, **other.layers}
-        }
-        provenance = {"merged": [dict(self.provenance), dict(other.provenance)]}
-        return Factors(merged, {**provenance, "unrouted": sorted(empty - merged.keys())})
+        return Factors(*self._added(other, partial(_add, sums)))
 
     @property
     def rows(self) -> int:
@@ -224,7 +188,7 @@ def _require_same_moments(one: Factors, two: Factors) -> None:
 
 
 def _add(
-    name: str, one: LayerFactors, two: LayerFactors, sums: dict[tuple[int, int], Tensor]
+    sums: dict[tuple[int, int], Tensor], name: str, one: LayerFactors, two: LayerFactors
 ) -> LayerFactors:
     if one.a_sum.shape != two.a_sum.shape or one.g_sum.shape != two.g_sum.shape:
         raise ShapeError(

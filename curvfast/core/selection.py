@@ -7,19 +7,20 @@ width[i] columns, and widths never increase. d_out integers say it all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from curvfast import ops, storage
+from curvfast.core.by_layer import ByLayer
 from curvfast.core.mask import Mask as Mask
 from curvfast.core.rule import check_mass, share_of, within
-from curvfast.errors import InputError, LayerNotFound
+from curvfast.errors import InputError
 from curvfast.ops.reference import Found, Values
 
 Frame = Literal["curvature", "singular", "standard"]
@@ -65,9 +66,10 @@ class Staircase:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection(Mapping[str, Staircase | Mask]):
+class Selection(ByLayer[Staircase | Mask]):
     """What is kept of many layers, by layer name, and what its rows and columns refer to."""
 
+    _noun: ClassVar[str] = "selection"
     layers: Mapping[str, Staircase | Mask]
     importance: str = "custom"
     """What pairs were ranked by; see :func:`curvfast.select`."""
@@ -76,28 +78,6 @@ class Selection(Mapping[str, Staircase | Mask]):
     singular vectors of the weight; ``"standard"``, rows and columns of the weight itself."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """ΣλΣμ of each layer's eigenbasis, by which it is known again; empty if nothing is known."""
-
-    def __getitem__(self, name: str) -> Staircase | Mask:
-        """Return what is kept of one layer.
-
-        Raises:
-            LayerNotFound: If the selection says nothing about it.
-        """
-        if name not in self.layers:
-            raise LayerNotFound(f"the selection has no layer {name!r}; it has {list(self.layers)}")
-        return self.layers[name]
-
-    def __contains__(self, name: object) -> bool:
-        """Say whether the selection has a layer."""
-        return name in self.layers
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over layer names."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self.layers)
 
     @property
     def pairs(self) -> dict[str, int]:

@@ -1,0 +1,78 @@
+"""What is known layer by layer: a mapping by layer name that says which layers it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from curvfast.errors import InputError, LayerNotFound
+
+T = TypeVar("T")
+
+
+class ByLayer(Mapping[str, T]):
+    """A mapping by layer name, over the field ``layers`` that a subclass has."""
+
+    layers: Mapping[str, Any]
+    _noun: ClassVar[str]
+
+    def __getitem__(self, name: str) -> T:
+        """Return what is known of one layer.
+
+        Raises:
+            LayerNotFound: If nothing is.
+        """
+        if name not in self.layers:
+            raise LayerNotFound(
+                f"no {self._noun} of layer {name!r}; there are: {', '.join(map(repr, self.layers))}"
+            )
+        return self._of(self.layers[name])
+
+    def _of(self, layer: Any) -> T:
+        """Return what is shown of a layer, given what is held of it."""
+        shown: T = layer
+        return shown
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether a layer is known."""
+        return name in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over layer names."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.layers)
+
+
+class Summed(ByLayer[T]):
+    """Sums over rows, layer by layer: those of two runs, ranks or corpora add up."""
+
+    provenance: Mapping[str, Any]
+
+    def _added(
+        self, other: Summed[T], add: Callable[[str, Any, Any], Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the layers of both, by ``add`` (name, one, two) where both have one; provenance.
+
+        Raises:
+            InputError: If a layer is missing on one side, and not for want of rows.
+        """
+        # An expert that no token of one side was routed to adds nothing there.
+        empty = {*self.provenance.get("unrouted", ()), *other.provenance.get("unrouted", ())}
+        differing = (self.keys() ^ other.keys()) - empty
+        if differing:
+            raise InputError(
+                f"only {self._noun} of the same layers can be added; these differ in: "
+                f"{', '.join(map(repr, sorted(differing)))}"
+            )
+        layers = {**self.layers, **other.layers}
+        for name in self.layers:
+            if name in other.layers:
+                layers[name] = add(name, self.layers[name], other.layers[name])
+        provenance = {
+            "merged": [dict(self.provenance), dict(other.provenance)],
+            "unrouted": sorted(empty - layers.keys()),
+        }
+        return layers, provenance
