@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from curvfast.tables import aligned
+
 
 def as_json(entry: Any) -> dict[str, Any]:
     """Return the fields of a layer's entry; None for NaN, which JSON has not."""
@@ -66,13 +68,15 @@ class EditReport:
 
     def __str__(self) -> str:
         """Return the report as an aligned table."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'pairs':>10}  kept %  mass %  change %  work %  seconds"]
-        lines += [
-            f"{e.name:<{width}}  {e.pairs:>10}  {100 * e.fraction:6.2f}  {100 * e.mass:6.2f}  "
-            f"{100 * e.relative_change:8.2f}  {100 * e.work:6.2f}  {e.seconds:7.3f}"
+        head = ["layer", "pairs", "kept %", "mass %", "change %", "work %", "seconds"]
+        rows = [
+            [
+                e.name, str(e.pairs), f"{100 * e.fraction:.2f}", f"{100 * e.mass:.2f}",
+                f"{100 * e.relative_change:.2f}", f"{100 * e.work:.2f}", f"{e.seconds:.3f}",
+            ]
             for e in self.layers
-        ]
+        ]  # fmt: skip
+        lines = [aligned([head, *rows])]
         if self.strength != 1:
             lines.append(f"at strength {self.strength:g}")
         return "\n".join(lines)

@@ -14,7 +14,7 @@ LONGEST = 300
 
 # Low to high; a module imports its own floor's earlier entries and whatever is below.
 FLOORS = [
-    ["_version", "errors", "config", "progress"],
+    ["_version", "errors", "config", "progress", "tables"],
     ["kernels", "_C", "_cuda"],
     [
         "ops.registry",

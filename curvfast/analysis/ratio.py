@@ -19,6 +19,7 @@ from curvfast.errors import InputError
 from curvfast.layers import LayerSpec
 from curvfast.matching import basis_layers
 from curvfast.rows import RowRule
+from curvfast.tables import aligned
 
 SIDES = ("inputs", "outputs")
 TOKENS = ("mean", "rms", "last")
@@ -58,15 +59,14 @@ class ActivationRatio:
 
     def __str__(self) -> str:
         """Return the curves as an aligned table."""
-        width = max([5, *map(len, self.layers)])
         edges = [0.0, *self.bands]
         heads = [f"{100 * a:g}-{100 * b:g} %" for a, b in zip(edges, self.bands, strict=False)]
-        lines = [f"{'layer':<{width}}" + "".join(f"{head:>21}" for head in heads)]
-        for row, name in enumerate(self.layers):
-            cells = zip(self.ratio[row], self.low[row], self.high[row], strict=True)
-            text = "".join(f"{r:>8.3f} [{lo:.3f} {hi:.3f}]".rjust(21) for r, lo, hi in cells)
-            lines.append(f"{name:<{width}}{text}")
-        return "\n".join(lines)
+        curves = zip(self.ratio, self.low, self.high, strict=True)
+        rows = [
+            [name, *(f"{r:.3f} [{lo:.3f} {hi:.3f}]" for r, lo, hi in zip(*curve, strict=True))]
+            for name, curve in zip(self.layers, curves, strict=True)
+        ]
+        return aligned([["layer", *heads], *rows])
 
 
 def activation_ratio(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvfast.analysis.recitation import Ids, leading_matches, predictions
 from curvfast.errors import InputError
 from curvfast.evals.memorization import Passage
+from curvfast.tables import aligned
 
 AS_IS = "as is"
 # Shares of the largest logit; rotations of large angles are rounded more than sums.
@@ -57,12 +58,13 @@ class StressReport:
 
     def __str__(self) -> str:
         """Return a line a variant: the share recited to its end, and the mean length."""
-        width = max(map(len, self.variants))
         whole = (self.lengths == self.possible).double().mean(0).tolist()
         mean = self.lengths.double().mean(0).tolist()
-        lines = [f"{'prompt':<{width}}  recited  mean length"]
-        rows = zip(self.variants, whole, mean, strict=True)
-        lines += [f"{name:<{width}}  {100 * w:6.1f}%  {m:11.1f}" for name, w, m in rows]
+        rows = [
+            [name, f"{w:.1%}", f"{m:.1f}"]
+            for name, w, m in zip(self.variants, whole, mean, strict=True)
+        ]
+        lines = [aligned([["prompt", "recited", "mean length"], *rows])]
         if self.offsets_are_void:
             lines.append(
                 f"Offsets changed logits by at most {max(self.offset_change.values()):.1e} of the "

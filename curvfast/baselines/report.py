@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from curvfast.tables import aligned
+
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -63,14 +65,15 @@ class ForgetReport:
 
     def __str__(self) -> str:
         """Return the report as an aligned table."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'weights':>11}  changed %  zeroed %  change %"]
-        lines += [
-            f"{c.name:<{width}}  {c.weights:>11}  {100 * c.changed:9.3f}  {100 * c.zeroed:8.3f}  "
-            f"{100 * c.relative_change:8.2f}"
+        head = ["layer", "weights", "changed %", "zeroed %", "change %"]
+        rows = [
+            [
+                c.name, str(c.weights), f"{100 * c.changed:.3f}", f"{100 * c.zeroed:.3f}",
+                f"{100 * c.relative_change:.2f}",
+            ]
             for c in self.layers
-        ]
-        return "\n".join([*lines, f"{self.method}: {self.seconds:.3f} seconds"])
+        ]  # fmt: skip
+        return f"{aligned([head, *rows])}\n{self.method}: {self.seconds:.3f} seconds"
 
     def _share(self, what: str) -> float:
         total = sum(layer.weights for layer in self.layers)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.table import aligned
+from curvfast.tables import aligned
 
 _METHODS = (
     ("base", "unedited"),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curvfast.cli.table import aligned
 from curvfast.errors import InputError
+from curvfast.tables import aligned
 
 if TYPE_CHECKING:
     from torch import nn

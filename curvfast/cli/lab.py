@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.table import aligned
+from curvfast.tables import aligned
 
 _METHODS = {
     "base": "unedited",

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from curvfast.cli.table import aligned
 from curvfast.errors import CurvfastError, InputError, LayerNotFound
+from curvfast.tables import aligned
 
 if TYPE_CHECKING:
     from curvfast.spectrum_log import SpectrumRecord

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.table import aligned
 from curvfast.studies.names import NAMES
+from curvfast.tables import aligned
 
 
 def add_to(commands: Any) -> None:

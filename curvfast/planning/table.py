@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from curvfast.planning.layers import LayerPlan, totals
 from curvfast.planning.sizes import show, show_bytes
+from curvfast.tables import aligned
 
 if TYPE_CHECKING:
     from curvfast.planning.plan import CollectionPlan
@@ -21,8 +22,8 @@ def table(plan: CollectionPlan) -> str:
         f"{plan.model}, {plan.dtype}, on {plan.device}: {plan.batches:,} batches of {shape}, "
         f"{plan.labels:,} labels each"
     )
-    blocks = [title, *_caution(plan), _aligned(_layers(plan)), _aligned(_memory(plan))]
-    blocks += [_aligned(_cost(plan)), plan.verdict]
+    blocks = [title, *_caution(plan), aligned([*_layers(plan)]), aligned([*_memory(plan)])]
+    blocks += [aligned([*_cost(plan)]), plan.verdict]
     return "\n\n".join(blocks)
 
 
@@ -103,15 +104,3 @@ def _duration(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def _aligned(rows: Iterator[Row]) -> str:
-    lines = list(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from curvfast.core.interpolation import Crossing, between, first_crossing
 from curvfast.errors import InputError
+from curvfast.tables import aligned
 
 UNEDITED = "unedited"
 SIZE = "kept_fraction"
@@ -71,16 +72,8 @@ class Matched:
         names = [name for name in next((r.metrics for r in self.rows if r.metrics), {})]
         head = ["importance", "layers", SIZE, *names]
         table = [head, *([r.importance, r.layers, *_cells(r, names)] for r in self.rows)]
-        widths = [max(len(line[c]) for line in table) for c in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if c < 2 else cell.rjust(w)
-                for c, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        ]
         notes = [f"{r.importance}, {r.layers}: {note}" for r in self.rows for note in _notes(r)]
-        return "\n".join([f"at {self.metric} {self.value:.6g}", *lines, *notes])
+        return "\n".join([f"at {self.metric} {self.value:.6g}", aligned(table, left=2), *notes])
 
 
 def matched(

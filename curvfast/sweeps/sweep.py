@@ -20,6 +20,7 @@ from curvfast.sweeps.frontier import UNEDITED, Matched, SweepPoint, matched
 from curvfast.sweeps.log import SweepLog, read_points
 from curvfast.sweeps.rotations import Hold
 from curvfast.sweeps.trials import Measure, Size, Trials
+from curvfast.tables import aligned
 
 T = TypeVar("T", float, Importance)
 LayerSets = LayerSpec | Mapping[str, LayerSpec | None] | None
@@ -78,14 +79,7 @@ class Sweep:
             ]
             for point in (self.unedited, *self.points)
         ]  # fmt: skip
-        widths = [max(len(line[c]) for line in table) for c in range(len(table[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if c < 3 else cell.rjust(w)
-                for c, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        )
+        return aligned(table, left=3)
 
 
 def sweep(

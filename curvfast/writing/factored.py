@@ -17,6 +17,7 @@ from curvfast.distributed import is_sharded_model
 from curvfast.edit_plan import EditRule, EditStep, plan_edit, relative_change
 from curvfast.edit_report import as_json
 from curvfast.errors import InputError
+from curvfast.tables import aligned
 from curvfast.writing.low_rank import cover, low_rank_factors
 
 LOW_RANK, DENSE = "low rank", "dense"
@@ -137,16 +138,16 @@ class FactorReport:
 
     def __str__(self) -> str:
         """Return the report as an aligned table."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'form':<8}  {'rank':>6}  {'before':>12}  {'after':>12}"]
-        lines += [
-            f"{e.name:<{width}}  {e.form:<8}  {e.rank:>6}  {e.parameters_before:>12}  "
-            f"{e.parameters_after:>12}"
+        head = ["layer", "form", "rank", "before", "after"]
+        rows = [
+            [e.name, e.form, str(e.rank), str(e.parameters_before), str(e.parameters_after)]
             for e in self.layers
         ]
         share = self.parameters_after / max(1, self.parameters_before)
-        lines.append(f"{share:.1%} of the parameters, and of the FLOPs a token, of these layers")
-        return "\n".join(lines)
+        return (
+            f"{aligned([head, *rows], left=2)}\n"
+            f"{share:.1%} of the parameters, and of the FLOPs a token, of these layers"
+        )
 
 
 def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[EditRule]) -> FactorReport:

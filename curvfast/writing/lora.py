@@ -26,6 +26,7 @@ from curvfast.edit_report import as_json
 from curvfast.errors import InputError, StorageError
 from curvfast.provenance import is_causal_lm, model_facts
 from curvfast.storage import FORMAT_VERSION, write_json, write_tensors
+from curvfast.tables import aligned
 
 _PREFIX = "base_model.model"
 
@@ -66,15 +67,15 @@ class AdapterReport:
 
     def __str__(self) -> str:
         """Return the report as an aligned table."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  {'rank':>5}  energy %  error %  change %"]
-        lines += [
-            f"{e.name:<{width}}  {e.rank:>5}  {100 * e.energy:8.2f}  {100 * e.relative_error:7.2f}"
-            f"  {100 * e.change:8.2f}"
+        head = ["layer", "rank", "energy %", "error %", "change %"]
+        rows = [
+            [
+                e.name, str(e.rank), f"{100 * e.energy:.2f}", f"{100 * e.relative_error:.2f}",
+                f"{100 * e.change:.2f}",
+            ]
             for e in self.layers
-        ]
-        lines.append(f"{self.energy:.2%} of the energy of the whole change")
-        return "\n".join(lines)
+        ]  # fmt: skip
+        return f"{aligned([head, *rows])}\n{self.energy:.2%} of the energy of the whole change"
 
 
 def export_lora(
