@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvfast.errors import DistributedError, InputError
+from curvfast.errors import DistributedError, InputError, first_line
 
 AUTO = "auto"
 Group = Any
@@ -208,12 +208,7 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DistributedError(
-            f"this rank could not {what} with the others: {_first_line(error)}. The likely "
+            f"this rank could not {what} with the others: {first_line(error)}. The likely "
             "cause: another rank died, or did not make the same call; its own error says why. What "
             "was summed here is still here"
         ) from error
-
-
-def _first_line(error: RuntimeError) -> str:
-    """Return what a C++ error says before its stack trace; its kind if it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

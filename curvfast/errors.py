@@ -1,6 +1,11 @@
 """Errors and warnings; every message says what happened, the likely cause, and what to pass."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says before any stack trace; its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class CurvfastError(Exception):
     """Base of every error this library raises on purpose."""
 

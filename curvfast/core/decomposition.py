@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvfast.errors import DecompositionError, NonFiniteError, NumericalWarning, PerformanceWarning
+from curvfast.errors import (
+    DecompositionError,
+    NonFiniteError,
+    NumericalWarning,
+    PerformanceWarning,
+    first_line,
+)
 
 NARROW = 512
 """Factors below this width do not fill a GPU, nor are their leading eigenpairs found sooner."""
@@ -66,7 +72,7 @@ def decompose_factors(
         try:
             solved = [*zip(*torch.linalg.eigh(torch.stack([m for m, _ in scaled])), strict=True)]
         except RuntimeError as error:
-            _say_next(f"a batch of {len(matrices)} factors", _reason(error), error)
+            _say_next(f"a batch of {len(matrices)} factors", first_line(error), error)
     found = []
     for number, (matrix, title) in enumerate(zip(matrices, titles, strict=True)):
         pair = solved[number]
@@ -103,7 +109,7 @@ def decompose_factor(matrix: Tensor, *, dtype: torch.dtype, title: str) -> Spect
         try:
             values, vectors = solve(scaled.clone())
         except RuntimeError as error:
-            problem = f"{name}: {_reason(error)}"
+            problem = f"{name}: {first_line(error)}"
             _say_next(title, problem, error)
         else:
             wrong = _certificate(scaled, values, vectors)
@@ -202,10 +208,6 @@ def ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device
     largest = vectors.abs().argmax(0, keepdim=True)
     signed = vectors * vectors.gather(0, largest).sign()
     return Spectrum(values.to(device), signed.float().contiguous().to(device), negative)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _say_next(title: str, problem: str, error: BaseException | None) -> None:

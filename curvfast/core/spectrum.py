@@ -18,7 +18,7 @@ from torch import Tensor
 from curvfast.core.decomposition import decompose_factor, prepared, require_finite
 from curvfast.core.factors import LayerFactors
 from curvfast.core.selection import spectrum, staircase_by_fraction
-from curvfast.errors import InputError, NumericalWarning
+from curvfast.errors import InputError, NumericalWarning, first_line
 from curvfast.ops.reference import Values
 
 FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -187,7 +187,7 @@ def factor_eigenvalues(matrix: Tensor, *, title: str) -> Tensor:
         values = torch.linalg.eigvalsh(scaled)
         problem = _departure(scaled, values)
     except RuntimeError as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
     if problem:
         warnings.warn(
             f"{title} is decomposed with eigenvectors: {problem}", NumericalWarning, stacklevel=2

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from curvfast.errors import InputError
+from curvfast.errors import InputError, first_line
 
 
 def load_causal_lm(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
@@ -33,9 +33,9 @@ def load_causal_lm(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"no causal language model could be loaded from {name!r}: {str(error).splitlines()[0]}"
+            f"no causal language model could be loaded from {name!r}: {first_line(error)}"
         ) from error
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device={device!r}: {first_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast.errors import InputError
+from curvfast.errors import InputError, first_line
 from curvfast.hf.shapes import SHAPES
 
 
@@ -88,5 +88,6 @@ def _read(source: str | PathLike[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is no configuration transformers can read: {reason}") from error
+        raise InputError(
+            f"{path} is no configuration transformers can read: {first_line(error)}"
+        ) from error

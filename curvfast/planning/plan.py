@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast.errors import CurvfastError, InputError
+from curvfast.errors import CurvfastError, InputError, first_line
 from curvfast.hf.meta import example_batch, meta_model
 from curvfast.layers import LayerSpec, select
 from curvfast.planning.cost import Cost, busiest, cost
@@ -203,8 +203,8 @@ def _seen(
         raise
     # A model may do anything that a device without values cannot; no plan fails by that.
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return estimate(model, chosen, arguments, f"{type(error).__name__}: {reason}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return estimate(model, chosen, arguments, reason)
 
 
 def _weight_bytes(model: nn.Module) -> int:
