@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -23,6 +22,7 @@ from curvfast.layers import LayerSpec
 from curvfast.matching import basis_layers
 from curvfast.provenance import is_causal_lm, without_ddp
 from curvfast.rows import RowRule
+from curvfast.storage import checksum
 
 
 def correct(
@@ -202,8 +202,4 @@ def _described(layers: LayerSpec | None) -> str:
 
 def _checksum(basis: Eigenbasis, names: Iterable[str]) -> int:
     """Return a checksum of eigenvalues: of this basis, not another."""
-    found = 0
-    for name in names:
-        for values in (basis[name].values_g, basis[name].values_a):
-            found = zlib.crc32(values.cpu().numpy().tobytes(), found)
-    return found
+    return checksum(v for name in names for v in (basis[name].values_g, basis[name].values_a))

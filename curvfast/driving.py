@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -21,6 +20,7 @@ from curvfast.measurement import Measurement
 from curvfast.passes import Pass
 from curvfast.progress import Bar
 from curvfast.steps import frozen
+from curvfast.storage import checksum
 
 LABELS = ("sampled", "gold")
 M = TypeVar("M", bound=Measurement)
@@ -151,8 +151,4 @@ def _chunks(layers: dict[str, LinearLayer], size: int | None) -> Iterator[dict[s
 
 def _checksum(layers: dict[str, LinearLayer]) -> int:
     """Return a checksum of the first numbers of each weight: of these weights, not others."""
-    found = 0
-    for layer in layers.values():
-        start = local(layer.stored()).flatten()[:256].float().cpu()
-        found = zlib.crc32(start.numpy().tobytes(), found)
-    return found
+    return checksum(local(each.stored()).flatten()[:256].float() for each in layers.values())

@@ -24,7 +24,7 @@ from curvfast.core.spectrum import (
     layer_eigenvalues,
 )
 from curvfast.errors import FormatError
-from curvfast.storage import append_line, finished_lines
+from curvfast.storage import append_line, finished_lines, record_of
 
 FILE = "spectrum.jsonl"
 KIND = "curvfast-spectrum"
@@ -151,16 +151,7 @@ def _records(path: Path, lines: Sequence[bytes]) -> Iterator[SpectrumRecord]:
     names = {field.name for field in fields(SpectrumRecord)}
     for number, line in enumerate(lines, 1):
         where = f"line {number} of {str(path)!r}"
-        try:
-            entry = json.loads(line)
-            kind, version = entry["kind"], entry["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{where} is no record of a spectrum log: {error}") from error
-        if kind != KIND or version > VERSION:
-            raise FormatError(
-                f"{where} is {kind!r} of version {version}; this curvfast reads {KIND!r} up to "
-                f"version {VERSION}: update it, or pass the folder that CurvatureCallback wrote to"
-            )
+        entry = record_of(line, where, KIND, VERSION)
         yield _record(where, {key: entry[key] for key in names & entry.keys()})
 
 

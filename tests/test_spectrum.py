@@ -252,6 +252,7 @@ def test_every_line_is_strict_json_whatever_the_loss(tmp_path: Path) -> None:
     [
         ("no json", "no record"),
         ("[1]", "no record"),
+        ('{"kind": "curvfast-spectrum", "version": "new"}', "no record"),
         ('{"kind": "curvfast-spectrum", "version": 2}', "up to version 1"),
         ('{"kind": "something", "version": 1}', "'something'"),
         ('{"kind": "curvfast-spectrum", "version": 1, "layers": {}}', "damaged"),

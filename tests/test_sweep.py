@@ -404,7 +404,11 @@ class TestFiles:
             Sweep.from_jsonl(path)
         path.parent.mkdir()
         newer = '{"kind": "curvfast-sweep", "version": 99}\n'
-        for content in ("hello\n", "[]\n", '{"kind": "curvfast-spectrum", "version": 1}\n', newer):
+        headless = '{"kind": "curvfast-sweep", "version": 1, "of": {}}\n'
+        for content in (
+            "hello\n", "[]\n", '{"kind": "curvfast-spectrum", "version": 1}\n', newer, headless,
+            newer.replace("99", '"new"'),
+        ):  # fmt: skip
             path.write_text(content)
             with pytest.raises(FormatError):
                 Sweep.from_jsonl(path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from curvfast.errors import StorageError
+from curvfast.errors import FormatError, StorageError
 
 
 def append_line(path: str | PathLike[str], line: str) -> None:
@@ -51,6 +52,31 @@ def finished_lines(path: str | PathLike[str]) -> list[bytes]:
     except OSError as error:
         raise StorageError(f"{str(target)!r} cannot be read: {error}") from error
     return written[: _length_of_finished(written)].splitlines()
+
+
+def record_of(line: bytes, where: str, kind: str, version: int) -> dict[str, Any]:
+    """Return the record that a line of JSON is, by its names.
+
+    Args:
+        line: Of a file whose records, or the first of them, have a kind and a version.
+        where: What the line is called in messages.
+        kind: That it must have.
+        version: The newest that can be read.
+
+    Raises:
+        FormatError: If it is no record, of another kind, or of a newer version.
+    """
+    try:
+        found: dict[str, Any] = json.loads(line)
+        there, number = found["kind"], int(found["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{where} is no record of {kind!r}: {error}") from error
+    if there != kind or number > version:
+        raise FormatError(
+            f"{where} is {there!r} of version {number}; this curvfast reads {kind!r} up to version "
+            f"{version}: update it, or pass the file that was meant"
+        )
+    return found
 
 
 def _drop_unfinished(file: BinaryIO) -> None:

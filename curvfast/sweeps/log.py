@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
-import torch
-
 from curvfast.errors import FormatError, InputError
 from curvfast.provenance import model_facts
 from curvfast.selecting import differing
-from curvfast.storage import append_line, finished_lines
+from curvfast.storage import append_line, checksum, finished_lines, record_of
 from curvfast.sweeps.frontier import UNEDITED, SweepPoint
 from curvfast.sweeps.trials import Trials
 
@@ -121,7 +118,7 @@ def _facts(trials: Trials, note: str) -> dict[str, Any]:
         totals |= {f"{n}, corrections": float(corrections[n].double().sum()) for n in basis}
     of = {
         "model": model,
-        "weights": {name: _checksum(trials.weight(name)) for name in basis},
+        "weights": {name: checksum([trials.weight(name)]) for name in basis},
         "tasks": [[task.weight, task.normalize] for task in basis.tasks],
         "corrections": corrections is not None,
         "seed": trials.seed,
@@ -130,22 +127,11 @@ def _facts(trials: Trials, note: str) -> dict[str, Any]:
     return {"of": of, "totals": totals}
 
 
-def _checksum(weight: torch.Tensor) -> int:
-    return zlib.crc32(weight.contiguous().view(torch.uint8).cpu().numpy().data)
-
-
 def _read_header(path: str, line: bytes) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(line)
-        kind, version = found["kind"], found["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path!r} is no file of a sweep") from error
-    if kind != KIND or version > VERSION:
-        raise FormatError(
-            f"{path!r} is {kind!r} of version {version}; this curvfast reads {KIND!r} up to "
-            f"version {VERSION}"
-        )
-    return found
+    head = record_of(line, repr(path), KIND, VERSION)
+    if not all(isinstance(head.get(part), dict) for part in ("of", "totals")):
+        raise FormatError(f"line 1 of {path!r} is damaged: it does not say of what the sweep is")
+    return head
 
 
 def _require_same(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
-import torch
 from torch import Tensor
 
 from curvfast.errors import PatchMismatch
+from curvfast.storage import raw_bytes
 from curvfast.writing.difference import bits_of
 
 
@@ -34,60 +34,31 @@ def digest_of(*tensors: Tensor) -> str:
     digest = sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
-def require_unpatched(
+def require(
     found: Mapping[str, Fingerprint],
     before: Mapping[str, Fingerprint],
     after: Mapping[str, Fingerprint],
     source: str | None,
+    *,
+    revert: bool,
 ) -> None:
-    """Raise unless each layer's weight is the one that a patch was made from.
+    """Raise unless each layer's weight is the one that a patch was made from, or that it gave.
 
     Args:
         found: What is there, by layer name.
         before: What the patch was made from.
         after: What it gives.
         source: Name of the model it was made from, if it has one.
+        revert: Whether ``after`` is wanted.
 
     Raises:
-        PatchMismatch: If one is not; the message tells patched weights from others.
+        PatchMismatch: If one is not; the message tells the other side from foreign weights.
     """
-    if _all_on_one_side(found, wanted=before, other=after, source=source):
-        raise PatchMismatch("the patch is applied already: revert it first, or leave it")
-
-
-def require_patched(
-    found: Mapping[str, Fingerprint],
-    before: Mapping[str, Fingerprint],
-    after: Mapping[str, Fingerprint],
-    source: str | None,
-) -> None:
-    """Raise unless each layer's weight is the one that a patch gives.
-
-    Args:
-        found: As of :func:`require_unpatched`.
-        before: As of :func:`require_unpatched`.
-        after: As of :func:`require_unpatched`.
-        source: As of :func:`require_unpatched`.
-
-    Raises:
-        PatchMismatch: If one is not; the message tells unpatched weights from others.
-    """
-    if _all_on_one_side(found, wanted=after, other=before, source=source):
-        raise PatchMismatch("the patch is not applied: these weights are those it was made from")
-
-
-def _all_on_one_side(
-    found: Mapping[str, Fingerprint],
-    wanted: Mapping[str, Fingerprint],
-    other: Mapping[str, Fingerprint],
-    source: str | None,
-) -> bool:
-    """Say whether all weights are on the other side; raise if some are, or some on neither."""
+    wanted, other = (after, before) if revert else (before, after)
     for name, have in found.items():
         if have not in (wanted[name], other[name]):
             raise _foreign(name, have, wanted[name], source)
@@ -98,7 +69,12 @@ def _all_on_one_side(
             f"some of the layers are patched and some are not; {wrong[0]!r} and {len(wrong) - 1} "
             f"more of {len(changed)} are not as they must be: load the model anew"
         )
-    return bool(wrong)
+    if wrong:
+        raise PatchMismatch(
+            "the patch is not applied: these weights are those it was made from"
+            if revert
+            else "the patch is applied already: revert it first, or leave it"
+        )
 
 
 def _foreign(

@@ -36,13 +36,7 @@ from curvfast.writing.difference import (
     unpack,
     with_bits,
 )
-from curvfast.writing.fingerprint import (
-    Fingerprint,
-    digest_of,
-    fingerprint_of,
-    require_patched,
-    require_unpatched,
-)
+from curvfast.writing.fingerprint import Fingerprint, digest_of, fingerprint_of, require
 
 KIND = "curvfast-patch"
 
@@ -123,7 +117,7 @@ class Patch:
         before = {name: layer.before for name, layer in self.layers.items()}
         after = {name: layer.after for name, layer in self.layers.items()}
         source = self.report.provenance.get("model", {}).get("name")
-        (require_patched if revert else require_unpatched)(found, before, after, source)
+        require(found, before, after, source, revert=revert)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the patch to a folder, atomically; called on one rank.
