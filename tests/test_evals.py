@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 import curvfast
 from curvfast import Passage
 from curvfast.errors import InputError
+from curvfast.evals.choices import Choice, choice_accuracy
 from curvfast.evals.generation import greedy
 from curvfast.evals.memorization import memorization, score
 from curvfast.evals.perplexity import perplexity
@@ -122,6 +125,31 @@ def test_evaluate_takes_what_is_asked_and_restores_the_mode() -> None:
     assert set(curvfast.evaluate(model, text=text).to_dict()) == {"perplexity"}
     assert "perplexity" in str(both)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: perplexity(model, [torch.tensor([[1, 2, 3]])]),
+        lambda model: greedy(model, [[1, 2, 3]], 2),
+        lambda model: choice_accuracy(model, [Choice((1, 2), ((3,), (4,)))]),
+        lambda model: perplexity(model, [torch.tensor([[1, VOCABULARY]])]),
+    ],
+    ids=["perplexity", "greedy", "choices", "failed"],
+)
+def test_a_part_set_to_eval_by_hand_stays_so(measure: Callable[[nn.Module], object]) -> None:
+    model = gpt2().train()
+    model.transformer.drop.eval()
+    model.lm_head.requires_grad_(False)
+    seen = []
+    model.transformer.drop.register_forward_hook(lambda *_: seen.append(model.training))
+    modes = {name: module.training for name, module in model.named_modules()}
+    learnt = {name: p.requires_grad for name, p in model.named_parameters()}
+    with suppress(IndexError):
+        measure(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == learnt
+    assert not any(seen)
 
 
 def test_bad_requests_teach() -> None:

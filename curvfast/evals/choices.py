@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError
+from curvfast.steps import frozen
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def choice_accuracy(model: nn.Module, choices: Sequence[Choice], *, batch_size: 
     length. A tie is no right answer.
 
     Args:
-        model: A causal language model of transformers; evaluated in eval mode, its mode restored.
+        model: A causal language model of transformers; in eval mode meanwhile.
         choices: Prompts and answers.
         batch_size: Answers at a time.
 
@@ -46,14 +47,10 @@ def choice_accuracy(model: nn.Module, choices: Sequence[Choice], *, batch_size: 
     # Sorted by length, so that a batch is padded little.
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
     scores = torch.empty(len(pairs), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    try:
+    with frozen(model, keep_mode=False):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             scores[chosen] = _likelihoods(model, [pairs[i] for i in chosen])
-    finally:
-        model.train(training)
     right, start = 0, 0
     for choice in choices:
         own = scores[start : start + len(choice.answers)]

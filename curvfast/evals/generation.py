@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError
+from curvfast.steps import frozen
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def greedy(
     ``generate()`` would merge them into whatever it is given.
 
     Args:
-        model: A causal language model of transformers; evaluated in eval mode, its mode restored.
+        model: A causal language model of transformers; in eval mode meanwhile.
         prefixes: Token ids, none empty.
         length: Tokens to generate.
         batch_size: Prompts at a time.
@@ -42,9 +43,7 @@ def greedy(
     # Sorted by length, so that a batch is padded little.
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     found: dict[int, list[int]] = {}
-    training = model.training
-    model.eval()
-    try:
+    with frozen(model, keep_mode=False):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = max(len(prefixes[i]) for i in chosen)
@@ -55,8 +54,6 @@ def greedy(
                 mask[row, width - len(prefixes[i]) :] = 1
             new = _continue(model, tokens.to(device), mask.to(device), length)
             found |= dict(zip(chosen, new.tolist(), strict=True))
-    finally:
-        model.train(training)
     return [found[i] for i in range(len(prefixes))]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from curvfast.errors import InputError
+from curvfast.steps import frozen
 
 _CHUNK_ROWS = 4096
 
@@ -20,7 +21,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
     """Return exp(Σ loss / Σ tokens) over next-token predictions of ``batches``.
 
     Args:
-        model: A causal language model; evaluated in eval mode, its mode restored.
+        model: A causal language model; in eval mode meanwhile.
         batches: Dicts with ``input_ids`` [sequences, length] and, where padded, ``attention_mask``;
             or tensors of token ids.
 
@@ -32,9 +33,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
     """
     device = next(model.parameters()).device
     loss, count = 0.0, 0
-    training = model.training
-    model.eval()
-    try:
+    with frozen(model, keep_mode=False):
         for batch in batches:
             tokens, mask = _read(batch, device)
             given = {} if mask is None else {"attention_mask": mask}
@@ -48,8 +47,6 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
             ):
                 loss += float(cross_entropy(part.float(), target, reduction="sum").double())
             count += targets.numel()
-    finally:
-        model.train(training)
     if not count:
         raise InputError("perplexity needs at least one sequence of two real tokens; got none")
     try:
