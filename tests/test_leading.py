@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import curvfast
 from curvfast import Eigenbasis, Factors, LayerFactors
 from curvfast.core import eigh, leading, partial
 from curvfast.core.decomposition import decompose_factor
 from curvfast.core.leading import leading_spectrum, none_above, rayleigh_ritz
+from curvfast.core.projection import project, work
 from curvfast.errors import BasisMismatch, InputError, NonFiniteError
 
 D = 640
@@ -169,6 +172,30 @@ def test_an_edit_by_leading_pairs_is_the_full_one(stored: bool, tmp_path: Any) -
     with pytest.raises(InputError, match="leading"):
         curvfast.edit(model, part, fraction=0.5)
     assert torch.equal(model.layer0.weight, before)
+
+
+def test_the_work_told_is_the_work_done() -> None:
+    basis = measured().eigh(mass=0.8)
+    name, own = next(iter(basis.items()))
+    rows, columns = own.shape
+    assert own.ranks[0] == rows
+    assert own.ranks[1] < columns / 10
+    kept = basis.keep(mass=0.8)[name]
+    with FlopCounterMode(display=False) as counter:
+        project(torch.randn(rows, columns), own, kept)
+    dense = 4 * rows * columns * (rows + columns)
+    assert work(own, kept) == pytest.approx(counter.get_total_flops() / dense)
+
+
+@pytest.mark.parametrize("side", ["a_sum", "g_sum"])
+def test_a_layer_without_curvature_stops_no_decomposition(side: str) -> None:
+    factors = measured()
+    own = factors["layer0"]
+    dead = replace(own, **{side: torch.zeros_like(getattr(own, side))})
+    part = Factors({"dead": dead, **factors}).eigh(mass=0.8)
+    assert not torch.stack([part["dead"].values_a[0], part["dead"].values_g[0]]).all()
+    kept, full = part.restricted(factors).keep(mass=0.8), factors.eigh().keep(mass=0.8)
+    assert all(torch.equal(kept[name].widths, full[name].widths) for name in factors)
 
 
 def test_an_earlier_basis_saves_products_and_changes_nothing(monkeypatch: Any) -> None:

@@ -68,7 +68,12 @@ class LeadingSearch:
         if self._mass is None or not short:
             return
         values = {key: spectrum.values for key, spectrum in self.found.items()}
-        spectra = {name: (values[g], values[a]) for name, (g, a) in ready.items()}
+        # A layer without curvature has nothing to keep, at any mass.
+        spectra = {
+            name: (values[g], values[a])
+            for name, (g, a) in ready.items()
+            if values[g][0] > 0 and values[a][0] > 0
+        }
         lacking: set[str] = set()
         for name, kept in staircases_by_mass(spectra, [self._mass])[0].items():
             for key, used in zip(ready[name], used_ranks(kept), strict=True):

@@ -81,7 +81,8 @@ def work(basis: LayerBasis | None, selection: Staircase | Mask) -> float:
         return 0.0
     if not basis.complete:
         (rows, columns), (g, a) = selection.shape, basis.ranks
-        return (g * rows * columns + g * columns * a) / (rows * columns * (rows + columns))
+        there, back = g * columns * (rows + a), rows * a * (g + columns)
+        return (there + back) / (2 * rows * columns * (rows + columns))
     if isinstance(selection, Mask):
         return 1.0
     return ops.plan(selection.widths.cpu().numpy(), selection.columns).share
