@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,14 @@ def test_orthogonal_measurements_share_nothing() -> None:
     found = agreements(*pair, 0.5)["x"]
     assert found.shared_mass == pytest.approx(0, abs=1e-6)
     assert found.angle_a == pytest.approx(90, abs=1e-3)
+
+
+def test_a_layer_without_curvature_agrees_with_none_but_its_like() -> None:
+    alive, dead = factors(0)["x"], torch.zeros(6, 6)
+    dead = replace(alive, g_sum=dead)
+    for one, two, share in ((dead, dead, 1.0), (dead, alive, 0.0), (alive, dead, 0.0)):
+        found = agreements(Factors({"x": one}), Factors({"x": two}), 0.6)
+        assert found["x"].shared_mass == share
 
 
 def test_a_collection_stops_once_its_halves_agree() -> None:

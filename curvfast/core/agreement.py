@@ -74,12 +74,18 @@ def shared_mass(basis: LayerBasis, own: LayerBasis, factors: LayerFactors, mass:
         mass: ρ of the kept pairs.
 
     Returns:
-        From 0 to 1.
+        From 0 to 1; where there is no curvature, 1 if the other basis has none either, else 0.
     """
+    if _is_flat(own):
+        return float(_is_flat(basis))
     best = staircase_by_mass(own.values_g, own.values_a, mass)
     other = staircase_by_pairs(basis.values_g, basis.values_a, best.pairs)
     held = _mass(other, diagonal(factors.G, basis.vectors_g), diagonal(factors.A, basis.vectors_a))
     return held / _mass(best, own.values_g, own.values_a)
+
+
+def _is_flat(basis: LayerBasis) -> bool:
+    return not (basis.values_g[0] > 0 and basis.values_a[0] > 0)
 
 
 def _mass(kept: Staircase, g: Tensor, a: Tensor) -> float:
