@@ -402,6 +402,11 @@ def test_layers_are_chosen_by_what_they_tell_apart() -> None:
     assert known.of(telling_layers(known, clean, 1)).tolist() == pytest.approx([0.95, 0.99])
     unrouted = TextScores(("a", "b"), torch.tensor([[0.25, math.nan]]), 0.6)
     assert unrouted.of().tolist() == [0.25]
+    high = torch.tensor([[0.9, 0.3, math.nan], [0.1, math.nan, 0.9]])
+    low = torch.tensor([[0.5, math.nan, math.nan], [0.4, 0.2, math.nan]])
+    sets = (TextScores(names, shares, 0.6) for shares in (high, low))
+    # b is told by the one text of each that reached it, c by none, a no better than by chance.
+    assert telling_layers(*sets, 3) == ("b", "a", "c")
     for count in (0, 4):
         with pytest.raises(InputError, match="count="):
             telling_layers(known, clean, count)
@@ -463,6 +468,10 @@ def test_bad_input_is_refused_with_a_reason() -> None:
         ask(model, basis, [masked])
     with pytest.raises(InputError, match="no tensor"):
         ask(model, basis, [{}])
+    idle = nn.ModuleDict({"model": llama(), "spare": nn.Linear(4, 4)})
+    idle.forward = lambda input_ids: idle["model"](input_ids=input_ids)
+    with pytest.raises(CoverageError, match="no row of 'spare' is seen"):
+        token_scores(idle, random_basis(idle, "spare"), {"input_ids": torch.ones(2, 5).long()})
     with pytest.raises(InputError, match="pass numbers"):
         auc([], [1])
     with pytest.raises(InputError, match="pass numbers"):

@@ -321,7 +321,7 @@ def test_bad_input_is_refused_with_a_reason() -> None:
             curvfast.mine(model, [batch], **changes)
     with pytest.raises(InputError, match="112 tokens"):
         curvfast.mine(model, [batch])
-    for wrong in ({"pixel_values": batch}, batch[0]):
+    for wrong in ({"pixel_values": batch}, batch[0], batch.tolist()):
         with pytest.raises(InputError, match="input_ids"):
             curvfast.mine(model, [wrong])
     passage = Passage((1, 2), (3, 4))

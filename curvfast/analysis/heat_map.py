@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from curvfast.analysis.detector import FLATTEST, FlatEnergy, share
 from curvfast.analysis.texts import readers
 from curvfast.analysis.watching import Seen, watching
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.errors import InputError
+from curvfast.errors import CoverageError, InputError
 from curvfast.layers import LayerSpec
 from curvfast.matching import basis_layers
 
@@ -47,10 +48,11 @@ def token_scores(
             basis holds too few eigenvectors.
         BasisMismatch: If the basis is of another model.
         LayerNotFound: If ``layers`` matches nothing in the basis.
+        CoverageError: If the forward calls no chosen layer.
     """
     chosen = basis_layers(model, basis, layers)
     leader = readers(basis, chosen)
-    weights = {name: list(leader.values()).count(name) for name in leader.values()}
+    weights = Counter(leader.values())
     flat = FlatEnergy(basis, flattest)
     sums: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -65,6 +67,11 @@ def token_scores(
 
     with watching(model, {n: chosen[n] for n in weights}, add, skip_last=False) as run:
         run(batch)
+    if not sums:
+        raise CoverageError(
+            f"no row of {', '.join(map(repr, weights))} is seen: the forward calls none of them, "
+            "or no token was routed to one; name others in layers="
+        )
     if len(sums) != 1:
         raise InputError(
             f"the chosen layers see positions of {len(sums)} forms, {list(sums)}, not of one: name "

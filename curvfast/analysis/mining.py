@@ -198,7 +198,7 @@ def _texts(batches: Iterable[Any]) -> Iterator[list[int]]:
     """Yield the real tokens of each row."""
     for batch in batches:
         tokens, mask = batch, None
-        if not isinstance(batch, Tensor):
+        if isinstance(batch, Mapping):
             tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
         if not isinstance(tokens, Tensor) or tokens.dim() != 2:
             raise InputError(
