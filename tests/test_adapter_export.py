@@ -96,6 +96,14 @@ def test_no_change_is_an_adapter_of_zeros(measured, tmp_path) -> None:
     assert all(not product(tmp_path, name).any() for name in basis)
 
 
+def test_no_change_of_half_precision_is_an_adapter_of_zeros_too(measured, tmp_path) -> None:
+    model, basis = measured
+    half = copy.deepcopy(model).bfloat16()
+    report = curvfast.export_lora(half, basis, tmp_path, rank=3, strength=0)
+    assert report.energy == 1
+    assert all(not product(tmp_path, name).any() for name in basis)
+
+
 def test_the_format_is_pefts(measured, tmp_path) -> None:
     model, basis = measured
     model.config._name_or_path = "house/model"

@@ -132,6 +132,14 @@ def test_what_is_not_known_is_not_made_up() -> None:
     text = edit_section(EditReport((entry,), 6, provenance={"rule": rule}))
     assert "importance='ekfac'," in text
     assert "corrections=corrections," in text
+    assert "what the importance `ekfac` leaves out was removed" in text
+    assert "what a given selection leaves out" in edit_section(given_)
+    for other in ({"importance": "svd", "fraction": 0.5}, {"selection": "given"}):
+        said = edit_section(EditReport((entry,), 6, provenance={"rule": other}))
+        assert "of low curvature" not in said
+    for same in ({"mass": 0.6}, {"mass": 0.6, "importance": "kfac"}):
+        said = edit_section(EditReport((entry,), 6, provenance={"rule": same}))
+        assert "directions of low curvature" in said
 
 
 class TestReadme:

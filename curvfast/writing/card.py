@@ -21,9 +21,7 @@ _BEGIN, _END = "<!-- curvfast -->", "<!-- /curvfast -->"
 _SECTION = """\
 ## Edited with curvfast
 
-K-FAC weight editing ([arXiv 2510.24256](https://arxiv.org/abs/2510.24256)): in {count} weight
-matrices the directions of low curvature, where text memorized verbatim lives, were {done}; those of
-high curvature, which many texts share, are as they were: {share:.2%} of all.
+{what}: {share:.2%} of all.
 
 {layers}
 {perplexity}
@@ -42,6 +40,13 @@ curvfast.edit(
 )
 ```
 """
+_BY_CURVATURE = """\
+K-FAC weight editing ([arXiv 2510.24256](https://arxiv.org/abs/2510.24256)): in {count} weight
+matrices the directions of low curvature, where text memorized verbatim lives, were {done}; those of
+high curvature, which many texts share, are as they were"""
+_OTHERWISE = """\
+Weights edited as in [arXiv 2510.24256](https://arxiv.org/abs/2510.24256): in {count} weight
+matrices what {choice} leaves out was {done}; what it keeps is as it was"""
 
 
 def save_edited(
@@ -99,7 +104,7 @@ def save_edited(
 
 def edit_section(report: EditReport, perplexity: Mapping[str, float] | None = None) -> str:
     """Return the section of a model card that tells of an edit, in Markdown."""
-    provenance, strength = report.provenance, report.strength
+    provenance = report.provenance
     rows = [
         (f"`{e.name}`", *map(_percent, (e.mass, e.fraction, e.relative_change)))
         for e in report.layers
@@ -108,8 +113,7 @@ def edit_section(report: EditReport, perplexity: Mapping[str, float] | None = No
     model = provenance.get("model", {})
     kind = str(model.get("class", ""))
     return _SECTION.format(
-        count=len(report.layers),
-        done="removed" if strength == 1 else f"scaled by {1 - strength:g}",
+        what=_what(report),
         share=report.kept_fraction,
         layers=_table(("layer", "mass kept", "eigenpairs kept", "relative change"), rows),
         perplexity=_table(("", "perplexity"), told) if told else "",
@@ -145,6 +149,18 @@ def _facts(report: EditReport, perplexity: Mapping[str, float] | None = None) ->
     head = {"kind": "curvfast-edit", "format_version": FORMAT_VERSION}
     told = {} if perplexity is None else {"perplexity": dict(perplexity)}
     return {**head, "curvfast_version": __version__, **report.to_dict(), **told}
+
+
+def _what(report: EditReport) -> str:
+    """Return what was done, in words; no curvature is told of where none decided."""
+    rule, strength = report.provenance.get("rule", {}), report.strength
+    importance = rule.get("importance", "kfac")
+    known = importance == "kfac" and "selection" not in rule
+    return (_BY_CURVATURE if known else _OTHERWISE).format(
+        count=len(report.layers),
+        done="removed" if strength == 1 else f"scaled by {1 - strength:g}",
+        choice="a given selection" if "selection" in rule else f"the importance `{importance}`",
+    )
 
 
 def _arguments(report: EditReport) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from curvfast._version import __version__
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.projection import working_dtype
 from curvfast.distributed import is_sharded_model
 from curvfast.edit_plan import EditOptions, plan_edit
 from curvfast.edit_report import as_json
@@ -114,8 +115,9 @@ def export_lora(
         _refuse(step.layer)
     tensors, entries, kept, whole = {}, [], 0.0, 0.0
     for layer, new, _ in plan.evaluated():
-        weight = layer.matrix().to(new.dtype)
-        down, up, values = truncated(new - weight, rank)
+        weight = layer.matrix()
+        dtype = working_dtype(weight)
+        down, up, values = truncated(new.to(dtype) - weight.to(dtype), rank)
         tensors[f"{_PREFIX}.{layer.name}.lora_A.weight"] = down
         tensors[f"{_PREFIX}.{layer.name}.lora_B.weight"] = up
         energies = values.double().square()
