@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -55,6 +58,36 @@ def test_a_failed_write_keeps_the_old_state(folder, monkeypatch, stage: str) -> 
     monkeypatch.undo()
     assert load(folder)[1]["x"][0, 0] == 1
     assert not list(folder.glob(".partial-*"))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_tensors_that_do_not_fit_are_told_as_any_failure(folder) -> None:
+    large = {"x": torch.zeros(2**16)}
+    with files_of_at_most(2**17):
+        with pytest.raises(StorageError, match="free space"):
+            storage.write_folder(folder, kind="test", meta={}, tensors=large)
+        with pytest.raises(OSError, match="too large"):
+            storage.write_tensors(folder / "alone.safetensors", large)
+    assert load(folder)[1]["x"][0, 0] == 1
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_tensors_that_share_memory_are_each_written(tmp_path) -> None:
+    x = torch.arange(6.0)
+    given = {"x": x, "again": x, "part": x[2:4], "turned": x.view(2, 3).T}
+    storage.write_folder(tmp_path, kind="test", meta={}, tensors=given)
+    _, found = load(tmp_path)
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[key], given[key]) for key in given)
 
 
 @pytest.mark.parametrize("place", range(0, 100, 7))

@@ -34,9 +34,8 @@ class Task:
 
     def tensors(self, key: str) -> dict[str, Tensor]:
         """Return the spectra as they are named on disk, after ``key``."""
-        # Layers that share an A share its values, which safetensors refuses to write twice.
         return {
-            f"{key}.{side}.{name}": values.clone()
+            f"{key}.{side}.{name}": values
             for name, pair in self.spectra.items()
             for side, values in zip("ga", pair, strict=True)
         }

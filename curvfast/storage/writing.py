@@ -64,11 +64,9 @@ class FolderWriter:
         Raises:
             StorageError: If it cannot be written; nothing saved before is lost.
         """
-        from safetensors.torch import save_file
-
         partial = _scratch(self._folder)
         try:
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial)
+            _save(tensors, partial)
             digest = sha256(partial)
             final = self._folder / f"tensors-{digest[:16]}.safetensors"
             size = partial.stat().st_size
@@ -137,14 +135,11 @@ def write_folder(
 
 def write_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Write a file of tensors as other libraries read them; it is the old one or the new one."""
-    from safetensors.torch import save_file
-
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _scratch(target.parent)
     try:
-        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(whole, partial, metadata={"format": "pt"})
+        _save(tensors, partial, {"format": "pt"})
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -165,6 +160,30 @@ def write_text(path: str | PathLike[str], text: str) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _save(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file of tensors; those that share memory are written once each.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    whole = {}
+    for key, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        whole[key] = own.clone() if memory in seen else own
+        seen.add(memory)
+    try:
+        save_file(whole, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _named_files(index: Path) -> list[str]:
