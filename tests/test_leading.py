@@ -16,7 +16,7 @@ from curvfast.core import eigh, leading, partial
 from curvfast.core.decomposition import decompose_factor
 from curvfast.core.leading import leading_spectrum, none_above, rayleigh_ritz
 from curvfast.core.projection import project, work
-from curvfast.errors import BasisMismatch, InputError, NonFiniteError
+from curvfast.errors import BasisMismatch, InputError, NonFiniteError, NumericalWarning
 
 D = 640
 
@@ -295,6 +295,16 @@ def test_factors_may_be_decomposed_elsewhere(mass: float | None, monkeypatch: An
     here, there = measured().eigh(mass=mass), measured().eigh(mass=mass, device="cpu")
     assert (torch.device("cpu"),) in moved
     assert torch.equal(here["layer0"].vectors_a, there["layer0"].vectors_a)
+
+
+def test_a_search_that_fails_is_followed_by_all(monkeypatch: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(eigh, "leading_spectrum", fail)
+    with pytest.warns(NumericalWarning, match="A of layer 'layer0' .* failed to converge"):
+        found = measured().eigh(mass=0.8)
+    assert all(basis.complete for basis in found.values())
 
 
 def test_a_tie_at_the_end_is_left_out() -> None:

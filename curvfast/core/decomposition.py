@@ -36,7 +36,8 @@ class Spectrum:
     values: Tensor
     """[d] float64, non-negative."""
     vectors: Tensor
-    """[d, d] float32, columns; the largest entry of each is positive."""
+    """[d, d] float32, columns, or the leading ones only, [d, k]; of each the largest entry is
+    positive."""
     negative: float
     """Size of the most negative eigenvalue over the largest, before it was set to 0."""
 
@@ -72,7 +73,7 @@ def decompose_factors(
         try:
             solved = [*zip(*torch.linalg.eigh(torch.stack([m for m, _ in scaled])), strict=True)]
         except RuntimeError as error:
-            _say_next(f"a batch of {len(matrices)} factors", first_line(error), error)
+            say_next(f"a batch of {len(matrices)} factors", first_line(error), error)
     found = []
     for number, (matrix, title) in enumerate(zip(matrices, titles, strict=True)):
         pair = solved[number]
@@ -110,13 +111,13 @@ def decompose_factor(matrix: Tensor, *, dtype: torch.dtype, title: str) -> Spect
             values, vectors = solve(scaled.clone())
         except RuntimeError as error:
             problem = f"{name}: {first_line(error)}"
-            _say_next(title, problem, error)
+            say_next(title, problem, error)
         else:
             wrong = _certificate(scaled, values, vectors)
             if wrong is None:
                 return ordered(values, vectors, exponent, matrix.device)
             problem = f"{name}: {wrong}"
-            _say_next(title, problem, None)
+            say_next(title, problem, None)
         problems.append(problem)
     raise DecompositionError(
         f"no solver decomposed {title} [{len(matrix)} x {len(matrix)}]:\n  " + "\n  ".join(problems)
@@ -152,7 +153,7 @@ def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, t
     try:
         yield first, _by_torch, prepared(matrix, dtype)
     except torch.OutOfMemoryError as error:
-        _say_next(title="a factor", problem=f"{first}: out of memory", error=error)
+        say_next(title="a factor", problem=f"{first}: out of memory", error=error)
     on_cpu = prepared(matrix.cpu(), torch.float64)
     if matrix.device.type != "cpu" or dtype != torch.float64:
         yield "cpu float64", _by_torch, on_cpu
@@ -210,7 +211,8 @@ def ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device
     return Spectrum(values.to(device), signed.float().contiguous().to(device), negative)
 
 
-def _say_next(title: str, problem: str, error: BaseException | None) -> None:
+def say_next(title: str, problem: str, error: BaseException | None) -> None:
+    """Warn that the next solver has to decompose a factor, and why."""
     memory = isinstance(error, torch.OutOfMemoryError)
     warnings.warn(
         f"{title} is decomposed by the next solver: {problem}",

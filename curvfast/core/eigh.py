@@ -21,6 +21,7 @@ from curvfast.core.decomposition import (
     Spectrum,
     decompose_factors,
     require_finite,
+    say_next,
 )
 from curvfast.core.eigenbasis import KIND, Eigenbasis, LayerBasis, stored_part
 from curvfast.core.factors import Factors
@@ -28,7 +29,7 @@ from curvfast.core.leading import leading_spectrum
 from curvfast.core.partial import LeadingSearch
 from curvfast.core.rule import check_mass
 from curvfast.core.streams import side_stream
-from curvfast.errors import BasisMismatch, InputError, NumericalWarning
+from curvfast.errors import BasisMismatch, InputError, NumericalWarning, first_line
 from curvfast.progress import Bar
 
 # Factors a batch: some 700 MB of work space at the widest.
@@ -66,7 +67,11 @@ def decompose(
                 return [spectrum.to(home) for spectrum in solved]
             require_finite(matrices[0], titles[0])
             earlier = _earlier(start, keys[0])
-            leading = leading_spectrum(matrices[0], count, share=mass or 0.0, start=earlier)
+            try:
+                leading = leading_spectrum(matrices[0], count, share=mass or 0.0, start=earlier)
+            except RuntimeError as error:
+                say_next(titles[0], f"leading eigenpairs: {first_line(error)}", error)
+                leading = None
             return [leading and leading.to(home)]
 
     first = distributed.rank_and_size(group)[0] == 0
@@ -127,8 +132,7 @@ def _check(
     if mass is None:
         raise InputError("start= shortens the search for leading eigenpairs only: pass mass= too")
     for name in factors.keys() & start.keys():
-        here = len(factors[name].g_sum), len(factors[name].a_sum)
-        there = len(start[name].values_g), len(start[name].values_a)
+        here, there = factors[name].shape, start[name].shape
         if there != here:
             raise BasisMismatch(
                 f"layer {name!r} is {here} in these factors and {there} in start=: a basis of "
