@@ -194,11 +194,20 @@ def editable_layers(
     """
     chosen = basis_layers(model, basis, layers)
     refuse_tied(model, chosen)
-    for name, layer in chosen.items():
-        layer.require_writable()
-        sliced = isinstance(layer, ExpertLayer)
-        refuse_layout(f"the weight of layer {name!r}", layer.parameter, sliced=sliced)
+    for layer in chosen.values():
+        require_editable(layer)
     return chosen
+
+
+def require_editable(layer: LinearLayer) -> None:
+    """Make sure that a weight can be edited in place.
+
+    Raises:
+        InputError: If it is stored quantised, or sharded in a way that is not supported.
+    """
+    layer.require_writable()
+    sliced = isinstance(layer, ExpertLayer)
+    refuse_layout(f"the weight of layer {layer.name!r}", layer.parameter, sliced=sliced)
 
 
 def relative_change(weight: Tensor, new: Tensor) -> float:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from curvfast import Eigenbasis, Factors, LayerFactors
+from curvfast import Corrections, Eigenbasis, Factors, LayerFactors
 from curvfast.core import decomposition
+from curvfast.core.corrections import LayerCorrection
 from curvfast.core.decomposition import decompose_factor
 from curvfast.errors import (
     DecompositionError,
@@ -28,6 +29,27 @@ def factors(d_in: int = 12, d_out: int = 7, rows: int = 400, layers: int = 1) ->
         g = torch.randn(rows, d_out)
         made[f"layer{number}"] = LayerFactors(a_sum, g.T @ g, rows, rows)
     return Factors(made)
+
+
+def test_whatever_is_known_by_layer_says_what_it_lacks() -> None:
+    measured = factors(layers=2)
+    basis = measured.eigh()
+    lambdas = {name: LayerCorrection(torch.full((7, 12), 6.0), 3) for name in measured}
+    corrections = Corrections(lambdas, "position")
+    known = {
+        "factors": measured, "eigenbasis": basis, "correction": corrections,
+        "selection": basis.keep(mass=0.5),
+    }  # fmt: skip
+    for noun, each in known.items():
+        assert (list(each), len(each)) == (["layer0", "layer1"], 2)
+        assert "layer0" in each
+        assert "layer2" not in each
+        with pytest.raises(
+            LayerNotFound, match=f"no {noun} of layer 'layer2'; there are: 'layer0', 'layer1'$"
+        ):
+            each["layer2"]
+    assert measured["layer0"] is measured.layers["layer0"]
+    assert (corrections["layer0"] == 2).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 2e-5)])

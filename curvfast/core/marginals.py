@@ -46,16 +46,15 @@ def marginals_of(name: str, basis: LayerBasis, factors: LayerFactors) -> Margina
             f"layer {name!r} has no weighted moments; collect with marginals=True, or measure the "
             "whole correction with curvfast.correct()"
         )
-    here, there = (len(basis.values_g), len(basis.values_a)), factors.shape
-    if here != there:
+    if basis.shape != factors.shape:
         raise BasisMismatch(
-            f"the basis of layer {name!r} is for a weight {here}, its factors are of {there}: one "
-            "of them was measured on another model"
+            f"the basis of layer {name!r} is for a weight {basis.shape}, its factors are of "
+            f"{factors.shape}: one of them was measured on another model"
         )
     if not basis.complete:
         raise InputError(
-            f"the basis of layer {name!r} holds the leading {basis.ranks} eigenvectors of {here}, "
-            "and may lack those of large marginals: call eigh() without mass="
+            f"the basis of layer {name!r} holds the leading {basis.ranks} eigenvectors of "
+            f"{basis.shape}, and may lack those of large marginals: call eigh() without mass="
         )
     return Marginals(
         diagonal(factors.g_weighted / factors.rows_g, basis.vectors_g),

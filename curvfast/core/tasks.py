@@ -93,9 +93,10 @@ def along(
 
 
 def _require_fit(name: str, basis: LayerBasis, factors: LayerFactors) -> None:
-    shape = len(factors.g_sum), len(factors.a_sum)
-    if shape != basis.shape:
-        raise ShapeError(f"layer {name!r} is {shape} in the task and {basis.shape} in the basis")
+    if factors.shape != basis.shape:
+        raise ShapeError(
+            f"layer {name!r} is {factors.shape} in the task and {basis.shape} in the basis"
+        )
     if not basis.complete:
         raise InputError(
             f"the basis of layer {name!r} holds its leading eigenpairs only, and a task bends the "

@@ -21,8 +21,8 @@ from curvfast import storage
 from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.selection import Mask, Staircase
-from curvfast.distributed import gathered, refuse_layout, write_
-from curvfast.edit_plan import EditOptions, plan_edit
+from curvfast.distributed import gathered, write_
+from curvfast.edit_plan import EditOptions, plan_edit, require_editable
 from curvfast.edit_report import EditReport
 from curvfast.errors import PatchMismatch
 from curvfast.layers import linear_layers, refuse_tied
@@ -167,7 +167,7 @@ class Patch:
         refuse_tied(model, {name: there[name] for name in self.layers})
         found = {}
         for name in self.layers:
-            _refuse(there[name])
+            require_editable(there[name])
             found[name] = fingerprint_of(gathered(there[name].stored()))
         self.require(found, revert=revert)
         change = LayerPatch.reverted if revert else LayerPatch.applied
@@ -222,9 +222,3 @@ def _tensor_of(layer: LinearLayer) -> tuple[str, int | None]:
 
 def _digest_of_kept(kept: Staircase | Mask) -> str:
     return digest_of(kept.widths if isinstance(kept, Staircase) else kept.kept)
-
-
-def _refuse(layer: LinearLayer) -> None:
-    layer.require_writable()
-    sliced = isinstance(layer, ExpertLayer)
-    refuse_layout(f"the weight of layer {layer.name!r}", layer.parameter, sliced=sliced)
