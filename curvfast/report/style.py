@@ -12,6 +12,8 @@ METHODS = {
     "kfac": ("K-FAC (curvfast)", "#0b6e4f", "o"),
     "svd": ("truncated SVD", "#c8553d", "s"),
     "random": ("random pairs", "#8d99ae", "^"),
+    "bsn": ("BalancedSubnet, told of half of both", "#3a6ea5", "D"),
+    "bsn_speeches": ("BalancedSubnet, told of half the speeches", "#8e6bbf", "v"),
 }
 """Label, colour and marker."""
 

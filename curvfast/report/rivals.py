@@ -1,0 +1,56 @@
+"""Ways to forget against what they cost, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from curvfast.report.style import METHODS, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Curves beyond this rise of perplexity, in percent, would squeeze all that is compared.
+_WIDEST = 32
+_PANELS = {
+    "speeches_second_strict": "speeches, the half told to nobody: recited, %",
+    "bible_second_strict": "Bible, the half told to nobody: recited, %",
+    "ndcg": "nDCG@10 against the unedited model",
+}
+
+
+def rivals(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw what is still recited, and how rankings change, over the rise of perplexity.
+
+    Args:
+        runs: Figures of the study ``table1``, one a seed.
+
+    Returns:
+        Three panels, a thin line a seed: speeches and Bible recited of the half that no method is
+        told of, and nDCG@10.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.5, 4.2), layout="constrained", dpi=160)
+    for axes, (measure, title) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
+        scale = 1 if measure == "ndcg" else 100
+        for number, run in enumerate(runs):
+            base = run["base"]
+            for method, points in run["curves"].items():
+                label, colour, marker = METHODS[method]
+                curve = [base, *points]
+                axes.plot(
+                    [100 * (p["perplexity"] / base["perplexity"] - 1) for p in curve],
+                    [scale * p[measure] for p in curve],
+                    color=colour, marker=marker, markersize=4, linewidth=1, alpha=0.75,
+                    label=None if number else label,
+                )  # fmt: skip
+        if scale == 100:
+            axes.set_ylim(-4, 104)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, min(high, _WIDEST))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("rise of perplexity on held-out speeches, %")
+        plain(axes)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
