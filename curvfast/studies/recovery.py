@@ -1,0 +1,154 @@
+"""Beyond the paper: arithmetic is taught again after an edit; does recitation come back with it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean
+from typing import Any
+
+from curvfast.baselines.svd import svd_basis
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.selection import Selection
+from curvfast.demo.fitting import fit
+from curvfast.editing import edit
+from curvfast.evals.memorization import memorization
+from curvfast.lab.lessons import corpus_of, lesson_rows, tasks_of, trained_lm
+from curvfast.lab.lm import KINDS, Measure, lm_basis, measure_of
+from curvfast.lab.lm_recipe import LmRecipe
+from curvfast.report.relearning import relearning
+from curvfast.selecting import select
+from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+
+STEPS = (0, 10, 25, 50, 100)
+"""Steps on lessons of arithmetic after which everything is measured."""
+LEARNING_RATE = 3e-4
+"""A tenth of what the model was trained with, warmed up and let down over the last of the steps."""
+ROWS = 16
+METHODS = {"base": "unedited", "kfac": "K-FAC edit", "svd": "truncated SVD"}
+
+
+def _measure(ask: Ask) -> Figures:
+    recipe = LmRecipe().seeded(ask.seed)
+    recipe = recipe.quick() if ask.quick else recipe
+    steps = STEPS[:2] if ask.quick else STEPS
+    ask.say("training a small Llama on prose, passages and lessons (cached)")
+    corpus, tasks = corpus_of(recipe), tasks_of(recipe)
+    model = trained_lm(recipe, corpus)
+    passages, others = corpus.passages(), measure_of(recipe, corpus, tasks)
+    sums = [task for task in tasks if task.kind == "arithmetic"]
+
+    def measure(model: Any) -> dict[str, float]:
+        return {**others(model), "distance": memorization(model, passages).levenshtein}
+
+    ask.say("measuring curvature")
+    basis = lm_basis(model, recipe, corpus)
+    singular = svd_basis(model, basis)
+    kept = basis.keep(mass=recipe.mass)
+    edits: dict[str, tuple[Eigenbasis, Selection] | None] = {
+        "base": None,
+        "kfac": (basis, kept),
+        "svd": (singular, select(model, singular, "svd", fraction=kept.fractions)),
+    }
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    curves = {}
+    for method, chosen in edits.items():
+        ask.say(f"{METHODS[method]}: {steps[-1]} steps on arithmetic")
+        if chosen is not None:
+            edit(model, chosen[0], selection=chosen[1])
+        # The same lessons for each.
+        lessons = lesson_rows(
+            corpus.tokenizer, sums, rows=ROWS, length=recipe.text.length,
+            seed=f"{recipe.seed} recovery",
+        )  # fmt: skip
+        batches = ({"input_ids": rows, "labels": rows, "use_cache": False} for rows in lessons)
+        curves[method] = relearn(model, batches, measure, steps)
+        model.load_state_dict(before)
+    kinds = {task.name: task.kind for task in tasks}
+    return {
+        "tasks": kinds,
+        "mass": recipe.mass,
+        "steps": list(steps),
+        "learning_rate": LEARNING_RATE,
+        "rows": ROWS,
+        "curves": curves,
+        "levels": levels(curves, kinds),
+        "recipe": asdict(recipe),
+    }
+
+
+def relearn(
+    model: Any, batches: Iterable[Mapping[str, Any]], measure: Measure, steps: Sequence[int]
+) -> list[dict[str, float]]:
+    """Train a model in place and measure it on the way.
+
+    Args:
+        model: A language model of transformers.
+        batches: Its keyword arguments, a step each.
+        measure: Gives figures by name.
+        steps: Numbers of steps, rising, after which it is measured; the last ends the training.
+
+    Returns:
+        The figures, with ``step``.
+    """
+    found: list[dict[str, float]] = []
+
+    def after(model: Any, taken: int) -> None:
+        if taken in steps:
+            found.append({"step": taken, **measure(model)})
+
+    fit(model, batches, steps=steps[-1], learning_rate=LEARNING_RATE, weight_decay=0.0, after=after)
+    return found
+
+
+def levels(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], kinds: Mapping[str, str]
+) -> dict[str, dict[str, list[float]]]:
+    """Return the level of every kind of ability over the steps.
+
+    Args:
+        curves: By method, figures as of :func:`relearn`.
+        kinds: Kind of each task.
+
+    Returns:
+        By kind and method: the share of passages recited or, of a kind of task, the mean share of
+        answers generated; and ``distance`` and ``perplexity`` as they are.
+    """
+
+    def level(point: Mapping[str, float], kind: str) -> float:
+        own = [name for name, other in kinds.items() if other == kind]
+        return mean(point[f"{name}.generated"] for name in own) if own else point[kind]
+
+    return {
+        kind: {method: [level(point, kind) for point in own] for method, own in curves.items()}
+        for kind in (*KINDS, "distance", "perplexity")
+    }
+
+
+_TITLES = {
+    "memorization": "passages recited, %",
+    "distance": "distance to the passages",
+    "arithmetic": "arithmetic, %",
+    "closed_book": "facts by heart, %",
+    "open_book": "facts told, %",
+    "logic": "logic, %",
+    "perplexity": "perplexity",
+}
+_FORMS = {"distance": "{:.2f}", "perplexity": "{:.1f}"}
+
+
+def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
+    tables = {}
+    for kind, title in _TITLES.items():
+        scale = 1 if kind in _FORMS else 100
+        lines = [[title, *(f"{step} steps" for step in found[0]["steps"])]]
+        for method, label in METHODS.items():
+            runs = [run["levels"][kind][method] for run in found]
+            cells = zip(*runs, strict=True)
+            form = _FORMS.get(kind, "{:.0f}")
+            lines.append([label, *(spread([scale * v for v in own], form) for own in cells)])
+        tables[kind.replace("_", " ")] = lines
+    return tables
+
+
+STUDY = Study(_measure, _tables, relearning)
