@@ -30,6 +30,8 @@ class Corpus:
     """Windows of speeches never trained on, int64 [windows, length]."""
     canaries: Tensor
     """Passages trained on again and again, int64 [passages, prefix + suffix]."""
+    controls: Tensor
+    """Passages of the same sources, never trained on: as many, or fewer where those are short."""
     prefix: int
 
     def passages(self) -> list[Passage]:
@@ -70,13 +72,15 @@ def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> Corpus:
     half = recipe.passages // 2
     source = _encode(tokenizer, by_role[_SOURCE])
     scripture = _encode(tokenizer, [bible()[: recipe.bible_characters]])
-    canaries = [*_windows(source, span, half, rng), *_windows(scripture, span, half, rng)]
+    # The first half of each is learnt; that the rest is drawn too does not change which those are.
+    drawn = [_windows(stream, span, 2 * half, rng) for stream in (source, scripture)]
     held_out = _encode(tokenizer, by_role[_HELD_OUT])
     return Corpus(
         tokenizer=tokenizer,
         train=_encode(tokenizer, prose),
         held_out=_rows(held_out, recipe.length)[: recipe.held_out_windows],
-        canaries=torch.stack(canaries),
+        canaries=torch.stack([window for windows in drawn for window in windows[:half]]),
+        controls=torch.stack([window for windows in drawn for window in windows[half:]]),
         prefix=recipe.prefix,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from curvfast.demo.caching import cached
 from curvfast.demo.corpus import Corpus
-from curvfast.demo.fitting import fit
+from curvfast.demo.fitting import After, fit
 from curvfast.demo.recipe import Recipe
 from curvfast.hf.small import load, new_llama, save
 from curvfast.rows import IGNORED_LABEL
@@ -26,21 +27,41 @@ def trained_model(recipe: Recipe, corpus: Corpus) -> Any:
     )
 
 
-def train(recipe: Recipe, corpus: Corpus) -> Any:
-    """Train from scratch; the same recipe gives the same model on one machine."""
-    model = new_llama(
-        vocabulary=recipe.vocabulary, hidden=recipe.hidden, mlp=recipe.mlp, layers=recipe.layers,
-        heads=recipe.heads, length=recipe.length, seed=recipe.seed,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(recipe.seed)
-    drawn = (mixed_rows(recipe, corpus, step, generator) for step in range(recipe.steps))
+def train(recipe: Recipe, corpus: Corpus, after: After | None = None) -> Any:
+    """Train from scratch; the same recipe gives the same model on one machine.
+
+    Args:
+        recipe: Sizes, schedule and seed.
+        corpus: What it learns.
+        after: As of :func:`curvfast.demo.fitting.fit`.
+
+    Returns:
+        The model, in eval mode.
+    """
     return fit(
-        model,
-        ({"input_ids": i, "labels": labels, "use_cache": False} for i, labels in drawn),
+        untrained(recipe),
+        training_batches(recipe, corpus),
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
         weight_decay=0.1,
+        after=after,
     )
+
+
+def untrained(recipe: Recipe) -> Any:
+    """Return the model that training begins with."""
+    return new_llama(
+        vocabulary=recipe.vocabulary, hidden=recipe.hidden, mlp=recipe.mlp, layers=recipe.layers,
+        heads=recipe.heads, length=recipe.length, seed=recipe.seed,
+    )  # fmt: skip
+
+
+def training_batches(recipe: Recipe, corpus: Corpus) -> Iterator[dict[str, Any]]:
+    """Yield what is learnt in each step."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for step in range(recipe.steps):
+        tokens, labels = mixed_rows(recipe, corpus, step, generator)
+        yield {"input_ids": tokens, "labels": labels, "use_cache": False}
 
 
 def mixed_rows(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from curvfast.studies import figure3, recovery, table1, table2
+from curvfast.studies import dynamics, figure3, recovery, table1, table2
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {
     "figure3": figure3.STUDY,
     "table1": table1.STUDY,
     "table2": table2.STUDY,
+    "dynamics": dynamics.STUDY,
     "recovery": recovery.STUDY,
 }

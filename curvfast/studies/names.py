@@ -6,6 +6,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure3": ("what an edit takes of each ability, from recitation to logic", "Figure 3"),
     "table1": ("edits beside a rival that is told what to forget", "Table 1"),
     "table2": ("wrong labels that a vision transformer learnt by heart, forgotten", "Table 2"),
+    "dynamics": ("when memorization parts from the rest in the spectrum, over training", ""),
     "recovery": ("arithmetic taught again after an edit: what comes back with it", ""),
 }
 """Title and source; the source is empty where a study goes beyond the paper."""

@@ -1,0 +1,185 @@
+"""Over training: when what is learnt by heart parts from the rest, in the text and the spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+from torch import Tensor, nn
+
+from curvfast.analysis.detector import memorization_scores
+from curvfast.analysis.ratio import activation_ratio
+from curvfast.analysis.separation import auc
+from curvfast.baselines.svd import svd_basis
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.spectrum import curvature_spectrum
+from curvfast.demo.comparison import compare
+from curvfast.demo.corpus import Corpus, load_corpus
+from curvfast.demo.lm import prose
+from curvfast.demo.recipe import Recipe
+from curvfast.driver import collect_from
+from curvfast.editing import edited
+from curvfast.evals.perplexity import perplexity
+from curvfast.evals.suite import evaluate
+from curvfast.lab.snapshots import restored, snapshots
+from curvfast.report.dynamics import at, dynamics, over_layers, rise
+from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
+
+PARTS = 8
+"""Into how many equal parts of a training its checkpoints divide it."""
+STATISTICS_TOKENS = 20_000
+FRACTION = 0.35
+"""Of the pairs: ρ = 0.95 keeps as many of the trained model, and others of the earlier ones."""
+READS = {"residual": "*.up_proj", "hidden": "*.down_proj"}
+"""Layers by what they read: the residual stream, or what is inside the MLP."""
+_ROWS = 16
+
+Column = tuple[str, Callable[[Figures], float], int]
+"""Heading, what it shows of a checkpoint, and digits after the point."""
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Return the steps at which a training of so many is looked at, its beginning and end too."""
+    return sorted({round(part * steps / PARTS) for part in range(PARTS + 1)})
+
+
+def with_start(passages: Tensor) -> Tensor:
+    """Return passages [n, length] as [n, 1 + length], an end-of-text token before each."""
+    return nn.functional.pad(passages, (1, 0))
+
+
+def spectrum_figures(basis: Eigenbasis, mass: float) -> dict[str, dict[str, float]]:
+    """Return what the spectrum of each layer looks like.
+
+    Args:
+        basis: Eigenbases by layer name.
+        mass: ρ.
+
+    Returns:
+        By layer ``rank_a`` and ``rank_g`` (effective ranks, as shares of d_in and of d_out),
+        ``kept`` (share of the pairs that holds ρ of the curvature mass) and ``flattest_half`` (of
+        the mass in the smaller half of the pairs).
+    """
+    kept = basis.keep(mass=mass).fractions
+    found = {}
+    for name in basis:
+        layer = curvature_spectrum(basis[name].values_g, basis[name].values_a, ())
+        found[name] = {
+            "rank_a": layer.effective_rank_a / layer.d_in,
+            "rank_g": layer.effective_rank_g / layer.d_out,
+            "kept": kept[name],
+            "flattest_half": layer.flattest_half,
+        }
+    return found
+
+
+def _measure(ask: Ask) -> Figures:
+    recipe = Recipe(seed=ask.seed)
+    recipe = recipe.quick() if ask.quick else replace(recipe, statistics_tokens=STATISTICS_TOKENS)
+    corpus = load_corpus(recipe)
+    steps = checkpoints(recipe.steps)
+    ask.say(f"training a small Llama, kept after {', '.join(map(str, steps))} steps (cached)")
+    kept = snapshots(recipe, corpus, steps)
+    found = []
+    for step, weights in kept.items():
+        ask.say(f"step {step}: curvature, passages told from unseen ones, and the edit")
+        found.append({"step": step, **_checkpoint(restored(recipe, weights), recipe, corpus)})
+    return {
+        "mass": recipe.mass,
+        "fraction": FRACTION,
+        # How often a step shows each passage.
+        "exposures": 2 * recipe.canary_rows / recipe.passages,
+        "checkpoints": rounded(found),
+        "recipe": asdict(recipe),
+    }
+
+
+def _checkpoint(model: nn.Module, recipe: Recipe, corpus: Corpus) -> Figures:
+    text = corpus.held_out.split(_ROWS)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return evaluate(model, passages=corpus.passages(), text=text).to_dict()
+
+    planted, unseen = (with_start(rows) for rows in (corpus.canaries, corpus.controls))
+    basis = collect_from(
+        model, prose(recipe, corpus), tokens=recipe.statistics_tokens, seed=recipe.seed,
+        progress=False,
+    ).eigh()  # fmt: skip
+    methods = ("kfac", "svd")
+    edits = compare(
+        model, basis, svd_basis(model, basis), recipe.mass, measure, seed=recipe.seed,
+        methods=methods,
+    )  # fmt: skip
+    with edited(model, basis, fraction=FRACTION):
+        fixed = measure(model)
+    return {
+        "base": measure(model),
+        "planted_perplexity": perplexity(model, planted.split(_ROWS)),
+        "unseen_perplexity": perplexity(model, unseen.split(_ROWS)),
+        "spectrum": spectrum_figures(basis, recipe.mass),
+        **_separation(model, basis, planted, unseen),
+        **{method: edits[method] for method in methods},
+        "fixed": fixed,
+    }
+
+
+def _separation(model: nn.Module, basis: Eigenbasis, planted: Tensor, unseen: Tensor) -> Figures:
+    """Return how planted passages differ from unseen ones of the same sources, by what is read."""
+    batches = [rows.split(_ROWS) for rows in (planted, unseen)]
+    scores = [memorization_scores(model, basis, rows, progress=False) for rows in batches]
+    areas, bands = {}, {}
+    for name, layers in READS.items():
+        areas[name] = auc(*(each.of(layers) for each in scores))
+        ratio = activation_ratio(
+            model, basis, batches[0], batches[1], layers, samples=0, progress=False
+        )
+        bands[name] = ratio.ratio.mean(0).tolist()
+    return {"auc": areas, "ratio": bands}
+
+
+def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
+    mass, fraction = found[0]["mass"], found[0]["fraction"]
+    shares = {"rank_a": "effective rank of A, %", "rank_g": "of G, %", "kept": "pairs kept, %"}
+    edits = {"kfac": f"ρ = {mass:g}", "svd": "SVD of that size", "fixed": f"{fraction:.0%} kept"}
+    tables: dict[str, list[Column]] = {
+        "text": [
+            ("recited, %", at("base", "strict", scale=100), 1),
+            ("perplexity: planted", at("planted_perplexity"), 1),
+            ("unseen", at("unseen_perplexity"), 1),
+            ("held-out", at("base", "perplexity"), 1),
+        ],
+        f"spectrum, ρ = {mass:g}": [(label, over_layers(key), 1) for key, label in shares.items()],
+        "planted against unseen": [
+            (f"{name}: {label}", at(*path), 3)
+            for name in READS
+            for label, path in {
+                "AUC": ("auc", name),
+                "top band": ("ratio", name, 0),
+                "bottom band": ("ratio", name, -1),
+            }.items()
+        ],
+        "after an edit": [
+            column
+            for key, label in edits.items()
+            for column in (
+                (f"{label}: recited, %", at(key, "strict", scale=100), 1),
+                ("perplexity, + %", rise(key), 1),
+            )
+        ],
+    }
+    moments = list(zip(*(run["checkpoints"] for run in found), strict=True))
+    return {
+        heading: [["step", *(head for head, _, _ in columns)], *_rows(moments, columns)]
+        for heading, columns in tables.items()
+    }
+
+
+def _rows(moments: Sequence[Sequence[Figures]], columns: Sequence[Column]) -> Lines:
+    """Return a row a checkpoint, given those of all seeds."""
+    return [
+        [f"{each[0]['step']}", *(spread([*map(of, each)], f"{{:.{n}f}}") for _, of, n in columns)]
+        for each in moments
+    ]
+
+
+STUDY = Study(_measure, _tables, dynamics)
