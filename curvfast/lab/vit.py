@@ -164,6 +164,20 @@ def train_vit(recipe: VitRecipe, split: NoisySplit) -> Any:
         image=SIDE, patch=recipe.patch, channels=1, classes=CLASSES, hidden=recipe.hidden,
         mlp=recipe.mlp, layers=recipe.layers, heads=recipe.heads, seed=recipe.seed,
     )  # fmt: skip
+    return learn(model, recipe, split)
+
+
+def learn(model: Any, recipe: VitRecipe, split: NoisySplit) -> Any:
+    """Train a classifier in place on the given labels, every picture once an epoch.
+
+    Args:
+        model: Takes ``pixel_values`` and ``labels``, returns an output with ``loss``.
+        recipe: Schedule and seed.
+        split: Lends pictures and labels.
+
+    Returns:
+        The model, in eval mode.
+    """
     count = len(split.train)
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(recipe.epochs)])

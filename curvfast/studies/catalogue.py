@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvfast.studies import dynamics, figure3, recovery, table1, table2
+from curvfast.studies import architectures, dynamics, figure3, recovery, table1, table2
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -10,5 +10,6 @@ STUDIES: dict[str, Study] = {
     "table1": table1.STUDY,
     "table2": table2.STUDY,
     "dynamics": dynamics.STUDY,
+    "architectures": architectures.STUDY,
     "recovery": recovery.STUDY,
 }

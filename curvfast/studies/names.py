@@ -7,6 +7,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "table1": ("edits beside a rival that is told what to forget", "Table 1"),
     "table2": ("wrong labels that a vision transformer learnt by heart, forgotten", "Table 2"),
     "dynamics": ("when memorization parts from the rest in the spectrum, over training", ""),
+    "architectures": ("the edit on an LSTM and an MLP-Mixer, beside transformers", ""),
     "recovery": ("arithmetic taught again after an edit: what comes back with it", ""),
 }
 """Title and source; the source is empty where a study goes beyond the paper."""

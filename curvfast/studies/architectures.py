@@ -1,0 +1,207 @@
+"""Whether an edit does to other architectures what it does to a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from curvfast.baselines.svd import svd_basis
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.demo.comparison import compare
+from curvfast.demo.corpus import Corpus, load_corpus
+from curvfast.demo.lm import prose
+from curvfast.demo.recipe import Recipe
+from curvfast.demo.training import trained_model
+from curvfast.driver import collect_from
+from curvfast.evals.suite import evaluate
+from curvfast.lab.images import mnist
+from curvfast.lab.lstm import LstmRecipe, trained_lstm
+from curvfast.lab.mixer import trained_mixer
+from curvfast.lab.noise import NoisySplit, noisy_split
+from curvfast.lab.vit import accuracies, trained_vit, vit_basis
+from curvfast.lab.vit_recipe import RECIPES, Statistics, VitRecipe
+from curvfast.layers import LayerSpec
+from curvfast.report.architectures import architectures
+from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
+
+MASSES = (0.8, 0.9, 0.95, 0.98, 0.99)
+METHODS = ("kfac", "svd")
+MOST_LEFT = 1 / 3
+"""Of what was memorized, after the edit that the comparison is made at."""
+STATISTICS_TOKENS = 20_000
+TITLES = {
+    "llama": "Llama: MLPs",
+    "lstm": "LSTM: gates",
+    "vit": "ViT: MLPs",
+    "mixer": "MLP-Mixer: MLPs",
+}
+QUALITY = {
+    "llama": "perplexity", "lstm": "perplexity", "vit": "validation", "mixer": "validation",
+}  # fmt: skip
+_ROWS = 16
+
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model, its curvature, and how it is judged."""
+
+    model: nn.Module
+    basis: Eigenbasis
+    measure: Measure
+    """Gives ``memorized`` and ``quality``, and what else is known."""
+
+
+def _measure(ask: Ask) -> Figures:
+    found = {}
+    for name, subject in _subjects(ask):
+        ask.say(f"editing the {name}: every ρ, against SVD of that size")
+        base = subject.measure(subject.model)
+        singular = svd_basis(subject.model, subject.basis)
+        found[name] = {
+            "base": base,
+            "quality": QUALITY[name],
+            "layers": len(subject.basis),
+            "parameters": sum(p.numel() for p in subject.model.parameters()),
+            "sweep": [
+                compare(
+                    subject.model, subject.basis, singular, mass, subject.measure, seed=ask.seed,
+                    methods=METHODS,
+                )
+                for mass in MASSES
+            ],
+        }  # fmt: skip
+    return dict(rounded(found))
+
+
+def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:
+    text = Recipe(seed=ask.seed, statistics_tokens=STATISTICS_TOKENS)
+    text = text.quick() if ask.quick else text
+    corpus = load_corpus(text)
+    ask.say("training a small Llama (cached)")
+    yield "llama", text_subject(trained_model(text, corpus), text, corpus, "mlp")
+    lstm = LstmRecipe(text)
+    lstm = lstm.quick() if ask.quick else lstm
+    ask.say("training an LSTM on the same text (cached)")
+    yield "lstm", text_subject(trained_lstm(lstm, corpus), text, corpus, "cells.*")
+    vit = replace(RECIPES["mnist"], seed=ask.seed)
+    vit = vit.quick() if ask.quick else vit
+    first, second = mnist()
+    split = noisy_split(
+        first, second, train=vit.train_images, fresh=vit.fresh_images,
+        validation=vit.validation_images, noise=vit.noise, seed=vit.seed,
+    )  # fmt: skip
+    ask.say(f"training a small ViT on digits, {vit.noise:.0%} wrong labels (cached)")
+    yield "vit", image_subject(trained_vit(vit, split), vit, split)
+    # As many weights as the vision transformer.
+    mixer = vit if ask.quick else replace(vit, hidden=76, mlp=304)
+    ask.say("training an MLP-Mixer on the same digits (cached)")
+    yield "mixer", image_subject(trained_mixer(mixer, split), mixer, split)
+
+
+def text_subject(model: nn.Module, recipe: Recipe, corpus: Corpus, layers: LayerSpec) -> Subject:
+    """Return a language model with its curvature on prose.
+
+    Args:
+        model: It takes ``input_ids`` and returns ``logits``.
+        recipe: Tokens of the statistics, and seed.
+        corpus: Lends prose, passages to recite and held-out text.
+        layers: As in :func:`curvfast.collect`.
+
+    Returns:
+        The subject; ``memorized`` is the share of passages recited, ``quality`` the perplexity.
+    """
+    held_out = corpus.held_out.split(_ROWS)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        report = evaluate(model, passages=corpus.passages(), text=held_out).to_dict()
+        return {
+            "memorized": report["strict"],
+            "quality": report["perplexity"],
+            "loose": report["loose"],
+        }
+
+    factors = collect_from(
+        model, prose(recipe, corpus), layers, tokens=recipe.statistics_tokens, seed=recipe.seed
+    )
+    return Subject(model, factors.eigh(), measure)
+
+
+def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Subject:
+    """Return an image classifier with its curvature on fresh pictures.
+
+    Args:
+        model: It takes ``pixel_values`` and returns ``logits``.
+        recipe: Of its training; its seed.
+        split: Lends pictures with wrong labels, fresh ones and those to validate on.
+
+    Returns:
+        The subject; ``memorized`` is the share of wrong labels kept, ``quality`` the accuracy on
+        validation.
+    """
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        shares = accuracies(model, split)
+        return {
+            "memorized": shares["memorized"],
+            "quality": shares["validation"],
+            "ground_truth": shares["ground_truth"],
+        }
+
+    basis = vit_basis(model, split, Statistics(), layers="mlp", seed=recipe.seed)
+    return Subject(model, basis, measure)
+
+
+def chosen_mass(run: Figures) -> float:
+    """Return the mildest ρ whose K-FAC edit leaves at most a third of what was memorized.
+
+    Args:
+        run: ``base`` and ``sweep`` of one architecture.
+
+    Returns:
+        The largest such ρ; the smallest of the sweep if there is none.
+    """
+    enough = [
+        point["mass"]
+        for point in run["sweep"]
+        if point["kfac"]["memorized"] <= run["base"]["memorized"] * MOST_LEFT
+    ]
+    return float(max(enough, default=min(point["mass"] for point in run["sweep"])))
+
+
+def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
+    # What is chosen on the first seed is judged on the others.
+    judged = list(found[1:] or found)
+    head = ["architecture", "ρ", "pairs kept, %", "memorized, %", "K-FAC", "SVD"]
+    lines = [[*head, "quality", "K-FAC", "SVD"]]
+    for name in found[0]:
+        mass = chosen_mass(found[0][name])
+        lines.append([TITLES[name], f"{mass:g}", *_cells([run[name] for run in judged], mass)])
+    return {
+        "all, ρ chosen on the first seed and judged on the others": lines,
+        **{TITLES[name]: _sweep([run[name] for run in found]) for name in found[0]},
+    }
+
+
+def _sweep(runs: Sequence[Figures]) -> Lines:
+    quality = runs[0]["quality"]
+    head = ["ρ", "pairs kept, %", "memorized, %", "K-FAC", "SVD", quality, "K-FAC", "SVD"]
+    masses = [point["mass"] for point in runs[0]["sweep"]]
+    return [head, *([f"{mass:g}", *_cells(runs, mass)] for mass in masses)]
+
+
+def _cells(runs: Sequence[Figures], mass: float) -> list[str]:
+    """Return pairs kept, and what is memorized and the quality: unedited, by K-FAC, by SVD."""
+    points = [next(p for p in run["sweep"] if p["mass"] == mass) for run in runs]
+    share = 100 if runs[0]["quality"] == "validation" else 1
+    cells = [spread([100 * point["kfac"]["kept_fraction"] for point in points], "{:.0f}")]
+    for key, scale, form in (("memorized", 100, "{:.0f}"), ("quality", share, "{:.1f}")):
+        cells.append(spread([scale * run["base"][key] for run in runs], form))
+        cells += [spread([scale * point[how][key] for point in points], form) for how in METHODS]
+    return cells
+
+
+STUDY = Study(_measure, _tables, architectures)
