@@ -31,6 +31,7 @@ METHODS = ("kfac", "svd")
 MOST_LEFT = 1 / 3
 """Of what was memorized, after the edit that the comparison is made at."""
 STATISTICS_TOKENS = 20_000
+HELD_OUT_WINDOWS = 120
 TITLES = {
     "llama": "Llama: MLPs",
     "lstm": "LSTM: gates",
@@ -78,7 +79,9 @@ def _measure(ask: Ask) -> Figures:
 
 
 def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:
-    text = Recipe(seed=ask.seed, statistics_tokens=STATISTICS_TOKENS)
+    text = Recipe(
+        seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
+    )
     text = text.quick() if ask.quick else text
     corpus = load_corpus(text)
     ask.say("training a small Llama (cached)")

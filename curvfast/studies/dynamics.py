@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
 PARTS = 8
 """Into how many equal parts of a training its checkpoints divide it."""
 STATISTICS_TOKENS = 20_000
+HELD_OUT_WINDOWS = 120
 FRACTION = 0.35
 """Of the pairs: ρ = 0.95 keeps as many of the trained model, and others of the earlier ones."""
 READS = {"residual": "*.up_proj", "hidden": "*.down_proj"}
@@ -74,8 +75,10 @@ def spectrum_figures(basis: Eigenbasis, mass: float) -> dict[str, dict[str, floa
 
 
 def _measure(ask: Ask) -> Figures:
-    recipe = Recipe(seed=ask.seed)
-    recipe = recipe.quick() if ask.quick else replace(recipe, statistics_tokens=STATISTICS_TOKENS)
+    recipe = Recipe(
+        seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
+    )
+    recipe = recipe.quick() if ask.quick else recipe
     corpus = load_corpus(recipe)
     steps = checkpoints(recipe.steps)
     ask.say(f"training a small Llama, kept after {', '.join(map(str, steps))} steps (cached)")
