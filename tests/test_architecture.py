@@ -82,6 +82,7 @@ FLOORS = [
         "core.importance",
         "core.interpolation",
         "core.spectrum",
+        "core.power_law",
     ],
     [
         "adapters.layer",
@@ -161,6 +162,9 @@ FLOORS = [
         "analysis.recitation",
         "analysis.mining",
         "analysis.stress",
+        "analysis.examples",
+        "analysis.sharpness",
+        "analysis.gradients",
         "analysis",
     ],
     [
