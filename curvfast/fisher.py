@@ -65,6 +65,28 @@ def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     return values, len(targets) - len(absent)
 
 
+def fisher_gradient(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random gradient whose second moment is that of p - onehot(y), y drawn from p.
+
+    It is √p∘z - p (√p·z), z independent random signs, so E[ggᵀ] = diag(p) - ppᵀ: of a certain
+    prediction labels drawn at random nearly all say nothing, and these signs all say a little.
+    Source: Martens, Sutskever and Swersky, arXiv 1206.6464.
+
+    Args:
+        logits: [..., classes], any float dtype.
+        targets: int64, the leading shape of ``logits``; where it is -100 the gradient is zero.
+        generator: Draws the signs, on the CPU.
+
+    Returns:
+        The gradient of the summed loss, of the shape and dtype of ``logits``.
+    """
+    p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    signs = 2 * torch.randint(0, 2, p.shape, generator=generator) - 1
+    spread = p.sqrt() * signs.to(p)
+    gradient = spread - p * spread.sum(-1, keepdim=True)
+    return gradient.masked_fill_(targets.eq(IGNORED_LABEL)[..., None], 0).to(logits.dtype)
+
+
 def _own_values(logits: Tensor) -> Tensor:
     """Return the values of logits, contiguous, to be written to: a copy where they are needed."""
     values = logits.detach()

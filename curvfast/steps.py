@@ -50,7 +50,7 @@ def run_step(
         index = _label_rows(arguments, logits, causal)
         gradient, count = sampled_gradient(logits, index, generator)
     else:
-        gradient, count = label_gradient(logits, _gold(arguments, gold, logits, causal))
+        gradient, count = label_gradient(logits, gold_labels(arguments, gold, logits, causal))
     if edge is None:
         # Nothing that is measured was called: of some experts alone, none may get a token.
         return count
@@ -153,13 +153,31 @@ def _matching(batch: Batch, logits: Tensor) -> torch.Size:
     return shape
 
 
-def _gold(
+def gold_labels(
     arguments: Mapping[str, Any], gold: Tensor | None, logits: Tensor, causal: bool
 ) -> Tensor:
+    """Return the label that each row of the logits predicts.
+
+    Args:
+        arguments: What the model was called with.
+        gold: Labels of the batch, of the shape of the model's input where that is a sequence; None
+            takes the next token of a causal model.
+        logits: [..., classes].
+        causal: Whether position t predicts the label at t + 1.
+
+    Returns:
+        int64, the leading shape of ``logits``; -100 where there is no label.
+
+    Raises:
+        InputError: If there are no labels.
+    """
     if gold is None and causal:
         gold = arguments.get("input_ids")
     if gold is None:
-        raise InputError("labels='gold' needs 'labels' in every batch, or labels='sampled'")
+        raise InputError(
+            "a batch holds no 'labels', and they are not the next tokens of a causal model: put "
+            "them into every batch, or where there is a choice pass labels='sampled'"
+        )
     if not causal:
         return gold
     shifted = torch.full_like(gold, IGNORED_LABEL)

@@ -1,11 +1,14 @@
 """What memorization looks like from inside: which components texts excite, and which are known.
 
-Everything here is forward only, and leaves the model as it was: modes, gradients, random state.
+Everything here leaves the model as it was: modes, gradients, random state.
 """
 
 from curvfast.analysis.detector import TextScores as TextScores
 from curvfast.analysis.detector import memorization_scores as memorization_scores
 from curvfast.analysis.detector import telling_layers as telling_layers
+from curvfast.analysis.examples import example_losses as example_losses
+from curvfast.analysis.gradients import GradientEnergies as GradientEnergies
+from curvfast.analysis.gradients import gradient_energies as gradient_energies
 from curvfast.analysis.heat_map import heat_map as heat_map
 from curvfast.analysis.heat_map import token_scores as token_scores
 from curvfast.analysis.mining import Mined as Mined
@@ -17,5 +20,7 @@ from curvfast.analysis.ratio import ActivationRatio as ActivationRatio
 from curvfast.analysis.ratio import activation_ratio as activation_ratio
 from curvfast.analysis.recitation import leading_matches as leading_matches
 from curvfast.analysis.separation import auc as auc
+from curvfast.analysis.sharpness import InputCurvature as InputCurvature
+from curvfast.analysis.sharpness import input_curvature as input_curvature
 from curvfast.analysis.stress import StressReport as StressReport
 from curvfast.analysis.stress import stress as stress
