@@ -59,11 +59,7 @@ def run(
     started = time.perf_counter()
     _check(recipe)
     say(f"reading the pictures: {recipe.data}")
-    first, second = fashion(data) if recipe.data == "fashion" else mnist()
-    split = noisy_split(
-        first, second, train=recipe.train_images, fresh=recipe.fresh_images,
-        validation=recipe.validation_images, noise=recipe.noise, seed=recipe.seed,
-    )  # fmt: skip
+    split = split_of(recipe, data)
     say(f"training a small ViT on {len(split.train)} pictures, {recipe.noise:.0%} wrong (cached)")
     model = trained_vit(recipe, split)
     layers = mlp_of(recipe.blocks)
@@ -107,6 +103,28 @@ def run(
         noise_study(results).savefig(out / "figures.png")
         say(f"wrote results.json and figures.png to {out}")
     return results
+
+
+def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
+    """Return the pictures of a recipe, dealt out, and the labels it trains on.
+
+    Args:
+        recipe: Which pictures, how many, and their noise.
+        data: As of :func:`run`.
+
+    Returns:
+        Sets that share no picture.
+
+    Raises:
+        DownloadError: If the pictures cannot be had.
+        StorageError: If a file of pictures is damaged.
+        InputError: If ``recipe`` asks for more pictures than there are.
+    """
+    first, second = fashion(data) if recipe.data == "fashion" else mnist()
+    return noisy_split(
+        first, second, train=recipe.train_images, fresh=recipe.fresh_images,
+        validation=recipe.validation_images, noise=recipe.noise, seed=recipe.seed,
+    )  # fmt: skip
 
 
 def _sweep(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from curvfast.studies import architectures, dynamics, figure3, recovery, table1, table2
+from curvfast.studies import (
+    architectures,
+    dynamics,
+    figure3,
+    inversion,
+    recovery,
+    spectra,
+    table1,
+    table2,
+)
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -12,4 +21,6 @@ STUDIES: dict[str, Study] = {
     "dynamics": dynamics.STUDY,
     "architectures": architectures.STUDY,
     "recovery": recovery.STUDY,
+    "spectra": spectra.STUDY,
+    "inversion": inversion.STUDY,
 }

@@ -9,5 +9,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "dynamics": ("when memorization parts from the rest in the spectrum, over training", ""),
     "architectures": ("the edit on an LSTM and an MLP-Mixer, beside transformers", ""),
     "recovery": ("arithmetic taught again after an edit: what comes back with it", ""),
+    "spectra": ("how few directions hold the curvature, and how fast it falls off", ""),
+    "inversion": ("whether what is memorized is sharp alone and flat for the population", ""),
 }
 """Title and source; the source is empty where a study goes beyond the paper."""
