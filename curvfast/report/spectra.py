@@ -39,6 +39,8 @@ def spectra(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+# Eigenvalues below are the rounding of float32 sums.
+_LOWEST = 1e-7
 _LEFT: dict[str, Any] = {"loc": "left", "fontsize": 9.5}
 
 
@@ -57,7 +59,8 @@ def _factor(axes: Axes, layers: Mapping[str, Any], side: str) -> None:
             axes.plot(ends, line, color="#c8553d", linewidth=1, linestyle="--", alpha=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(1e-8, 2)
+    least = min(own[side]["values"][-1] / own[side]["values"][0] for own in layers.values())
+    axes.set_ylim(max(_LOWEST, least / 2), 2)
     axes.set_xlabel("rank k (first layers dark; dashed: fits)")
     axes.set_ylabel(f"eigenvalue k of {side} / the largest")
     plain(axes)

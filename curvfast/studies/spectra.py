@@ -25,6 +25,7 @@ MODELS: dict[str, Callable[[Ask], Eigenbasis]] = {
     "lab_vit": lambda ask: lab_vit(ask).basis,
 }
 _POINTS = 32
+_SHORTENED = ("exponent", "scale", "r_squared")
 _FACTORS = (
     "effective rank of G", "of A", "participation ratio of G", "of A", "α of G", "of A", "R² of G",
     "of A",
@@ -58,7 +59,7 @@ def _factor(values: Tensor) -> dict[str, Any]:
     ranks = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(int))
     try:
         fit = power_law(values)
-        law = {key: _short(value) for key, value in vars(fit).items()}
+        law = {**vars(fit), **{key: _short(getattr(fit, key)) for key in _SHORTENED}}
     except InputError:
         law = None
     return {
