@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 MODELS = {"lab_vit": "ViT, wrong labels", "demo_lm": "LM, recited passages"}
 _GROUPS = {
     "memorized": ("memorized", "#c8553d"),
-    "seen": ("seen in training", "#0b6e4f"),
-    "unseen": ("never seen", "#8d99ae"),
+    "seen": ("seen in\ntraining", "#0b6e4f"),
+    "unseen": ("never\nseen", "#8d99ae"),
 }
 _PANELS = {
     "curvature": ("curvature of the example's\nloss at its input", True),
