@@ -99,8 +99,9 @@ def gradient_energies(
             √p∘z - p (√p·z) with random signs z has the same second moment diag(p) - ppᵀ as
             p - onehot(y). Source: Martens, Sutskever and Swersky, arXiv 1206.6464.
         per: ``"sequence"``: C is the gradient of the whole example. ``"position"``: in place of
-            C_ij² stands the sum over its positions of (uᵢᵀg)² (vⱼᵀa)², K-FAC's own reading, by
-            which a population has some 1 - ρ of its energy in the pairs that an edit at ρ removes.
+            C_ij² stands the sum over its positions of (uᵢᵀg)² (vⱼᵀa)², K-FAC's own reading: were
+            g and a independent, the population would have 1 - ρ of its energy in the pairs that an
+            edit at ρ removes, and it has more.
         seed: Seed of the signs.
         rows: As in :func:`curvfast.collect`.
         skip_last: As in :func:`curvfast.collect`.

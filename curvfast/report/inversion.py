@@ -35,7 +35,7 @@ def inversion(runs: Sequence[Mapping[str, Any]]) -> Figure:
         runs: For each seed and model: ``examples`` by group and measure, ``auc`` and ``mass``.
 
     Returns:
-        A row a model: violins with medians; a dotted line where K-FAC expects the population.
+        A row a model: violins with medians; dotted, the 1 - ρ that K-FAC expects of the population.
     """
     from matplotlib.figure import Figure
 
