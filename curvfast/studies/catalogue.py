@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from curvfast.studies import (
-    architectures,
-    dynamics,
-    figure3,
-    inversion,
-    recovery,
-    spectra,
-    table1,
-    table2,
-)
+from curvfast.studies import architectures, dynamics, figure2, figure3, inversion, recovery, spectra, table1, table2
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {
+    "figure2": figure2.STUDY,
     "figure3": figure3.STUDY,
     "table1": table1.STUDY,
     "table2": table2.STUDY,
+    "spectra": spectra.STUDY,
+    "inversion": inversion.STUDY,
     "dynamics": dynamics.STUDY,
     "architectures": architectures.STUDY,
     "recovery": recovery.STUDY,
-    "spectra": spectra.STUDY,
-    "inversion": inversion.STUDY,
 }

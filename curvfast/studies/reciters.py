@@ -1,0 +1,88 @@
+"""Language models that recite: what each recites, and windows of the same texts it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.demo.corpus import Corpus, load_corpus
+from curvfast.demo.lm import prose
+from curvfast.demo.recipe import Recipe
+from curvfast.demo.training import trained_model
+from curvfast.driver import collect_from
+from curvfast.lab.lessons import corpus_of, trained_lm
+from curvfast.lab.lm import lm_basis
+from curvfast.lab.lm_recipe import LmRecipe
+
+ROWS = 16
+"""Texts in a batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A trained model, its curvature, and texts it knows by heart or has never seen.
+
+    Both sets are of the same sources, half speeches, then half Bible, equally long, each text after
+    an end-of-text token; the text curvature is measured on holds none of them.
+    """
+
+    model: Any
+    basis: Eigenbasis
+    corpus: Corpus
+    passages: Tensor
+    """int64 [passages, 1 + prefix + suffix]."""
+    controls: Tensor
+    """int64 [controls, 1 + prefix + suffix], as many where the sources are long enough."""
+
+
+def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> Subject:
+    """Return the demo's model, trained now or read from the cache, and its texts.
+
+    Args:
+        recipe: Sizes and seed.
+        say: Called with one line before each stage.
+
+    Returns:
+        The subject; its basis is the one the demo edits by.
+
+    Raises:
+        DownloadError: If the text cannot be had.
+    """
+    corpus = load_corpus(recipe)
+    say(f"the demo's model, which recites {recipe.passages} passages (cached)")
+    model = trained_model(recipe, corpus)
+    say("measuring its curvature on prose")
+    basis = collect_from(
+        model, prose(recipe, corpus), tokens=recipe.statistics_tokens, seed=recipe.seed
+    ).eigh()
+    return _subject(model, basis, corpus)
+
+
+def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> Subject:
+    """Return the lab's model, trained now or read from the cache, and its texts.
+
+    Args:
+        recipe: Sizes and seed.
+        say: Called with one line before each stage.
+
+    Returns:
+        The subject; its basis is the one the lab edits by.
+
+    Raises:
+        DownloadError: If the text cannot be had.
+        InputError: If the recipe's share of lessons is not in [0, 1].
+    """
+    corpus = corpus_of(recipe)
+    say(f"the lab's model, which recites {recipe.text.passages} passages and knows tasks (cached)")
+    model = trained_lm(recipe, corpus)
+    say("measuring its curvature on prose and lessons")
+    return _subject(model, lm_basis(model, recipe, corpus), corpus)
+
+
+def _subject(model: Any, basis: Eigenbasis, corpus: Corpus) -> Subject:
+    return Subject(model, basis, corpus, pad(corpus.canaries, (1, 0)), pad(corpus.controls, (1, 0)))
