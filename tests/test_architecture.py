@@ -156,6 +156,7 @@ FLOORS = [
         "analysis.resampling",
         "analysis.ratio",
         "analysis.separation",
+        "analysis.correlation",
         "analysis.detector",
         "analysis.heat_map",
         "analysis.ranking",

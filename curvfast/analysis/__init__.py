@@ -3,6 +3,9 @@
 Everything here leaves the model as it was: modes, gradients, random state.
 """
 
+from curvfast.analysis.correlation import correlation_interval as correlation_interval
+from curvfast.analysis.correlation import pearson as pearson
+from curvfast.analysis.correlation import spearman as spearman
 from curvfast.analysis.detector import TextScores as TextScores
 from curvfast.analysis.detector import memorization_scores as memorization_scores
 from curvfast.analysis.detector import telling_layers as telling_layers
