@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from curvfast.studies import architectures, dynamics, figure2, figure3, inversion, recovery, spectra, table1, table2
+from curvfast.studies import architectures, dynamics, figure2, figure3, figure4, inversion, recovery, spectra, table1, table2
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {
     "figure2": figure2.STUDY,
     "figure3": figure3.STUDY,
+    "figure4": figure4.STUDY,
     "table1": table1.STUDY,
     "table2": table2.STUDY,
     "spectra": spectra.STUDY,

@@ -5,6 +5,7 @@ from __future__ import annotations
 NAMES: dict[str, tuple[str, str]] = {
     "figure2": ("components excited by what is known by heart, layer by layer", "Figure 2"),
     "figure3": ("what an edit takes of each ability, from recitation to logic", "Figure 3"),
+    "figure4": ("flat activations of a task against what an edit takes of it", "Figure 4"),
     "table1": ("edits beside a rival that is told what to forget", "Table 1"),
     "table2": ("wrong labels that a vision transformer learnt by heart, forgotten", "Table 2"),
     "spectra": ("how few directions hold the curvature, and how fast it falls off", ""),
