@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvfast.studies import architectures, dynamics, figure2, figure3, figure4, inversion, recovery, spectra, table1, table2
+from curvfast.studies import architectures, detector, dynamics, figure2, figure3, figure4, inversion, recovery, spectra, table1, table2
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -11,6 +11,7 @@ STUDIES: dict[str, Study] = {
     "figure4": figure4.STUDY,
     "table1": table1.STUDY,
     "table2": table2.STUDY,
+    "detector": detector.STUDY,
     "spectra": spectra.STUDY,
     "inversion": inversion.STUDY,
     "dynamics": dynamics.STUDY,

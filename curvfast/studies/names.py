@@ -8,6 +8,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure4": ("flat activations of a task against what an edit takes of it", "Figure 4"),
     "table1": ("edits beside a rival that is told what to forget", "Table 1"),
     "table2": ("wrong labels that a vision transformer learnt by heart, forgotten", "Table 2"),
+    "detector": ("memorized text told without labels, by its activations alone", ""),
     "spectra": ("how few directions hold the curvature, and how fast it falls off", ""),
     "inversion": ("whether what is memorized is sharp alone and flat for the population", ""),
     "dynamics": ("when memorization parts from the rest in the spectrum, over training", ""),

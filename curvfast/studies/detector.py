@@ -1,0 +1,138 @@
+"""Tells passages known by heart from windows of the same texts never seen, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from curvfast.analysis import (
+    TextScores,
+    auc,
+    memorization_scores,
+    telling_layers,
+    token_scores,
+)
+from curvfast.demo.recipe import Recipe
+from curvfast.lab.lm_recipe import LmRecipe
+from curvfast.report.telling import Passages, telling
+from curvfast.studies.rounding import rounded
+from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
+from curvfast.studies.subjects import ROWS, Subject, demo_subject, lab_subject
+
+MODELS = {"lab": "the lab's model", "demo": "the demo's model"}
+MEASURES = {
+    "chosen": "one layer, chosen on the other half",
+    "all": "mean of all layers, nothing chosen",
+    "speeches": "all layers, speeches alone",
+    "bible": "all layers, Bible alone",
+    "loss": "mean loss of the text instead",
+}
+
+
+def _measure(ask: Ask) -> Figures:
+    lab, demo = LmRecipe().seeded(ask.seed), replace(Recipe(), seed=ask.seed)
+    found = {}
+    for name in MODELS:
+        subject = (
+            lab_subject(lab.quick() if ask.quick else lab, ask.say)
+            if name == "lab"
+            else demo_subject(demo.quick() if ask.quick else demo, ask.say)
+        )
+        ask.say("scoring passages and windows never seen")
+        found[name] = rounded(_told(subject))
+    return found
+
+
+def _told(subject: Subject) -> Figures:
+    model, basis = subject.model, subject.basis
+    texts = subject.passages, subject.controls
+    known, unseen = (memorization_scores(model, basis, own.split(ROWS)) for own in texts)
+    folds = [_judged(known, unseen, half) for half in (0, 1)]
+    totals = [scores.of() for scores in (known, unseen)]
+    # The first half of either set is of speeches, the second of the Bible.
+    speeches, bible = (
+        [part.tensor_split(2)[number] for part in totals] for number in (0, 1)
+    )  # fmt: skip
+    losses = [_losses(model, own) for own in texts]
+    layer = folds[0]["layer"]
+    places = [_middle(scores.of(layer)[1::2]) for scores in (known, unseen)]
+    return {
+        "texts": [len(own) for own in texts],
+        "folds": folds,
+        "chosen": mean(fold["auc"] for fold in folds),
+        "all": auc(*totals),
+        "speeches": auc(*speeches),
+        "bible": auc(*bible),
+        "loss": auc(-losses[0], -losses[1]),
+        "layers": {
+            name: auc(known.shares[:, i], unseen.shares[:, i])
+            for i, name in enumerate(known.layers)
+        },
+        "shown": {
+            "layer": layer,
+            "by heart": _shown(subject, texts[0][1::2][places[0]], layer),
+            "never seen": _shown(subject, texts[1][1::2][places[1]], layer),
+        },
+    }
+
+
+def _judged(known: TextScores, unseen: TextScores, half: int) -> Figures:
+    """Choose a layer on one half of both sets, and judge it on the other."""
+    (layer,) = telling_layers(_half(known, half), _half(unseen, half), 1)
+    other = [_half(scores, 1 - half).of(layer) for scores in (known, unseen)]
+    return {"layer": layer, "auc": auc(*other)}
+
+
+def _half(scores: TextScores, half: int) -> TextScores:
+    """Return every other text, so that both halves are of both sources."""
+    return TextScores(scores.layers, scores.shares[half::2], scores.flattest)
+
+
+@torch.no_grad()
+def _losses(model: Any, rows: Tensor) -> Tensor:
+    """Return the mean loss of each text, float32 [texts]."""
+    logits = torch.cat([model(input_ids=part).logits[:, :-1] for part in rows.split(ROWS)])
+    return cross_entropy(logits.mT.float(), rows[:, 1:], reduction="none").mean(1)
+
+
+def _middle(scores: Tensor) -> int:
+    """Return where the lower median stands: a text neither easy nor hard to tell."""
+    return int(scores.argsort()[(len(scores) - 1) // 2])
+
+
+def _shown(subject: Subject, text: Tensor, layer: str) -> Figures:
+    """Return a text's tokens and their scores, without the end-of-text token before it."""
+    scores = token_scores(subject.model, subject.basis, text[None], layer)[0, 1:]
+    pieces = [subject.corpus.tokenizer.decode([token]) for token in text[1:].tolist()]
+    return {"pieces": pieces, "scores": scores.tolist()}
+
+
+def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
+    lines = [["AUC", *MODELS.values()]]
+    for key, label in MEASURES.items():
+        cells = [spread([run[name][key] for run in found], "{:.3f}") for name in MODELS]
+        lines.append([label, *cells])
+    chosen = [["seed", *(f"{label}, both halves" for label in MODELS.values())]]
+    for number, run in enumerate(found):
+        layers = [", ".join(fold["layer"] for fold in run[name]["folds"]) for name in MODELS]
+        chosen.append([f"run {number + 1}", *layers])
+    return {"passages against windows never seen": lines, "layers chosen": chosen}
+
+
+def _picture(found: Sequence[Figures]) -> Picture:
+    shown = found[0]["lab"]["shown"]
+    texts = {
+        f"{label}, {shown['layer']}": Passages(shown[label]["pieces"], shown[label]["scores"])
+        for label in ("by heart", "never seen")
+    }
+    curves = {label: [run[name] for run in found] for name, label in MODELS.items()}
+    return telling(curves, texts)
+
+
+STUDY = Study(_measure, _tables, _picture)
