@@ -17,7 +17,7 @@ from curvfast.demo.recipe import Recipe
 from curvfast.evals.perplexity import perplexity
 from curvfast.report.telling import Passages, telling
 from curvfast.studies import detector
-from curvfast.studies.subjects import demo_subject
+from curvfast.studies.reciters import demo_subject
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

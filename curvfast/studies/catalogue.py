@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from curvfast.studies import architectures, detector, dynamics, figure2, figure3, figure4, inversion, recovery, spectra, table1, table2
+from curvfast.studies import (
+    architectures,
+    detector,
+    dynamics,
+    figure2,
+    figure3,
+    figure4,
+    inversion,
+    recovery,
+    spectra,
+    table1,
+    table2,
+)
 from curvfast.studies.study import Study
 
 STUDIES: dict[str, Study] = {

@@ -21,9 +21,9 @@ from curvfast.analysis import (
 from curvfast.demo.recipe import Recipe
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.telling import Passages, telling
+from curvfast.studies.reciters import ROWS, Subject, demo_subject, lab_subject
 from curvfast.studies.rounding import rounded
 from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
-from curvfast.studies.subjects import ROWS, Subject, demo_subject, lab_subject
 
 MODELS = {"lab": "the lab's model", "demo": "the demo's model"}
 MEASURES = {

@@ -18,9 +18,9 @@ from curvfast.lab.images import Images
 from curvfast.lab.vit_recipe import RECIPES
 from curvfast.report.activations import activations, short
 from curvfast.rows import RowRule
+from curvfast.studies.reciters import ROWS, demo_subject
 from curvfast.studies.rounding import rounded
 from curvfast.studies.study import Ask, Figures, Lines, Study, spread
-from curvfast.studies.reciters import ROWS, demo_subject
 
 BANDS = (0.1, 0.25, 0.5, 1)
 ORDERS = {"index": "share of components", "mass": "share of curvature mass"}
