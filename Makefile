@@ -22,7 +22,7 @@ $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11 cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-		-c constraints.txt -e ".[plots,demo,test,dev]"
+		-c constraints.txt -e ".[plots,demo,report,test,dev]"
 	touch $@
 
 demo: install ## the paper's experiment in small; results in demo-out/

@@ -46,12 +46,14 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Return the class, name and versions a result depends on."""
+    """Return the class, name, dtypes and versions a result depends on."""
     inner = unwrap(model)
     config = getattr(inner, "config", None)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in inner.parameters()})
     return {
         "class": type(inner).__name__,
         "name": getattr(config, "_name_or_path", "") or None,
+        "dtype": " ".join(dtypes),
         "parameters": sum(parameter.numel() for parameter in inner.parameters()),
         "versions": versions(),
     }

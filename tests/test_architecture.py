@@ -201,6 +201,8 @@ OWNERS = {
     "tokenizers": ["hf"],
     "gguf": ["hf"],
     "matplotlib": ["report"],
+    "jinja2": ["report"],
+    "markupsafe": ["report"],
     "safetensors": ["storage"],
     "rapidfuzz": ["evals.memorization"],
     "lm_eval": ["evals.harness"],

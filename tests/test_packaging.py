@@ -88,6 +88,7 @@ def test_the_wheel_holds_what_git_holds(
     }
     assert {name for name in files if name.endswith(".py")} == expected
     assert {"curvfast/py.typed", "curvfast/_C.pyi", "curvfast/_cuda.pyi"} <= set(files)
+    assert tracked("curvfast/report/page/templates/*") <= set(files)
     compiled = sorted(name for name in files if name.endswith((".so", ".pyd")))
     assert [name.split(".")[0] for name in compiled] == [f"curvfast/{n}" for n in extensions]
     assert any(name.endswith("licenses/LICENSE") for name in files)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from curvfast.cli import demo, env, evaluate, lab, mine, patch, plan, spectrum_log, study
+from curvfast.cli import demo, env, evaluate, lab, mine, patch, plan, report, spectrum_log, study
 from curvfast.errors import CurvfastError
 
 _EPILOG = """\
@@ -18,6 +18,7 @@ quick start:
   curvfast demo smollm           the same edit on a real pretrained model
   curvfast lab vit               wrong labels learnt by heart are forgotten, the right ones kept
   curvfast study figure3         a figure of the paper, over three seeds
+  curvfast report results        one page of HTML of what demo, lab, study or you kept in a folder
   curvfast plan olmo-2-7b        what collecting its factors takes: memory, passes, FLOPs
   curvfast apply PATCH --model DIR    edit a checkpoint; curvfast revert takes it back
   curvfast evaluate DIR --patch PATCH --text FILE   perplexity and more, before and after
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loud.add_argument("-v", "--verbose", action="store_true", help="tell what is being done")
     loud.add_argument("-q", "--quiet", action="store_true", help="print results only")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, lab, study, plan, mine, patch, evaluate, spectrum_log, env):
+    for command in (demo, lab, study, report, plan, mine, patch, evaluate, spectrum_log, env):
         command.add_to(commands)
     options = parser.parse_args(arguments)
     level = os.environ.get("CURVFAST_LOG") or ("INFO" if options.verbose else "WARNING")

@@ -51,17 +51,21 @@ def _run(options: argparse.Namespace) -> int:
         if not options.quiet:
             print(f"· {line}", file=sys.stderr, flush=True)
 
+    command = f"curvfast demo{' smollm' * (options.model == 'smollm')} --seed {options.seed}"
+    command += " --quick" * options.quick
     if options.model == "smollm":
         from curvfast.demo import smollm
 
         plan = smollm.Plan(seed=options.seed)
-        results = smollm.run(plan.quick() if options.quick else plan, options.out, say)
+        plan = plan.quick() if options.quick else plan
+        results = smollm.run(plan, options.out, say, command=command)
     else:
         from curvfast.demo import lm
         from curvfast.demo.recipe import Recipe
 
         recipe = Recipe(seed=options.seed)
-        results = lm.run(recipe.quick() if options.quick else recipe, options.out, say)
+        recipe = recipe.quick() if options.quick else recipe
+        results = lm.run(recipe, options.out, say, command=command)
     print(_table(results))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -82,7 +83,8 @@ def _vit(options: argparse.Namespace) -> int:
     recipe = replace(RECIPES[options.recipe], seed=options.seed)
     recipe = recipe.quick() if options.quick else recipe
     recipe = replace(recipe, **_asked(options, "noise"))
-    results = vit.run(recipe, options.out, _sayer(options), data=options.data)
+    command = _command(options, f"vit {options.recipe}", "data", "noise")
+    results = vit.run(recipe, options.out, _sayer(options), data=options.data, command=command)
     print(_table(_methods(results), _PICTURES))
     print("\ncurvature measured on (pictures, tokens, labels), the same number of pairs kept")
     arms = [(str(Statistics(**arm["statistics"])), arm["matched"]) for arm in results["statistics"]]
@@ -101,7 +103,8 @@ def _lm(options: argparse.Namespace) -> int:
     recipe = replace(recipe, **_asked(options))
     if options.lessons is not None:
         recipe = replace(recipe, statistics_lessons=options.lessons)
-    results = lm.run(recipe, options.out, _sayer(options))
+    command = _command(options, "lm", "lessons")
+    results = lm.run(recipe, options.out, _sayer(options), command=command)
     figures = dict(_methods(results))
     rows = [
         ["passages recited", *(f"{found['memorization']:.1%}" for found in figures.values())],
@@ -130,6 +133,16 @@ def _asked(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     found = {name: getattr(options, name) for name in ("mass", *names)}
     found["blocks"] = options.blocks and tuple(options.blocks)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _command(options: argparse.Namespace, experiment: str, *names: str) -> str:
+    """Return the command that gives the same results again."""
+    words = ["curvfast", "lab", *experiment.split(), "--seed", str(options.seed)]
+    for name in (*names, "mass", "blocks"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words + ["--quick"] * options.quick)
 
 
 def _methods(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:

@@ -14,6 +14,7 @@ from torch import nn
 from curvfast.baselines.svd import svd_basis
 from curvfast.demo.comparison import METHODS, compare
 from curvfast.demo.corpus import Corpus, load_corpus
+from curvfast.demo.keeping import keep_curvature, keep_passages
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import trained_model
 from curvfast.driver import collect_from
@@ -28,13 +29,17 @@ from curvfast.storage import write_json
 _ROWS = 16
 
 
-def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    recipe: Recipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
+) -> dict[str, Any]:
     """Train (or load), measure, edit, and measure again.
 
     Args:
         recipe: What to run.
-        out: Folder for results.json, the picture and the edited checkpoint; None writes nothing.
+        out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
+            besides; None writes nothing.
         say: Called with one line before each stage.
+        command: What makes these results, kept with them.
 
     Returns:
         What results.json holds: figures of the unedited model and of the three edits, and the
@@ -77,7 +82,11 @@ def run(recipe: Recipe, out: Path | None, say: Callable[[str], None]) -> dict[st
         "statistics_rows": factors.rows,
         "versions": versions(),
     }
+    if command:
+        results["command"] = command
     if out is not None:
+        keep_curvature(out, basis, recipe.mass)
+        keep_passages(out, model, corpus.tokenizer, corpus.passages(), basis, recipe.mass)
         report = edit(model, basis, mass=recipe.mass)
         save(model, corpus.tokenizer, out / "edited")
         results["edit"] = report.to_dict()

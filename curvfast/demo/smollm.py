@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvfast.baselines.svd import svd_basis
 from curvfast.demo.comparison import compare
 from curvfast.demo.fetch import SMOLLM2, fetch
+from curvfast.demo.keeping import keep_curvature, keep_passages
 from curvfast.demo.spans import recited_spans
 from curvfast.demo.tasks import questions
 from curvfast.demo.texts import bible, speeches
@@ -97,13 +98,17 @@ def gather(plan: Plan, say: Callable[[str], None]) -> Subject:
     return Subject(model, tokenizer, statistics, held_out, spans)
 
 
-def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    plan: Plan, out: Path | None, say: Callable[[str], None], *, command: str = ""
+) -> dict[str, Any]:
     """Fetch the model, find what it recites, measure curvature, edit, and measure again.
 
     Args:
         plan: What to run.
-        out: Folder for results.json, the picture and the edited checkpoint; None writes nothing.
+        out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
+            besides; None writes nothing.
         say: Called with one line before each stage.
+        command: What makes these results, kept with them.
 
     Returns:
         What results.json holds: figures of the unedited model, of the K-FAC edit and of SVD at the
@@ -154,7 +159,11 @@ def run(plan: Plan, out: Path | None, say: Callable[[str], None]) -> dict[str, A
         "statistics_rows": factors.rows,
         "versions": versions(),
     }
+    if command:
+        results["command"] = command
     if out is not None:
+        keep_curvature(out, basis, plan.mass)
+        keep_passages(out, model, subject.tokenizer, spans, basis, plan.mass)
         results["edit"] = edit(model, basis, mass=plan.mass).to_dict()
         save(model, subject.tokenizer, out / "edited")
         results["seconds"] = round(time.perf_counter() - started, 1)

@@ -16,6 +16,7 @@ from curvfast.baselines.svd import svd_basis
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.comparison import compare
 from curvfast.demo.corpus import Corpus
+from curvfast.demo.keeping import keep_curvature, keep_passages
 from curvfast.driver import collect_from
 from curvfast.errors import InputError
 from curvfast.evals.choices import choice_accuracy
@@ -39,13 +40,17 @@ _ROWS = 16
 Measure = Callable[[nn.Module], dict[str, float]]
 
 
-def run(recipe: LmRecipe, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    recipe: LmRecipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
+) -> dict[str, Any]:
     """Train (or load), ask, edit, and ask again.
 
     Args:
         recipe: What to run.
-        out: Folder for results.json and the picture; None writes nothing.
+        out: Folder for results.json, the picture, and what a report shows besides; None writes
+            nothing.
         say: Called with one line before each stage.
+        command: What makes these results, kept with them.
 
     Returns:
         What results.json holds: for each edit ``memorization`` (share of passages recited),
@@ -94,7 +99,11 @@ def run(recipe: LmRecipe, out: Path | None, say: Callable[[str], None]) -> dict[
         "recipe": asdict(recipe),
         "versions": versions(),
     }
+    if command:
+        results["command"] = command
     if out is not None:
+        keep_curvature(out, basis, recipe.mass)
+        keep_passages(out, model, corpus.tokenizer, corpus.passages(), basis, recipe.mass)
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(out / "results.json", results)
         task_study(results).savefig(out / "figures.png")

@@ -17,6 +17,7 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.caching import cached
 from curvfast.demo.comparison import METHODS, compare
 from curvfast.demo.fitting import fit
+from curvfast.demo.keeping import keep_curvature
 from curvfast.driver import collect_from
 from curvfast.editing import edited
 from curvfast.errors import InputError, NumericalWarning
@@ -36,15 +37,22 @@ _AT_ONCE = 500
 
 
 def run(
-    recipe: VitRecipe, out: Path | None, say: Callable[[str], None], *, data: Path | None = None
+    recipe: VitRecipe,
+    out: Path | None,
+    say: Callable[[str], None],
+    *,
+    data: Path | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train (or load) on wrong labels, measure curvature in several ways, edit, and measure again.
 
     Args:
         recipe: What to run.
-        out: Folder for results.json and the picture; None writes nothing.
+        out: Folder for results.json, the picture, and what a report shows besides; None writes
+            nothing.
         say: Called with one line before each stage.
         data: Folder of Fashion-MNIST's files; None looks in the usual places.
+        command: What makes these results, kept with them.
 
     Returns:
         What results.json holds. Figures are shares of pictures: ``memorized`` (wrongly labelled
@@ -65,8 +73,8 @@ def run(
     layers = mlp_of(recipe.blocks)
     base = {**accuracies(model, split), "kept_fraction": 1.0}
     say("measuring curvature and editing: every ρ, against SVD and random pairs of the same size")
-    basis = vit_basis(model, split, recipe.statistics[0], layers=layers, seed=recipe.seed)
-    sweep = _sweep(model, split, recipe, basis, recipe.sweep, METHODS)
+    measured = vit_basis(model, split, recipe.statistics[0], layers=layers, seed=recipe.seed)
+    sweep = _sweep(model, split, recipe, measured, recipe.sweep, METHODS)
     chosen = next(point for point in sweep if point["mass"] == recipe.mass)
     say("comparing where curvature is measured")
     arms = [
@@ -74,6 +82,7 @@ def run(
         for statistics in track(recipe.statistics, "statistics", len(recipe.statistics), "way")
     ]
     say("comparing which blocks are edited")
+    basis = measured
     if recipe.blocks is not None:
         basis = vit_basis(model, split, recipe.statistics[0], layers="mlp", seed=recipe.seed)
     groups = [*((number,) for number in range(recipe.layers)), (0, recipe.layers - 1)]
@@ -97,7 +106,10 @@ def run(
         "recipe": asdict(recipe),
         "versions": versions(),
     }
+    if command:
+        results["command"] = command
     if out is not None:
+        keep_curvature(out, measured, recipe.mass)
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(out / "results.json", results)
         noise_study(results).savefig(out / "figures.png")

@@ -107,7 +107,7 @@ def read_points(path: str | PathLike[str]) -> tuple[SweepPoint | None, list[Swee
 def _facts(trials: Trials, note: str) -> dict[str, Any]:
     """Return what points depend on, besides the rule, the importance and ``evaluate``."""
     model = model_facts(trials.model)
-    del model["versions"]
+    del model["versions"], model["dtype"]
     basis, corrections = trials.basis, trials.corrections
     totals = basis.totals()
     for number, task in enumerate(basis.tasks):

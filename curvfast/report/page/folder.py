@@ -1,0 +1,196 @@
+"""Finds what there is in a folder of results, and makes a document of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from curvfast.edit_report import EditReport
+from curvfast.errors import CurvfastError, InputError
+from curvfast.report.page.collected import MEASURED, collected, uncovered
+from curvfast.report.page.curvature import KIND as CURVATURE
+from curvfast.report.page.curvature import read_curvature
+from curvfast.report.page.document import Document, Part, Section, Trouble, sections
+from curvfast.report.page.experiments import experiment
+from curvfast.report.page.log import log_part
+from curvfast.report.page.recitals import KIND as PASSAGES
+from curvfast.report.page.recitals import read_passages
+from curvfast.report.page.saved import KINDS, Saved
+from curvfast.report.page.shown import recited, spectra, staircases
+from curvfast.spectrum_log import FILE as LOG
+
+StudyPart = Callable[[Path, str, "Callable[[str, str], None]"], Part | None]
+"""Makes a part of a study's folder: takes the folder, its name on the page, and who is told of
+files that cannot be read."""
+_DEPTH = 3
+_WRITERS = """\
+  curvfast demo --out DIR             the paper's experiment in small
+  curvfast lab lm --out DIR           tasks before and after an edit
+  curvfast study figure3 --out DIR    a figure of the paper, over seeds
+  factors.save_pretrained(...), basis.save_pretrained(...), selection.save_pretrained(...),
+  patch.save(...), and the JSON of an edit's report.to_dict()"""
+# What damaged or foreign JSON makes of code that expects its own.
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
+
+
+@dataclass
+class _Reading:
+    """What was found so far."""
+
+    root: Path
+    study: StudyPart
+    parts: list[Part] = field(default_factory=list)
+    troubles: list[Trouble] = field(default_factory=list)
+
+    def name(self, path: Path) -> str:
+        return "." if path == self.root else path.relative_to(self.root).as_posix()
+
+    def trouble(self, path: str, reason: str) -> None:
+        self.troubles.append(Trouble(path, reason))
+
+    def attempt(self, path: Path, read: Callable[[], Any]) -> Any:
+        """Return what a reader returns, or None and note why it could not."""
+        try:
+            return read()
+        except CurvfastError as error:
+            # Messages name whole paths, which differ from machine to machine.
+            told = str(error).replace(str(self.root) + "/", "").replace(str(self.root), ".")
+            self.trouble(self.name(path), told)
+        except _DAMAGE as error:
+            kind = type(error).__name__
+            self.trouble(self.name(path), f"not as curvfast writes it ({kind}: {error})")
+        return None
+
+
+def read_folder(directory: Path, study: StudyPart) -> Document:
+    """Return a document of everything in a folder that this library wrote.
+
+    Args:
+        directory: The folder; folders in it are looked into, three deep.
+        study: Makes the part of a study's folder.
+
+    Returns:
+        The document, parts in the order of their names. What cannot be shown is among its troubles.
+
+    Raises:
+        InputError: If the folder is missing, or holds nothing to show.
+    """
+    root = directory.resolve()
+    if not root.is_dir():
+        raise InputError(f"{str(directory)!r} is no folder: pass the one given to --out")
+    reading = _Reading(root, study)
+    for folder in _folders(root, _DEPTH):
+        _read(reading, folder)
+    if not reading.parts:
+        told = "".join(f"\n  {t.path}: {t.reason}" for t in reading.troubles)
+        raise InputError(
+            f"{str(directory)!r} holds nothing a report could show. It is made of what these write:"
+            f"\n{_WRITERS}" + (f"\nWhat is there could not be read:{told}" if told else "")
+        )
+    return Document(root.name or "results", tuple(reading.parts), tuple(reading.troubles))
+
+
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield a folder and those in it, by name; hidden ones and links are passed over."""
+    yield folder
+    if depth:
+        for inner in sorted(folder.iterdir()):
+            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
+                yield from _folders(inner, depth - 1)
+
+
+def _read(reading: _Reading, folder: Path) -> None:
+    """Add the parts of one folder."""
+    contents = {path: _json(reading, path) for path in sorted(folder.glob("*.json"))}
+    saved = Saved()
+    for kind, path in _saved_folders(folder):
+        reading.attempt(path, partial(saved.add, kind, path))
+    beside = _beside(reading, contents)
+    shown = False
+    for path, content in contents.items():
+        if isinstance(content, dict):
+            shown |= _add_results(reading, path, content, saved, () if shown else beside)
+    if beside and not shown:
+        name = reading.name(folder)
+        reading.parts.append(Part("Curvature and passages", name, beside))
+    if any(path.name.startswith("seed-") for path in contents):
+        part = reading.attempt(
+            folder, lambda: reading.study(folder, reading.name(folder), reading.trouble)
+        )
+        reading.parts += [part] if part else []
+    if (folder / LOG).is_file():
+        part = reading.attempt(folder / LOG, lambda: log_part(folder, reading.name(folder / LOG)))
+        reading.parts += [part] if part else []
+    if saved.found:
+        part = reading.attempt(folder, lambda: saved.part(reading.name(folder)))
+        reading.parts += [part] if part else []
+
+
+def _add_results(
+    reading: _Reading,
+    path: Path,
+    content: Mapping[str, Any],
+    saved: Saved,
+    beside: tuple[Section, ...],
+) -> bool:
+    """Add a results.json or the report of an edit; return whether the former was shown."""
+    if {"layers", "total_pairs", "strength", "provenance"} <= content.keys():
+        report = reading.attempt(path, lambda: EditReport.from_dict(content))
+        if report is not None:
+            saved.add_edit(path.name, report)
+        return False
+    part = reading.attempt(path, lambda: experiment(content, reading.name(path), beside))
+    if part is not None:
+        reading.parts.append(part)
+    return part is not None
+
+
+def _beside(reading: _Reading, contents: Mapping[Path, Any]) -> tuple[Section, ...]:
+    """Return sections of the curvature and the passages kept beside results."""
+    found: list[Section] = []
+    for kind, made_of in ((PASSAGES, _passages), (CURVATURE, _curvature)):
+        for path, content in contents.items():
+            if isinstance(content, dict) and content.get("kind") == kind:
+                found += reading.attempt(path, partial(made_of, content)) or ()
+    return tuple(found)
+
+
+def _passages(content: Mapping[str, Any]) -> tuple[Section, ...]:
+    return sections(("Passages, before and after", recited(*read_passages(content))))
+
+
+def _curvature(content: Mapping[str, Any]) -> tuple[Section, ...]:
+    layers, provenance = read_curvature(content)
+    kept = {name: layer.stairs for name, layer in layers.items() if layer.stairs is not None}
+    return sections(
+        ("Spectra", spectra(layers)),
+        ("Staircases", staircases(kept)),
+        (MEASURED, [collected(provenance), uncovered(provenance)]),
+    )
+
+
+def _saved_folders(folder: Path) -> list[tuple[str, Path]]:
+    """Return kind and path of what the library saved in this folder, in the order of reading."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        config = path / "config.json"
+        if path.is_dir() and config.is_file():
+            try:
+                kind = json.loads(config.read_text(encoding="utf-8")).get("kind")
+            except (OSError, ValueError, AttributeError):
+                continue
+            if kind in KINDS:
+                found.append((kind, path))
+    return sorted(found, key=lambda each: KINDS.index(each[0]))
+
+
+def _json(reading: _Reading, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reading.trouble(reading.name(path), f"cannot be read as JSON: {error}")
+        return None

@@ -1,0 +1,111 @@
+"""Passages a model was asked to go on with, before and after an edit, as JSON and as a section."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from os import PathLike
+from typing import Any
+
+from curvfast.errors import FormatError, InputError
+from curvfast.report.page.document import Piece, Recital
+from curvfast.storage import write_json
+
+KIND = "curvfast-passages"
+VERSION = 1
+FILE = "passages.json"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One passage, as text."""
+
+    prompt: str
+    truth: str
+    """How it truly goes on."""
+    before: str
+    """How the unedited model goes on."""
+    after: str
+    """How the edited model goes on."""
+
+
+def save_passages(
+    path: str | PathLike[str], passages: Sequence[Continuation], *, chosen: str = ""
+) -> None:
+    """Write passages as JSON that a report shows side by side.
+
+    Args:
+        path: The file.
+        passages: At least one.
+        chosen: How these were chosen, of how many: what a reader must know not to be misled.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if not passages:
+        raise InputError("there is no passage to be saved: pass some")
+    entries = [asdict(passage) for passage in passages]
+    write_json(path, {"kind": KIND, "version": VERSION, "chosen": chosen, "passages": entries})
+
+
+def read_passages(content: Mapping[str, Any]) -> tuple[list[Continuation], str]:
+    """Return the passages that :func:`save_passages` wrote, and how they were chosen.
+
+    Args:
+        content: The file's JSON.
+
+    Raises:
+        FormatError: If it is of a newer version, or damaged.
+    """
+    if content.get("version") != VERSION:
+        raise FormatError(
+            f"version {content.get('version')} of {KIND}; this curvfast reads {VERSION}: upgrade it"
+        )
+    try:
+        passages = [Continuation(**entry) for entry in content["passages"]]
+        chosen = content["chosen"]
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"damaged: {error!r}; run again what wrote it") from error
+    if not all(isinstance(text, str) for p in passages for text in asdict(p).values()):
+        raise FormatError("damaged: a passage holds something other than text")
+    return passages, str(chosen)
+
+
+def recital(passage: Continuation) -> Recital:
+    """Return a passage with the words marked that are not those of the true text."""
+    return Recital(
+        passage.prompt,
+        passage.truth,
+        marked(passage.truth, passage.before),
+        marked(passage.truth, passage.after),
+    )
+
+
+def marked(truth: str, said: str) -> tuple[Piece, ...]:
+    """Return what was said in runs of words, each of the true text or differing from it.
+
+    Words are aligned as by an edit distance, so that a word left out does not make all that follow
+    differ.
+
+    Args:
+        truth: How the passage truly goes on.
+        said: How a model went on.
+
+    Returns:
+        Runs whose texts add up to ``said``.
+    """
+    true, own = _words(truth), _words(said)
+    same = SequenceMatcher(None, [w.strip() for w in true], [w.strip() for w in own], False)
+    pieces, start = [], 0
+    for block in same.get_matching_blocks():
+        pieces.append(Piece("".join(own[start : block.b]), True))
+        pieces.append(Piece("".join(own[block.b : block.b + block.size]), False))
+        start = block.b + block.size
+    return tuple(piece for piece in pieces if piece.text)
+
+
+def _words(text: str) -> list[str]:
+    """Return the words, each with the space before it."""
+    return re.findall(r"\s*\S+|\s+$", text)

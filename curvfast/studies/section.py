@@ -1,0 +1,99 @@
+"""A study's folder as a part of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from curvfast.errors import CurvfastError, StorageError
+from curvfast.report.page.document import Block, Code, Facts, Part, Picture, Table, sections
+from curvfast.report.page.experiments import QUICK
+from curvfast.report.page.inline import inline
+from curvfast.studies.catalogue import STUDIES
+from curvfast.studies.names import NAMES
+from curvfast.studies.runs import read
+
+
+def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -> Part | None:
+    """Return tables and picture of a study over the seeds that a folder holds.
+
+    Args:
+        folder: Holds a ``seed-N.json`` for each seed.
+        source: Its name on the page.
+        trouble: Called with the name of each file that cannot be read, and why.
+
+    Returns:
+        The part; None if no seed can be read.
+
+    Raises:
+        StorageError: If the study is one that this library does not know, or seeds are of more than
+            one study.
+    """
+    runs = []
+    for path in sorted(folder.glob("seed-*.json"), key=_number):
+        try:
+            runs.append(read(path))
+        except CurvfastError as error:
+            where = path.name if source == "." else f"{source}/{path.name}"
+            trouble(where, str(error).replace(f"{folder}/", ""))
+    if not runs:
+        return None
+    names = {str(run["study"]) for run in runs}
+    name = names.pop()
+    if names or name not in STUDIES:
+        raise StorageError(
+            f"seeds of {' and '.join(sorted({name, *names}))!r}: not one study that this curvfast "
+            "knows; upgrade it, or keep each study in a folder of its own"
+        )
+    study, (title, origin) = STUDIES[name], NAMES[name]
+    figures = [run["figures"] for run in runs]
+    heading = f"{title[:1].upper()}{title[1:]}"
+    seeds = [run["seed"] for run in runs]
+    shown: list[Block] = [
+        Picture(inline(lambda: study.picture(figures)), heading, f"{heading}; {_seeds(seeds)}.")
+    ]
+    for caption, (head, *rows) in study.tables(figures).items():
+        made = tuple(tuple(row) for row in rows)
+        shown.append(Table(caption[:1].upper() + caption[1:], tuple(head), made))
+    quick = any(run["quick"] for run in runs)
+    flag = " --quick" if quick else ""
+    command = f"curvfast study {name} --seeds {' '.join(map(str, seeds))}{flag} --out DIR"
+    return Part(
+        f"{name}: {title}",
+        source,
+        sections(
+            ("Figures", shown),
+            ("Where it comes from", [_facts(runs, origin), _by_seed(runs)]),
+            ("To make it again", [Code(command)]),
+        ),
+        QUICK if quick else "",
+    )
+
+
+def _facts(runs: list[dict[str, Any]], origin: str) -> Facts:
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        for library, version in run.get("versions", {}).items():
+            versions.setdefault(library, set()).add(str(version))
+    repeats = f"{origin} of arXiv 2510.24256, in kind" if origin else "nothing: it goes beyond it"
+    entries = [("repeats of the paper", repeats), ("seeds", _seeds([r["seed"] for r in runs]))]
+    entries += [(library, ", ".join(sorted(found))) for library, found in versions.items()]
+    return Facts(tuple(entries))
+
+
+def _by_seed(runs: list[dict[str, Any]]) -> Table:
+    rows = tuple(
+        (str(run["seed"]), f"{run.get('seconds', 0):,.0f}", f"{run.get('cpu_seconds', 0):,.0f}")
+        for run in runs
+    )
+    return Table("What it took", ("seed", "seconds", "CPU seconds"), rows, folded=True)
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def _number(path: Path) -> tuple[int, str]:
+    digits = path.stem.removeprefix("seed-")
+    return (int(digits) if digits.isdigit() else 0, path.name)
