@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from curvfast.errors import CurvfastError, StorageError
-from curvfast.report.page.document import Block, Code, Facts, Part, Picture, Table, sections
-from curvfast.report.page.experiments import QUICK
+from curvfast.report.page.document import Block, Facts, Part, Picture, Table, sections
+from curvfast.report.page.experiments import QUICK, again
 from curvfast.report.page.inline import inline
 from curvfast.studies.catalogue import STUDIES
 from curvfast.studies.names import NAMES
@@ -57,15 +57,14 @@ def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -
         made = tuple(tuple(row) for row in rows)
         shown.append(Table(caption[:1].upper() + caption[1:], tuple(head), made))
     quick = any(run["quick"] for run in runs)
-    flag = " --quick" if quick else ""
-    command = f"curvfast study {name} --seeds {' '.join(map(str, seeds))}{flag} --out DIR"
+    command = f"curvfast study {name} --seeds {' '.join(map(str, seeds))}{' --quick' * quick}"
     return Part(
         f"{name}: {title}",
         source,
         sections(
             ("Figures", shown),
             ("Where it comes from", [_facts(runs, origin), _by_seed(runs)]),
-            ("To make it again", [Code(command)]),
+            ("To make it again", [again(command)]),
         ),
         QUICK if quick else "",
     )
@@ -77,7 +76,10 @@ def _facts(runs: list[dict[str, Any]], origin: str) -> Facts:
         for library, version in run.get("versions", {}).items():
             versions.setdefault(library, set()).add(str(version))
     repeats = f"{origin} of arXiv 2510.24256, in kind" if origin else "nothing: it goes beyond it"
-    entries = [("repeats of the paper", repeats), ("seeds", _seeds([r["seed"] for r in runs]))]
+    entries = [
+        ("repeats of the paper", repeats),
+        ("seeds", ", ".join(str(run["seed"]) for run in runs)),
+    ]
     entries += [(library, ", ".join(sorted(found))) for library, found in versions.items()]
     return Facts(tuple(entries))
 

@@ -49,6 +49,8 @@ class Drawing:
     """Markup; made by :func:`curvfast.report.page.inline.inline` alone."""
     width: float
     """Natural width in CSS pixels, at which its letters have the size they were given."""
+    mark: str
+    """What all names in it begin with; equal drawings have equal marks."""
     colours: tuple[str, ...] = ()
     """Colours the page must define, as ``rrggbb``."""
 

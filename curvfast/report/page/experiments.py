@@ -175,10 +175,15 @@ def _part(
         ("The edit", [] if report is None else edit_table(report)),
         (MEASURED, [collected(factors), uncovered(factors)] if factors else measured),
         ("Where it comes from", [versions(results), recipe(plan, "The recipe"), _time(results)]),
-        ("To make it again", [Code(command)] if command else []),
+        ("To make it again", [again(str(command))] if command else []),
     )
     quick = QUICK if command and "--quick" in command.split() else ""
     return Part(title, source, own, quick)
+
+
+def again(command: str) -> Code:
+    """Return how results are made, and this page of them."""
+    return Code(f"{command} --out DIR\ncurvfast report DIR")
 
 
 def _tiles(results: Results, what: str, key: str, other: str = "perplexity") -> Tiles:

@@ -48,7 +48,7 @@ def inline(draw: Callable[[], Figure], *, size: tuple[float, float] | None = Non
 
     Letters stay text, in the page's own font. Colours become variables of the page, which
     :func:`dark` gives a second value; a figure that holds a raster image keeps its own and stands
-    on a light ground. Names are the page's own: no two drawings share one unless they are equal.
+    on a light ground. Names begin with the drawing's mark, which differs unless drawings are equal.
 
     Args:
         draw: Makes the figure.
@@ -69,11 +69,12 @@ def inline(draw: Callable[[], Figure], *, size: tuple[float, float] | None = Non
     svg = _DROPPED.sub("", buffer.getvalue()).replace("xlink:href", "href").strip()
     box = _match(_BOX, svg)
     width = float(box.split()[2]) * _POINT
-    svg = _own_names(svg)
+    mark = hashlib.sha256(svg.encode()).hexdigest()[:12]
+    svg = _own_names(svg, mark)
     if "<image" in svg:
-        return Drawing(_framed(svg, box, "raster"), width)
+        return Drawing(_framed(svg, box, "raster"), width, mark)
     colours = tuple(sorted({found.group(1) for found in _COLOUR.finditer(svg)}))
-    return Drawing(_framed(_COLOUR.sub(r"var(--c\1)", svg), box, "lines"), width, colours)
+    return Drawing(_framed(_COLOUR.sub(r"var(--c\1)", svg), box, "lines"), width, mark, colours)
 
 
 def dark(colour: str) -> str:
@@ -88,8 +89,8 @@ def dark(colour: str) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4))
     hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
     grey = max(red, green, blue) - min(red, green, blue) < 0.06
-    light = 0.92 - 0.78 * light if grey else 0.5 + 0.35 * light
-    mixed = colorsys.hls_to_rgb(hue, light, saturation if grey else min(saturation, 0.75))
+    light = 0.92 - 0.78 * light if grey else 0.56 + 0.3 * light
+    mixed = colorsys.hls_to_rgb(hue, light, saturation if grey else min(saturation, 0.55))
     return "".join(f"{round(255 * part):02x}" for part in mixed)
 
 
@@ -98,9 +99,8 @@ def _framed(svg: str, box: str, kind: str) -> str:
     return _ROOT.sub(f'<svg class="{kind}" viewBox="{box}" aria-hidden="true">', svg, count=1)
 
 
-def _own_names(svg: str) -> str:
+def _own_names(svg: str, mark: str) -> str:
     """Keep the names that something refers to, marked as this drawing's."""
-    mark = hashlib.sha256(svg.encode()).hexdigest()[:8]
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(
         r' id="([^"]*)"',

@@ -21,15 +21,16 @@ def spectrum_panel(layer: LayerCurvature) -> Figure:
     """Draw the eigenvalues of A and of G over their number, both as shares of the largest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6, 2.05), layout="constrained")
+    figure = Figure(figsize=(2.1, 1.75), layout="constrained")
     axes = figure.subplots()
-    for label, colour, points in (("A", _A, layer.values_a), ("G", _G, layer.values_g)):
+    sides = (("A", _A, layer.values_a, (-4, -12)), ("G", _G, layer.values_g, (3, 3)))
+    for label, colour, points, away in sides:
         largest = points[0][1] or 1.0
         seen = [(n, v / largest) for n, v in points if v > 10.0**-_DECADES * largest]
         if seen:
             axes.plot(*zip(*seen, strict=True), color=colour, linewidth=1.6)
             axes.annotate(
-                label, seen[len(seen) // 2], xytext=(3, 3), textcoords="offset points",
+                label, seen[len(seen) // 2], xytext=away, textcoords="offset points",
                 color=colour, fontsize=10, fontweight="bold",
             )  # fmt: skip
     axes.set_xscale("log")
@@ -48,7 +49,7 @@ def staircase_panel(stairs: Stairs) -> Figure:
     """Draw what a staircase keeps of all pairs, the largest at the upper left."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6, 2.5), layout="constrained")
+    figure = Figure(figsize=(2.1, 2.05), layout="constrained")
     axes = figure.subplots()
     rows = [row for row, _ in stairs.corners] + [stairs.rows]
     widths = [width for _, width in stairs.corners]

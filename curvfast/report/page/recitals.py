@@ -100,7 +100,10 @@ def marked(truth: str, said: str) -> tuple[Piece, ...]:
     same = SequenceMatcher(None, [w.strip() for w in true], [w.strip() for w in own], False)
     pieces, start = [], 0
     for block in same.get_matching_blocks():
-        pieces.append(Piece("".join(own[start : block.b]), True))
+        other = "".join(own[start : block.b])
+        words = other.lstrip()
+        pieces.append(Piece(other[: len(other) - len(words)], False))
+        pieces.append(Piece(words, True))
         pieces.append(Piece("".join(own[block.b : block.b + block.size]), False))
         start = block.b + block.size
     return tuple(piece for piece in pieces if piece.text)

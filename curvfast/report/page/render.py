@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    number = itertools.count(1)
     environment = Environment(
         loader=PackageLoader("curvfast.report.page"),
         autoescape=True,
@@ -74,6 +76,11 @@ def _environment() -> Environment:
         "anchor": anchor,
         "numeric": numeric,
         "narrowest": narrowest,
-        "drawn": lambda drawing: Markup(drawing.svg),
+        # Names of layers break after a full stop; numbers do not.
+        "breakable": lambda text: Markup("<wbr>").join(re.split(r"(?<=\.)(?=[^\d\s])", text)),
+        # Equal drawings get names of their own as well.
+        "drawn": lambda drawing: Markup(
+            drawing.svg.replace(drawing.mark, f"drawing{next(number)}")
+        ),
     }
     return environment

@@ -12,7 +12,7 @@ from curvfast.edit_report import EditReport
 from curvfast.report.page.curvature import LayerCurvature, Stairs
 from curvfast.report.page.document import Block, Gallery, Picture, Recitals, Table, Text
 from curvfast.report.page.inline import inline
-from curvfast.report.page.numbers import count, decimal, percent, significant
+from curvfast.report.page.numbers import count, decimal, percent, said, significant
 from curvfast.report.page.panels import mass_curves, spectrum_panel, staircase_panel
 from curvfast.report.page.recitals import Continuation, recital
 
@@ -88,12 +88,12 @@ def edit_table(report: EditReport) -> list[Block]:
         for e in report.layers
     )  # fmt: skip
     rule = report.provenance.get("rule", {})
-    asked = ", ".join(f"{key} = {value}" for key, value in rule.items())
+    asked = ", ".join(f"{'ρ' if k == 'mass' else k} = {said(v)}" for k, v in rule.items())
     strength = "" if report.strength == 1 else f" at strength {report.strength:g}"
     return [
         Text(
             f"{len(report.layers)} weights were edited{strength}"
-            f"{f' by {asked}' if asked else ''}: {percent(report.kept_fraction)} of "
+            f"{f' at {asked}' if asked else ''}: {percent(report.kept_fraction)} of "
             f"{count(report.total_pairs)} eigenpairs are kept."
         ),
         Table(
