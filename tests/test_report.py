@@ -185,6 +185,19 @@ def test_what_the_library_saved_is_one_part(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_saved_folder_alone_and_an_edited_checkpoint_are_shown(tmp_path: Path) -> None:
+    reports.saved(tmp_path / "all")
+    alone = Page(shown(tmp_path / "all" / "factors"))
+    assert "4,321 a layer" in alone.text
+    assert "what an edit at ρ = 0.9 would keep" in alone.text
+    reports.write(tmp_path / "model" / "config.json", {"architectures": ["Llama"]})
+    edit = {"kind": "curvfast-edit", **reports.edit_report().to_dict()}
+    reports.write(tmp_path / "model" / "curvfast.json", edit)
+    document = read_folder(tmp_path / "model", no_study)
+    assert "25,225 51.3%" in Page(render(document)).text
+    assert not document.troubles
+
+
 @pytest.mark.parametrize(
     ("without", "told"),
     [
@@ -276,11 +289,19 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
                                                        "mass": 1, "recipe": {},
                                                        "statistics_rows": 1})  # fmt: skip
     reports.write(tmp_path / "stranger.json", {"layers": 3})
+    reports.write(tmp_path / "edited" / "config.json", {"model_type": "llama"})
+    reports.write(tmp_path / "edited" / "tokenizer.json", {"model": 1})
+    reports.write(tmp_path / "own" / "sums" / "config.json", {"kind": "curvfast-corrections"})
     (tensors,) = (tmp_path / "own" / "selection").glob("*.safetensors")
     tensors.write_bytes(b"\0" * tensors.stat().st_size)
     document = read_folder(tmp_path, no_study)
     reasons = {trouble.path: trouble.reason for trouble in document.troubles}
-    assert set(reasons) == {"broken.json", "later.json", "half/results.json", "own/selection"}
+    assert set(reasons) == {
+        "broken.json", "later.json", "stranger.json", "half/results.json", "own/selection",
+        "own/sums",
+    }  # fmt: skip
+    assert "left out" in reasons["stranger.json"]
+    assert reasons["own/sums"] == "holds curvfast-corrections, which a report does not show"
     assert "JSON" in reasons["broken.json"]
     assert "version 9" in reasons["later.json"]
     assert "KeyError: 'passages'" in reasons["half/results.json"]
@@ -297,7 +318,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path: Path) -> No
     ("files", "told"),
     [
         ({}, "curvfast demo --out DIR"),
-        ({"notes.json": "[1, 2]"}, "holds nothing a report could show"),
+        ({"notes.json": "[1, 2]"}, "notes.json: nothing that a report knows"),
         ({"results.json": "{"}, "results.json: cannot be read as JSON"),
     ],
     ids=["empty", "foreign", "damaged"],

@@ -49,8 +49,8 @@ _PLAIN = {"perplexity": 2, "levenshtein": 3}
 Results = Mapping[str, Any]
 
 
-def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> Part | None:
-    """Return the part of a results.json, if it is one that this library wrote.
+def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> Part:
+    """Return the part of a results.json of the demo or the lab.
 
     Args:
         results: Its JSON.
@@ -58,17 +58,14 @@ def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> P
         more: Sections of the files beside it, put after the figures.
 
     Returns:
-        The part; None if the file is something else.
+        The part.
     """
     keys = results.keys()
-    if {"base", "kfac", "sweep", "mass"} <= keys:
-        if {"tasks", "kept", "recipe"} <= keys:
-            return _lab_lm(results, source, more)
-        if {"statistics", "blocks", "recipe"} <= keys:
-            return _lab_vit(results, source, more)
-        if {"recipe", "statistics_rows"} <= keys or {"plan", "spans"} <= keys:
-            return _demo(results, source, more)
-    return None
+    if {"tasks", "kept", "recipe"} <= keys:
+        return _lab_lm(results, source, more)
+    if {"statistics", "blocks", "recipe"} <= keys:
+        return _lab_vit(results, source, more)
+    return _demo(results, source, more)
 
 
 def _demo(results: Results, source: str, more: Sequence[Section]) -> Part:

@@ -27,6 +27,7 @@ StudyPart = Callable[[Path, str, "Callable[[str, str], None]"], Part | None]
 """Makes a part of a study's folder: takes the folder, its name on the page, and who is told of
 files that cannot be read."""
 _DEPTH = 3
+_CHECKPOINT = "checkpoint"
 _WRITERS = """\
   curvfast demo --out DIR             the paper's experiment in small
   curvfast lab lm --out DIR           tasks before and after an edit
@@ -89,7 +90,7 @@ def read_folder(directory: Path, study: StudyPart) -> Document:
         told = "".join(f"\n  {t.path}: {t.reason}" for t in reading.troubles)
         raise InputError(
             f"{str(directory)!r} holds nothing a report could show. It is made of what these write:"
-            f"\n{_WRITERS}" + (f"\nWhat is there could not be read:{told}" if told else "")
+            f"\n{_WRITERS}" + (f"\nWhat is there:{told}" if told else "")
         )
     return Document(root.name or "results", tuple(reading.parts), tuple(reading.troubles))
 
@@ -105,18 +106,17 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def _read(reading: _Reading, folder: Path) -> None:
     """Add the parts of one folder."""
-    contents = {path: _json(reading, path) for path in sorted(folder.glob("*.json"))}
+    kind = _kind(folder)
+    if kind is not None and kind != _CHECKPOINT and folder != reading.root:
+        # Read with what lies beside it, by the folder that holds it.
+        return
+    names = "curvfast.json" if kind == _CHECKPOINT else "*.json"
+    found = [] if kind in KINDS else sorted(folder.glob(names))
+    contents = {path: _json(reading, path) for path in found}
     saved = Saved()
-    for kind, path in _saved_folders(folder):
-        reading.attempt(path, partial(saved.add, kind, path))
-    beside = _beside(reading, contents)
-    shown = False
-    for path, content in contents.items():
-        if isinstance(content, dict):
-            shown |= _add_results(reading, path, content, saved, () if shown else beside)
-    if beside and not shown:
-        name = reading.name(folder)
-        reading.parts.append(Part("Curvature and passages", name, beside))
+    for each, path in _saved_folders(reading, folder):
+        reading.attempt(path, partial(saved.add, each, path))
+    _add_results(reading, folder, contents, saved)
     if any(path.name.startswith("seed-") for path in contents):
         part = reading.attempt(
             folder, lambda: reading.study(folder, reading.name(folder), reading.trouble)
@@ -131,22 +131,31 @@ def _read(reading: _Reading, folder: Path) -> None:
 
 
 def _add_results(
-    reading: _Reading,
-    path: Path,
-    content: Mapping[str, Any],
-    saved: Saved,
-    beside: tuple[Section, ...],
-) -> bool:
-    """Add a results.json or the report of an edit; return whether the former was shown."""
-    if {"layers", "total_pairs", "strength", "provenance"} <= content.keys():
-        report = reading.attempt(path, lambda: EditReport.from_dict(content))
-        if report is not None:
-            saved.add_edit(path.name, report)
-        return False
-    part = reading.attempt(path, lambda: experiment(content, reading.name(path), beside))
-    if part is not None:
-        reading.parts.append(part)
-    return part is not None
+    reading: _Reading, folder: Path, contents: Mapping[Path, Any], saved: Saved
+) -> None:
+    """Add experiments, with what was kept beside them, and reports of edits."""
+    beside, shown = _beside(reading, contents), False
+    for path, content in contents.items():
+        keys = content.keys() if isinstance(content, dict) else set()
+        if keys >= {"layers", "total_pairs", "strength", "provenance"}:
+            report = reading.attempt(path, partial(EditReport.from_dict, content))
+            if report is not None:
+                saved.add_edit(path.name, report)
+        elif keys >= {"base", "kfac", "sweep", "mass"}:
+            own = () if shown else beside
+            part = reading.attempt(path, partial(experiment, content, reading.name(path), own))
+            if part is not None:
+                reading.parts.append(part)
+                shown = True
+        elif content is not None and not _read_elsewhere(path, content):
+            reading.trouble(reading.name(path), "nothing that a report knows: left out")
+    if beside and not shown:
+        reading.parts.append(Part("Curvature and passages", reading.name(folder), beside))
+
+
+def _read_elsewhere(path: Path, content: Any) -> bool:
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind in (PASSAGES, CURVATURE) or path.name.startswith("seed-")
 
 
 def _beside(reading: _Reading, contents: Mapping[Path, Any]) -> tuple[Section, ...]:
@@ -173,19 +182,28 @@ def _curvature(content: Mapping[str, Any]) -> tuple[Section, ...]:
     )
 
 
-def _saved_folders(folder: Path) -> list[tuple[str, Path]]:
+def _saved_folders(reading: _Reading, folder: Path) -> list[tuple[str, Path]]:
     """Return kind and path of what the library saved in this folder, in the order of reading."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        config = path / "config.json"
-        if path.is_dir() and config.is_file():
-            try:
-                kind = json.loads(config.read_text(encoding="utf-8")).get("kind")
-            except (OSError, ValueError, AttributeError):
-                continue
-            if kind in KINDS:
-                found.append((kind, path))
+    inner = [folder] if folder == reading.root else []
+    inner += [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    kinds = {path: kind for path in inner if (kind := _kind(path)) not in (None, _CHECKPOINT)}
+    for path, kind in kinds.items():
+        if kind not in KINDS:
+            reading.trouble(reading.name(path), f"holds {kind}, which a report does not show")
+    found = [(kind, path) for path, kind in kinds.items() if kind in KINDS]
     return sorted(found, key=lambda each: KINDS.index(each[0]))
+
+
+def _kind(folder: Path) -> str | None:
+    """Return what a folder's config.json says that it holds, if it is one of ours or a model."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(kind, str) and kind.startswith("curvfast-"):
+        return kind
+    return _CHECKPOINT if config.keys() & {"model_type", "architectures"} else None
 
 
 def _json(reading: _Reading, path: Path) -> Any:
