@@ -14,6 +14,8 @@ from curvfast.demo import lm, smollm
 from curvfast.demo.corpus import load_corpus
 from curvfast.demo.recipe import Recipe
 from curvfast.hf.small import load
+from curvfast.report.page.curvature import read_curvature
+from curvfast.report.page.recitals import read_passages
 
 MEASURES = {"strict", "loose", "levenshtein", "perplexity", "kept_fraction"}
 TASKS = {"closed_book", "open_book", "addition", "times_table"}
@@ -57,6 +59,24 @@ def test_the_checkpoint_written_is_the_edited_model(made: Path) -> None:
 
     again = evaluate(model, passages=corpus.passages(), text=corpus.held_out.split(16))
     assert again.perplexity == pytest.approx(found["kfac"]["perplexity"], rel=1e-4)
+
+
+def test_what_a_report_shows_is_kept_beside_the_results(made: Path) -> None:
+    found = results(made)
+    assert found["command"] == "curvfast demo --seed 5 --quick"
+    layers, provenance = read_curvature(json.loads((made / "curvature.json").read_text("utf-8")))
+    stairs = [layer.stairs for layer in layers.values()]
+    kept = sum(s.pairs for s in stairs) / sum(s.rows * s.columns for s in stairs)
+    assert kept == pytest.approx(found["kfac"]["kept_fraction"])
+    assert provenance == found["edit"]["provenance"]["factors"]
+    passages, chosen = read_passages(json.loads((made / "passages.json").read_text("utf-8")))
+    corpus = load_corpus(Recipe(seed=5).quick())
+    rows = [corpus.tokenizer.decode(row) for row in corpus.canaries]
+    assert len(passages) == 6
+    assert chosen.startswith("6 of 8 ")
+    assert [p.prompt + p.truth for p in passages] == [rows[i] for i in (0, 1, 2, 4, 5, 6)]
+    assert main(["-q", "report", str(made)]) == 0
+    assert "A quick run" in (made / "report.html").read_text("utf-8")
 
 
 def test_the_picture_is_a_picture(made: Path) -> None:

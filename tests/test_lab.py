@@ -22,6 +22,7 @@ from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.noise import noisy_split
 from curvfast.lab.vit_recipe import RECIPES, STATISTICS, Statistics, VitRecipe
 from curvfast.layers import select
+from curvfast.report.page.curvature import read_curvature
 
 SHARES = {"memorized", "ground_truth", "validation", "clean", "kept_fraction"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,6 +57,11 @@ def test_images_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["versions"]["torch"] == torch.__version__
     assert found["recipe"]["noise"] == 0.5
     assert found["mass"] == 0.9
+    assert found["command"] == (
+        "curvfast lab vit mnist --seed 0 --noise 0.5 --mass 0.9 --blocks 1 --quick"
+    )
+    layers, _ = read_curvature(json.loads((tmp_path / "curvature.json").read_text("utf-8")))
+    assert {block_of(name) for name in layers} == {1}
     for point in [found, *found["sweep"]]:
         for method in ("kfac", "svd", "random"):
             assert set(point[method]) == SHARES
