@@ -39,11 +39,11 @@ def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -
             trouble(where, str(error).replace(f"{folder}/", ""))
     if not runs:
         return None
-    names = {str(run["study"]) for run in runs}
-    name = names.pop()
-    if names or name not in STUDIES:
+    names = sorted({str(run["study"]) for run in runs})
+    name = names[0]
+    if len(names) > 1 or name not in STUDIES:
         raise StorageError(
-            f"seeds of {' and '.join(sorted({name, *names}))!r}: not one study that this curvfast "
+            f"seeds of {' and '.join(names)}: not one study that this curvfast "
             "knows; upgrade it, or keep each study in a folder of its own"
         )
     study, (title, origin) = STUDIES[name], NAMES[name]
