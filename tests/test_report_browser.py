@@ -13,9 +13,20 @@ from typing import Any
 
 import pytest
 import reports
+from matplotlib.figure import Figure
 
-from curvfast.report.page.document import Code, Document, Facts, Part, Table, Text, sections
+from curvfast.report.page.document import (
+    Code,
+    Document,
+    Facts,
+    Part,
+    Picture,
+    Table,
+    Text,
+    sections,
+)
 from curvfast.report.page.folder import read_folder
+from curvfast.report.page.inline import inline
 from curvfast.report.page.recitals import Continuation, save_passages
 from curvfast.report.page.render import render
 
@@ -49,6 +60,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def _panels() -> Figure:
+    figure = Figure(figsize=(13.5, 4))
+    for axes in figure.subplots(1, 3):
+        axes.set_xlabel("a label of three panels", fontsize=9)
+    return figure
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page of everything that is wide: names, tables, words and commands."""
@@ -59,7 +77,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     found = read_folder(folder, lambda *told: None)
     wide = Table("A wide table " * 9, tuple(f"column {i}" for i in range(30)), (("1234567",) * 30,))
-    blocks = (wide, Code(f"curvfast {endless}"), Facts(((endless, endless),)), Text(endless))
+    picture = Picture(inline(_panels), "Three panels.", endless)
+    blocks = (
+        wide,
+        picture,
+        Code(f"curvfast {endless}"),
+        Facts(((endless, endless),)),
+        Text(endless),
+    )
     part = Part(endless, endless, sections((endless, blocks)), note=endless)
     return render(Document(found.title, (*found.parts, part), found.troubles))
 
