@@ -177,28 +177,6 @@ def _arm(
     }
 
 
-def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
-    """Read a recipe's pictures and deal them out.
-
-    Args:
-        recipe: Data, sizes, noise and seed.
-        data: Folder of Fashion-MNIST's files; None looks in the usual places.
-
-    Returns:
-        Pictures to train on, with their given labels, and pictures never trained on.
-
-    Raises:
-        DownloadError: If the pictures cannot be had.
-        StorageError: If a file of pictures is damaged.
-        InputError: If there are too few of them.
-    """
-    first, second = fashion(data) if recipe.data == "fashion" else mnist()
-    return noisy_split(
-        first, second, train=recipe.train_images, fresh=recipe.fresh_images,
-        validation=recipe.validation_images, noise=recipe.noise, seed=recipe.seed,
-    )  # fmt: skip
-
-
 def trained_vit(recipe: VitRecipe, split: NoisySplit) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
