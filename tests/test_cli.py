@@ -42,7 +42,7 @@ def test_plan_tells_whether_a_model_fits(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_failure_is_one_line_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **options: object) -> None:
         raise DownloadError("no index here")
 
     monkeypatch.setattr(lm, "run", fail)
@@ -51,7 +51,7 @@ def test_a_failure_is_one_line_and_exit_code_1(
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lm, "run", interrupt)
