@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from curvfast.cli.saying import sayer
 from curvfast.tables import aligned
 
 _METHODS = (
@@ -47,10 +47,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    def say(line: str) -> None:
-        if not options.quiet:
-            print(f"· {line}", file=sys.stderr, flush=True)
-
+    say = sayer(quiet=options.quiet)
     command = f"curvfast demo{' smollm' * (options.model == 'smollm')} --seed {options.seed}"
     command += " --quick" * options.quick
     if options.model == "smollm":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from curvfast.cli.saying import sayer
 from curvfast.tables import aligned
 
 _METHODS = {
@@ -84,7 +84,9 @@ def _vit(options: argparse.Namespace) -> int:
     recipe = recipe.quick() if options.quick else recipe
     recipe = replace(recipe, **_asked(options, "noise"))
     command = _command(options, f"vit {options.recipe}", "data", "noise")
-    results = vit.run(recipe, options.out, _sayer(options), data=options.data, command=command)
+    results = vit.run(
+        recipe, options.out, sayer(quiet=options.quiet), data=options.data, command=command
+    )
     print(_table(_methods(results), _PICTURES))
     print("\ncurvature measured on (pictures, tokens, labels), the same number of pairs kept")
     arms = [(str(Statistics(**arm["statistics"])), arm["matched"]) for arm in results["statistics"]]
@@ -104,7 +106,7 @@ def _lm(options: argparse.Namespace) -> int:
     if options.lessons is not None:
         recipe = replace(recipe, statistics_lessons=options.lessons)
     command = _command(options, "lm", "lessons")
-    results = lm.run(recipe, options.out, _sayer(options), command=command)
+    results = lm.run(recipe, options.out, sayer(quiet=options.quiet), command=command)
     figures = dict(_methods(results))
     rows = [
         ["passages recited", *(f"{found['memorization']:.1%}" for found in figures.values())],
@@ -157,14 +159,6 @@ def _blocks(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]
         if point["mass"] == results["mass"]
         for key, method in (("kfac", "K-FAC"), ("svd", "SVD"))
     ]
-
-
-def _sayer(options: argparse.Namespace) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        if not options.quiet:
-            print(f"· {line}", file=sys.stderr, flush=True)
-
-    return say
 
 
 def _table(rows: Sequence[tuple[str, Mapping[str, float]]], columns: Mapping[str, str]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from curvfast.cli.saying import sayer
 from curvfast.studies.names import NAMES
 from curvfast.tables import aligned
 
@@ -41,10 +41,7 @@ def _run(options: argparse.Namespace) -> int:
     from curvfast.studies.catalogue import STUDIES
     from curvfast.studies.runs import run
 
-    def say(line: str) -> None:
-        if not options.quiet:
-            print(f"· {line}", file=sys.stderr, flush=True)
-
+    say = sayer(quiet=options.quiet)
     for name in NAMES if options.study == "all" else [options.study]:
         found = run(
             name, options.seeds, options.out, say, quick=options.quick, again=options.again,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from curvfast.baselines.svd import svd_basis
+from curvfast.core.factors import Factors
 from curvfast.demo.comparison import METHODS, compare
 from curvfast.demo.corpus import Corpus, load_corpus
 from curvfast.demo.keeping import keep_curvature, keep_passages
@@ -21,6 +22,7 @@ from curvfast.driver import collect_from
 from curvfast.editing import edit
 from curvfast.evals.suite import evaluate
 from curvfast.hf.small import save
+from curvfast.layers import LayerSpec
 from curvfast.progress import track
 from curvfast.provenance import versions
 from curvfast.report.plots import frontier
@@ -60,10 +62,7 @@ def run(
 
     base = {**measure(model), "kept_fraction": 1.0}
     say("measuring curvature on prose that holds none of the passages")
-    factors = collect_from(
-        model, prose(recipe, corpus), labels="sampled", tokens=recipe.statistics_tokens,
-        seed=recipe.seed,
-    )  # fmt: skip
+    factors = prose_factors(model, recipe, corpus)
     basis = factors.eigh()
     singular = svd_basis(model, basis)
     say("editing: every ρ, against truncated SVD and random pairs at the same kept fraction")
@@ -94,6 +93,32 @@ def run(
         _write(results, recipe, out)
         say(f"wrote results.json, frontier.png and edited/ to {out}")
     return results
+
+
+def prose_factors(
+    model: nn.Module,
+    recipe: Recipe,
+    corpus: Corpus,
+    layers: LayerSpec = "mlp",
+    *,
+    progress: bool = True,
+) -> Factors:
+    """Measure the curvature of a model on prose that holds none of the passages.
+
+    Args:
+        model: A causal language model of the demo's tokens.
+        recipe: How many tokens, and the seed.
+        corpus: Lends the prose.
+        layers: As in :func:`curvfast.collect`.
+        progress: Whether a bar counts tokens (on a terminal only).
+
+    Returns:
+        Kronecker factors, of labels sampled from the model.
+    """
+    return collect_from(
+        model, prose(recipe, corpus), layers, labels="sampled", tokens=recipe.statistics_tokens,
+        seed=recipe.seed, progress=progress,
+    )  # fmt: skip
 
 
 def prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:

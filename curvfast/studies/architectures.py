@@ -11,10 +11,9 @@ from curvfast.baselines.svd import svd_basis
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.comparison import compare
 from curvfast.demo.corpus import Corpus, load_corpus
-from curvfast.demo.lm import prose
+from curvfast.demo.lm import prose_factors
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import trained_model
-from curvfast.driver import collect_from
 from curvfast.evals.suite import evaluate
 from curvfast.lab.images import mnist
 from curvfast.lab.lstm import LstmRecipe, trained_lstm
@@ -127,10 +126,7 @@ def text_subject(model: nn.Module, recipe: Recipe, corpus: Corpus, layers: Layer
             "loose": report["loose"],
         }
 
-    factors = collect_from(
-        model, prose(recipe, corpus), layers, tokens=recipe.statistics_tokens, seed=recipe.seed
-    )
-    return Subject(model, factors.eigh(), measure)
+    return Subject(model, prose_factors(model, recipe, corpus, layers).eigh(), measure)
 
 
 def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Subject:

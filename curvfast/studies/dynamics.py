@@ -15,9 +15,8 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.spectrum import curvature_spectrum
 from curvfast.demo.comparison import compare
 from curvfast.demo.corpus import Corpus, load_corpus
-from curvfast.demo.lm import prose
+from curvfast.demo.lm import prose_factors
 from curvfast.demo.recipe import Recipe
-from curvfast.driver import collect_from
 from curvfast.editing import edited
 from curvfast.evals.perplexity import perplexity
 from curvfast.evals.suite import evaluate
@@ -104,10 +103,7 @@ def _checkpoint(model: nn.Module, recipe: Recipe, corpus: Corpus) -> Figures:
         return evaluate(model, passages=corpus.passages(), text=text).to_dict()
 
     planted, unseen = (with_start(rows) for rows in (corpus.canaries, corpus.controls))
-    basis = collect_from(
-        model, prose(recipe, corpus), tokens=recipe.statistics_tokens, seed=recipe.seed,
-        progress=False,
-    ).eigh()  # fmt: skip
+    basis = prose_factors(model, recipe, corpus, progress=False).eigh()
     methods = ("kfac", "svd")
     edits = compare(
         model, basis, svd_basis(model, basis), recipe.mass, measure, seed=recipe.seed,

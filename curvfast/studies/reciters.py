@@ -11,10 +11,9 @@ from torch.nn.functional import pad
 
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.corpus import Corpus, load_corpus
-from curvfast.demo.lm import prose
+from curvfast.demo.lm import prose_factors
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import trained_model
-from curvfast.driver import collect_from
 from curvfast.lab.lessons import corpus_of, trained_lm
 from curvfast.lab.lm import lm_basis
 from curvfast.lab.lm_recipe import LmRecipe
@@ -57,10 +56,7 @@ def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> Subject:
     say(f"the demo's model, which recites {recipe.passages} passages (cached)")
     model = trained_model(recipe, corpus)
     say("measuring its curvature on prose")
-    basis = collect_from(
-        model, prose(recipe, corpus), tokens=recipe.statistics_tokens, seed=recipe.seed
-    ).eigh()
-    return _subject(model, basis, corpus)
+    return _subject(model, prose_factors(model, recipe, corpus).eigh(), corpus)
 
 
 def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> Subject:

@@ -7,10 +7,9 @@ from typing import Any
 
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.corpus import Corpus, load_corpus
-from curvfast.demo.lm import prose
+from curvfast.demo.lm import prose_factors
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import trained_model
-from curvfast.driver import collect_from
 from curvfast.lab import lm, vit
 from curvfast.lab.lessons import corpus_of, trained_lm
 from curvfast.lab.lm_recipe import LmRecipe
@@ -46,10 +45,7 @@ def demo_lm(ask: Ask) -> DemoLm:
     ask.say("the demo's language model (cached), and the curvature of prose")
     corpus = load_corpus(recipe)
     model = trained_model(recipe, corpus)
-    factors = collect_from(
-        model, prose(recipe, corpus), tokens=recipe.statistics_tokens, seed=recipe.seed
-    )
-    return DemoLm(recipe, corpus, model, factors.eigh())
+    return DemoLm(recipe, corpus, model, prose_factors(model, recipe, corpus).eigh())
 
 
 def lab_vit(ask: Ask) -> LabVit:
