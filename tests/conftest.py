@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # Read when torch loads OpenMP: threads that spin while they wait take the cores others work on.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -44,3 +46,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
         yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for models that tests of one module train, to be read again by the others."""
+    return tmp_path_factory.mktemp("cache")

@@ -21,11 +21,6 @@ from curvfast.studies.study import Ask, Study, spread
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab_data.install(monkeypatch, cache)

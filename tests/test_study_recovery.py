@@ -18,11 +18,6 @@ from curvfast.studies.study import Ask
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab_data.install(monkeypatch, cache)

@@ -30,11 +30,6 @@ MEASURES = {f"{q}_{score}" for q in QUARTERS for score in ("strict", "loose", "l
 MEASURES |= {"perplexity", "perplexity_bible", "ndcg", "cpu_seconds"}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab_data.install(monkeypatch, cache)
