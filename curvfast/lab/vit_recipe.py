@@ -95,12 +95,12 @@ _MNIST = VitRecipe(
     study=_STUDY, statistics=(STATISTICS[2], *STATISTICS[:2], *STATISTICS[3:]),
 )  # fmt: skip
 _FASHION = VitRecipe(
-    "fashion", 4000, 4000, 2000, noise=0.2, epochs=40, weight_decay=1.0, mass=0.98, sweep=_SWEEP,
+    "fashion", 4000, 4000, 2000, noise=0.2, epochs=40, weight_decay=0.3, mass=0.95, sweep=_SWEEP,
     study=_STUDY,
 )  # fmt: skip
 RECIPES: Mapping[str, VitRecipe] = {
     "mnist": _MNIST,
     "fashion": _FASHION,
     # Trained to zero loss: on its own training pictures its curvature is that of the noise.
-    "overfit": replace(_FASHION, noise=0.1, epochs=60, weight_decay=0.3, mass=0.9),
+    "overfit": replace(_FASHION, noise=0.1, epochs=60, mass=0.9),
 }
