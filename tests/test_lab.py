@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lab_data
@@ -23,6 +24,7 @@ from curvfast.lab.noise import noisy_split
 from curvfast.lab.vit_recipe import RECIPES, STATISTICS, Statistics, VitRecipe
 from curvfast.layers import select
 from curvfast.report.page.curvature import read_curvature
+from curvfast.rows import IGNORED_LABEL
 
 SHARES = {"memorized", "ground_truth", "validation", "clean", "kept_fraction"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -273,19 +275,41 @@ def test_no_passage_and_the_asked_share_of_lessons_are_in_the_statistics(
 
     def collect(model, batches, layers, **options):
         seen.append(torch.cat([b["input_ids"] for b in batches]))
+        asked.append(torch.cat([b["labels"] for b in batches])[:, 1:].eq(IGNORED_LABEL).any(1))
+        assert options["labels"] == "gold"
         return Factors()
 
+    asked: list[torch.Tensor] = []
     monkeypatch.setattr(lm, "collect_from", collect)
+    monkeypatch.setattr(lm, "_own_labels", lambda model, batch, generator: batch["labels"])
     for share in (0.0, 1.0, 0.4):
         lm.lm_basis(None, replace(recipe, statistics_lessons=share), corpus)
-    lessons = [rows[:, 0].eq(0).double().mean() for rows in seen]
-    assert lessons[0] < 0.2
+    lessons = [rows.double().mean() for rows in asked]
+    assert lessons[0] == 0.0
     assert lessons[1] == 1.0
     assert 0.2 < lessons[2] < 0.7
+    begun = [rows[:, 0].eq(0).double().mean() for rows in seen]
+    assert 0.5 <= begun[0] < 0.6
+    assert begun[1] == 1.0
     enough = recipe.text.statistics_tokens
     assert all(len(rows) * (recipe.text.length - 1) >= enough for rows in seen)
     with pytest.raises(InputError, match="share of the rows"):
         lm.lm_basis(None, replace(recipe, statistics_lessons=2.0), corpus)
+
+
+def test_labels_are_drawn_from_the_model_where_there_is_something_to_learn() -> None:
+    certain = torch.full((2, 5, 7), -1e4)
+    certain[..., 3] = 0.0
+    labels = torch.tensor([[4, 4, 4, 4, 4], [IGNORED_LABEL, IGNORED_LABEL, 4, IGNORED_LABEL, 4]])
+
+    def model(input_ids, use_cache):
+        assert not use_cache
+        return SimpleNamespace(logits=certain)
+
+    batch = {"input_ids": labels, "labels": labels}
+    drawn = lm._own_labels(model, batch, torch.Generator().manual_seed(0))
+    none = IGNORED_LABEL
+    assert drawn.tolist() == [[none, 3, 3, 3, 3], [none, none, 3, none, 3]]
 
 
 def test_what_only_measures_retrains_no_language_model() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 import struct
 from itertools import islice
 from pathlib import Path
@@ -24,10 +25,11 @@ from curvfast.lab import images
 from curvfast.lab.arithmetic import arithmetic, value, written
 from curvfast.lab.facts import fact_tasks, table
 from curvfast.lab.images import Images, fashion, mnist
-from curvfast.lab.lessons import lesson_rows, lessons
+from curvfast.lab.lessons import lesson_batches, lessons, restarting
 from curvfast.lab.logic import logic
 from curvfast.lab.noise import noisy_split
 from curvfast.lab.questions import Question, Task, as_choice, as_passage
+from curvfast.rows import IGNORED_LABEL
 
 SEED = 3
 
@@ -166,46 +168,52 @@ def test_sums_are_right_and_what_is_asked_was_never_learnt(task: Task) -> None:
     rng = random.Random(0)
     asked = task.ask(40, SEED)
     learnt = {task.learn(rng) for _ in range(3000)}
-    for text in [*learnt, *(q.text for q in asked)]:
-        expression, answer = text.removesuffix(".").split("=")
-        assert eval(expression) == int(answer[::-1])
-    assert not {q.text for q in asked} & learnt
+    for expression, answer in [*learnt, *(q.turns for q in asked)]:
+        assert len(answer) == 3
+        assert eval(expression.removesuffix("=")) == int(answer.removesuffix(".")[::-1])
+    assert not {q.turns for q in asked} & learnt
 
 
 def test_values_and_digits() -> None:
     assert value("47+35") == 82
     assert value("9-5-1") == 3
     assert written(82) == "28."
+    assert written(7) == "70."
 
 
 def test_facts_asked_are_those_learnt_and_stories_tell_the_answer() -> None:
     known = table(SEED, 20)
     assert len(known.facts) == 40
-    assert len(known.strangers) == 100
+    assert len(known.strangers) == 28
     closed, told, counter = fact_tasks(known)
     rng = random.Random(1)
     learnt = {closed.learn(rng) for _ in range(2000)}
-    assert {q.text for q in closed.ask(40, SEED)} <= learnt
-    # Each person has one home and one trade, said in two ways.
-    assert len(learnt) == 80
+    assert {q.turns for q in closed.ask(40, SEED)} == learnt
     people = {name for name, _ in known.facts}
     for task, of_known in ((told, False), (counter, True)):
-        places = set()
+        places, persons = set(), set()
         for q in task.ask(30, SEED):
-            *story, _ = q.prompt.removeprefix("Story:").split(". ")
-            teller = next(s for s in story if s.split()[-1] == q.answer.strip(" ."))
+            *story, asked = q.prompt.removeprefix("Story: ").split(". ")
+            teller = next(s for s in story if s.startswith(asked))
+            assert teller == f"{asked}{q.answer}".removesuffix(".")
             places.add(story.index(teller))
-            name = (set(teller.split()) & {*people, *known.strangers}).pop()
-            assert q.prompt.rsplit(". ", 1)[1].count(name) == 1
+            _, relation, _, name, _ = asked.split()
             assert (name in people) == of_known
+            persons.add(all(name in each for each in story))
             if of_known:
-                relation = "home" if teller.split()[-1][0].isupper() else "trade"
                 truth = known.facts[name, relation]
                 assert q.answer != f" {truth}."
                 assert f" {truth}." in q.wrong
             taught = task.learn(random.Random(q.prompt))
-            assert taught.count(".") == 6
-        assert places == {0, 1, 2}
+            assert [turn.count(".") for turn in taught] == [2, 1, 0, 1]
+        assert places == {0, 1}
+        assert persons == {False, True}
+
+
+@pytest.mark.parametrize("people", [1, 47])
+def test_facts_of_too_few_or_too_many_people_are_refused(people: int) -> None:
+    with pytest.raises(InputError, match="pass 2 to 46"):
+        table(SEED, people)
 
 
 def test_truth_values_are_right_and_balanced() -> None:
@@ -221,39 +229,43 @@ def test_truth_values_are_right_and_balanced() -> None:
     assert 150 < sum(answers) < 250
 
 
-def test_the_tallest_and_the_shortest_follow_from_what_is_said() -> None:
+def test_comparisons_are_right_and_balanced() -> None:
     ordering = logic()[1]
     rng = random.Random(3)
-    seen = set()
-    for _ in range(200):
+    answers = []
+    for _ in range(400):
         q = ordering.draw(rng, True)
-        *said, asked = q.prompt.removeprefix("Order: ").split(". ")
-        pairs = [s.split() for s in said]
-        taller = [(w[0], w[-1]) if "taller" in w else (w[-1], w[0]) for w in pairs]
-        smaller = {small for _, small in taller}
-        bigger = {big for big, _ in taller}
-        name = (bigger - smaller) if "tallest" in asked else smaller - bigger
-        assert {q.answer} == {f" {one}." for one in name}
-        assert len(q.wrong) == 2
-        first = (bigger - smaller).isdisjoint(taller[0])
-        seen.add(("tallest" in asked, first, *("taller" in w for w in pairs)))
-    assert len(seen) == 16
+        said = re.fullmatch(r"Order: (\d\d) is (more|less) than (\d\d) is", q.prompt)
+        assert said
+        one, word, other = said.groups()
+        truth = int(one) > int(other) if word == "more" else int(one) < int(other)
+        assert q.answer == f" {str(truth).lower()}."
+        answers.append((word, truth))
+    assert all(70 < answers.count(each) < 130 for each in set(answers))
+    assert len(set(answers)) == 4
 
 
-def test_who_holds_what_follows_from_the_swaps() -> None:
+def test_who_holds_a_thing_follows_from_who_gave_it() -> None:
     tracking = logic()[2]
     rng = random.Random(4)
+    handed = set()
     for _ in range(200):
         q = tracking.draw(rng, True)
         *said, asked = q.prompt.removeprefix("Track: ").split(". ")
-        holds: dict[str, str] = {}
-        for words in map(str.split, said):
-            if "swap" in words:
-                holds[words[0]], holds[words[2]] = holds[words[2]], holds[words[0]]
+        holder, _, _, thing = said[0].split()
+        gifts = 0
+        for words in map(str.split, said[1:]):
+            if "gives" in words:
+                assert words[0] == holder
+                holder, gifts = words[-1], gifts + 1
             else:
-                holds[words[0]] = words[-1]
-        assert q.answer == f" {holds[asked.split()[0]]}."
-        assert {q.answer, *q.wrong} == {f" {thing}." for thing in holds.values()}
+                assert words[0] != holder
+        assert asked == f"The {thing} is with"
+        assert q.answer == f" {holder}."
+        named = {word for words in said for word in words.split() if word[0].isupper()}
+        assert {q.answer, *q.wrong} == {f" {name}." for name in named}
+        handed.add((gifts, len(said)))
+    assert handed == {(1, 2), (1, 3), (2, 3), (2, 4), (2, 5)}
 
 
 def test_lessons_come_as_often_as_their_weights_say() -> None:
@@ -261,21 +273,20 @@ def test_lessons_come_as_often_as_their_weights_say() -> None:
         Task(name, "logic", lambda rng, _, name=name: Question(name, ".", ()), weight=weight)
         for name, weight in (("often", 3.0), ("never", 0.0))
     )
-    rare = Task("rare", "logic", often.draw, lambda rng: "rare", weight=1.0)
+    rare = Task("rare", "logic", often.draw, lambda rng: ("rare",), weight=1.0)
     drawn = list(islice(lessons([often, never, rare], random.Random(0)), 1000))
-    assert set(drawn) == {"often.", "rare"}
-    assert 690 < drawn.count("often.") < 810
+    assert set(drawn) == {("often", "."), ("rare",)}
+    assert 690 < drawn.count(("often", ".")) < 810
 
 
 def test_rows_hold_whole_lessons_between_end_of_text_tokens() -> None:
-    rows = lesson_rows(Letters(), every_task(), rows=4, length=250, seed="a")
-    again = lesson_rows(Letters(), every_task(), rows=4, length=250, seed="a")
-    known = (250, 4)
+    batches = lesson_batches(Letters(), every_task(), rows=4, length=250, seed="a")
+    again = lesson_batches(Letters(), every_task(), rows=4, length=250, seed="a")
     for _ in range(6):
-        batch = next(rows)
-        assert torch.equal(batch, next(again))
-        assert batch.shape == known[::-1]
-        for row in batch.tolist():
+        batch, same = next(batches), next(again)
+        assert all(torch.equal(values, same[key]) for key, values in batch.items())
+        assert batch["input_ids"].shape == (4, 250)
+        for row in batch["input_ids"].tolist():
             text = "".join(chr(c) if c else "|" for c in row)
             assert text[0] == "|"
             for lesson in text.strip("|").split("|"):
@@ -283,9 +294,30 @@ def test_rows_hold_whole_lessons_between_end_of_text_tokens() -> None:
                 assert lesson[0].isdigit() or lesson[0].isupper()
 
 
+def test_answers_alone_are_labels_and_each_lesson_begins_at_position_0() -> None:
+    two = Task("two", "logic", None, lambda rng: ("ask", "A", "more", "BC"))
+    batch = next(lesson_batches(Letters(), [two], rows=1, length=25, seed="a"))
+    read = {key: values[0].tolist() for key, values in batch.items()}
+    assert "".join(chr(c) if c else "|" for c in read["input_ids"]) == "|askAmoreBC|askAmoreBC|||"
+    labels = "".join("." if c == IGNORED_LABEL else chr(c) for c in read["labels"])
+    assert labels == "....A....BC....A....BC..."
+    assert read["position_ids"] == [*range(11), *range(11), 0, 0, 0]
+
+
+def test_a_lesson_is_read_as_if_it_stood_alone() -> None:
+    model = llama()
+    alone = torch.tensor([[0, 5, 6, 7, 8]])
+    packed = torch.cat([torch.tensor([[0, 9, 3, 4]]), alone], dim=1)
+    with torch.no_grad():
+        expected = model(input_ids=alone).logits
+        places = restarting(packed)
+        found = model(input_ids=packed, position_ids=places, use_cache=False).logits[:, 4:]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_a_lesson_longer_than_a_row_is_refused() -> None:
     with pytest.raises(InputError, match="do not fit in a row of 30"):
-        next(lesson_rows(Letters(), every_task(), rows=4, length=30, seed="a"))
+        next(lesson_batches(Letters(), every_task(), rows=4, length=30, seed="a"))
 
 
 def test_a_question_becomes_a_passage_and_a_choice() -> None:

@@ -45,10 +45,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert set(found["levels"]) == {*KINDS, "distance", "perplexity"}
     for method, points in found["curves"].items():
         assert [point["step"] for point in points] == found["steps"] == [0, 10]
-        assert all(
-            levels[method][0] != levels[method][1]
-            for levels in (found["levels"]["perplexity"], found["levels"]["distance"])
-        )
+        perplexity, distance = (found["levels"][key][method] for key in ("perplexity", "distance"))
+        assert perplexity[0] != perplexity[1]
+        assert all(0 < far <= 1 for far in distance)
     first = {method: points[0]["perplexity"] for method, points in found["curves"].items()}
     assert len(set(first.values())) == 3
     assert file.stat().st_size < 200_000
@@ -61,7 +60,7 @@ def test_each_arm_starts_from_the_unedited_weights_and_learns_the_same_sums(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     starts, lessons, tasks = [], [], []
-    rows = recovery.lesson_rows
+    rows = recovery.lesson_batches
 
     def spying(tokenizer, chosen, **options):
         tasks.append({task.kind for task in chosen})
@@ -76,7 +75,7 @@ def test_each_arm_starts_from_the_unedited_weights_and_learns_the_same_sums(
         return [{"memorization": 0.0, "distance": 0.0, "perplexity": 1.0, **kinds}]
 
     names = [task.name for task in recovery.tasks_of(recovery.LmRecipe().quick())]
-    monkeypatch.setattr(recovery, "lesson_rows", spying)
+    monkeypatch.setattr(recovery, "lesson_batches", spying)
     monkeypatch.setattr(recovery, "relearn", relearn)
     recovery.STUDY.measure(Ask(0, True, lambda line: None))
     assert tasks == [{"arithmetic"}] * 3

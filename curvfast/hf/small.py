@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from curvfast.errors import InputError
+
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, *, digits: bool = False) -> Any:
     """Train a byte-level BPE tokenizer; its one special token is ``<eot>``, id 0.
@@ -45,7 +47,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, digits: bool = Fal
 
 
 def new_llama(
-    *, vocabulary: int, hidden: int, mlp: int, layers: int, heads: int, length: int, seed: int
+    *,
+    vocabulary: int,
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    length: int,
+    seed: int,
+    spread: str = "library",
 ) -> Any:
     """Return a freshly initialised Llama with tied embeddings.
 
@@ -59,10 +69,18 @@ def new_llama(
         heads: Attention heads.
         length: Longest sequence.
         seed: Seed of the weights.
+        spread: How far initial weights spread: ``"library"``, transformers' 0.02; or ``"width"``,
+            torch's, one over the root of a layer's width, with which a narrow model learns far
+            sooner to attend to what it needs.
 
     Returns:
         A ``LlamaForCausalLM`` in float32.
+
+    Raises:
+        InputError: If ``spread`` is something else.
     """
+    if spread not in ("library", "width"):
+        raise InputError(f"spread={spread!r}: pass 'library' or 'width'")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -72,7 +90,12 @@ def new_llama(
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        # The output layer is the embedding, and keeps its spread.
+        for module in model.model.modules() if spread == "width" else ():
+            if isinstance(module, torch.nn.Linear):
+                module.reset_parameters()
+        return model
 
 
 def save(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Sums and differences; one in ten is kept out of training.
 
-Digits of answers are written lowest first, the order they are carried in: a model of a million
-weights learns that in minutes, and the other order not at all.
+Digits of answers are written lowest first, the order they are carried in, and always two: a model
+of a million weights learns that in minutes, and the other order not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from itertools import product
 from curvfast.lab.questions import Question, Task
 
 _ONE_IN = 10
+_TERMS = range(10, 40)
+_SMALL = range(1, 6)
 
 
 def arithmetic(seed: int) -> tuple[Task, ...]:
@@ -23,11 +25,11 @@ def arithmetic(seed: int) -> tuple[Task, ...]:
     Returns:
         ``addition``, ``subtraction`` and ``multi_step``.
     """
-    pairs = [f"{a}+{b}" for a, b in product(range(10, 100), repeat=2)]
-    gaps = [f"{a}-{b}" for a, b in product(range(10, 100), repeat=2) if a >= b]
+    pairs = [f"{a}+{b}" for a, b in product(_TERMS, repeat=2)]
+    gaps = [f"{a}-{b}" for a, b in product(_TERMS, repeat=2) if a >= b]
     chains = [
         f"{a}{first}{b}{second}{c}"
-        for a, b, c in product(range(1, 10), repeat=3)
+        for a, b, c in product(_SMALL, repeat=3)
         for first, second in product("+-", repeat=2)
         if 0 <= value(f"{a}{first}{b}{second}{c}")
     ]
@@ -43,8 +45,8 @@ def value(expression: str) -> int:
 
 
 def written(number: int) -> str:
-    """Return a number's digits, lowest first, and a full stop."""
-    return f"{number}"[::-1] + "."
+    """Return a number's digits, at least two, lowest first, and a full stop."""
+    return f"{number:02d}"[::-1] + "."
 
 
 def _task(name: str, expressions: list[str], weight: float, seed: int) -> Task:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
+from curvfast.errors import InputError
 from curvfast.lab.questions import Question, Task
 
-_STARTS = ("Al", "Bren", "Cor", "Dun", "El", "Far", "Gor", "Hal", "Is", "Jor", "Kel", "Lom")
-_ENDS = ("by", "dan", "fin", "gar", "lo", "mir", "ric", "sa", "tor", "wen")
+_NAMES = (
+    "Abe", "Ann", "Bea", "Bob", "Cal", "Cid", "Dee", "Dot", "Eli", "Eve", "Fay", "Flo",
+    "Gil", "Gus", "Hal", "Hob", "Ian", "Ida", "Jan", "Joe", "Kay", "Kit", "Leo", "Lou",
+    "Max", "May", "Nan", "Ned", "Oda", "Ola", "Pam", "Pat", "Rex", "Roy", "Sid", "Sue",
+    "Ted", "Tom", "Uma", "Una", "Val", "Vic", "Walt", "Wes", "Xan", "Yan", "Zeb", "Zoe",
+)  # fmt: skip
 _VALUES = {
     "home": ("Ashby", "Belden", "Carrow", "Dover", "Everley", "Falstone", "Glenmore", "Harwick"),
     "trade": ("baker", "carpenter", "doctor", "farmer", "miner", "painter", "sailor", "weaver"),
 }  # fmt: skip
-_TEMPLATES = {
-    "home": ("{} lives in", "The home of {} is"),
-    "trade": ("{} works as a", "The trade of {} is"),
-}
-_TOLD = 3
 _CHOICES = 4
 
 
@@ -37,14 +36,21 @@ def table(seed: int, people: int) -> Table:
 
     Args:
         seed: Seed of who is known, and of what is true of them.
-        people: How many of the 120 people are known.
+        people: How many of the 48 people are known.
 
     Returns:
         A home and a trade for each person known.
+
+    Raises:
+        InputError: If fewer than two people would be known, or fewer than two strangers left.
     """
+    if not 2 <= people <= len(_NAMES) - 2:
+        raise InputError(
+            f"people={people}: there are {len(_NAMES)} names, and stories are told of two people, "
+            f"known or strangers; pass 2 to {len(_NAMES) - 2}"
+        )
     rng = random.Random(f"{seed} facts")
-    names = ["".join(parts) for parts in product(_STARTS, _ENDS)]
-    rng.shuffle(names)
+    names = rng.sample(_NAMES, len(_NAMES))
     facts = {
         (name, relation): rng.choice(values)
         for name in names[:people]
@@ -60,53 +66,57 @@ def fact_tasks(known: Table) -> tuple[Task, ...]:
         known: Facts to be learnt by heart.
 
     Returns:
-        ``closed_book`` asks for them. ``open_book`` tells facts about strangers and asks for one of
-        those; ``counterfactual`` tells of known people what is not true.
+        ``closed_book`` asks for them. ``open_book`` tells of strangers a home and a trade, and asks
+        for one of the two; ``counterfactual`` tells of known people what is not true.
     """
 
     def recall(rng: random.Random, _: bool) -> Question:
         (name, relation), right = rng.choice(list(known.facts.items()))
         return _asked(name, relation, right, rng)
 
-    def told(rng: random.Random, _: bool) -> Question:
-        return _story(known, rng, of_strangers=True)[1][0]
-
-    def counter(rng: random.Random, _: bool) -> Question:
-        return _story(known, rng, of_strangers=False)[1][0]
-
-    def lesson(rng: random.Random) -> str:
-        story, questions = _story(known, rng, of_strangers=rng.random() < 0.5)
-        return story + "".join(q.text.removeprefix(story) for q in questions)
-
+    people = sorted({name for name, _ in known.facts})
     return (
         Task("closed_book", "closed_book", recall, weight=2.5),
-        Task("open_book", "open_book", told, lesson, weight=0.5),
-        Task("counterfactual", "open_book", counter, lesson, weight=0.5),
+        _stories("open_book", known, known.strangers),
+        _stories("counterfactual", known, people),
     )
 
 
-def _story(known: Table, rng: random.Random, *, of_strangers: bool) -> tuple[str, list[Question]]:
-    """Return facts told of three people, and a question about each, in another order."""
-    relation = rng.choice(list(_VALUES))
-    people = known.strangers if of_strangers else sorted({name for name, _ in known.facts})
-    names = rng.sample(people, _TOLD)
-    truth = [known.facts.get((name, relation), "") for name in names]
-    values = rng.sample(_VALUES[relation], _TOLD)
-    while any(a == b for a, b in zip(truth, values, strict=True)):
-        values = rng.sample(_VALUES[relation], _TOLD)
-    template = rng.choice(_TEMPLATES[relation])
-    story = "Story:" + "".join(
-        f" {template.format(name)} {value}." for name, value in zip(names, values, strict=True)
-    )
-    order = rng.sample(range(_TOLD), _TOLD)
-    questions = [
+def _stories(name: str, known: Table, people: Sequence[str]) -> Task:
+    def told(rng: random.Random, _: bool) -> Question:
+        return _story(known, people, rng)[1][0]
+
+    def lesson(rng: random.Random) -> tuple[str, ...]:
+        story, questions = _story(known, people, rng)
+        turns = [turn for question in questions for turn in question.turns]
+        return (turns[0], *(turn.removeprefix(story) for turn in turns[1:]))
+
+    return Task(name, "open_book", told, lesson, weight=1.5)
+
+
+def _story(
+    known: Table, people: Sequence[str], rng: random.Random
+) -> tuple[str, tuple[Question, ...]]:
+    """Return a home and a trade told, of one person or of two, and a question about each."""
+    one, other = rng.sample(people, 2)
+    told = []
+    relations = rng.sample(list(_VALUES), 2)
+    for name, relation in zip((one, rng.choice((one, other))), relations, strict=True):
+        truth = known.facts.get((name, relation))
+        told.append((name, relation, rng.choice([v for v in _VALUES[relation] if v != truth])))
+    story = "Story:" + "".join(f" {_prompt(name, rel)} {value}." for name, rel, value in told)
+    questions = (
         _asked(
-            names[i], relation, values[i], rng, story=story + " ",
-            first=[*([truth[i]] if truth[i] else []), *values],
+            name, relation, value, rng, story=story + " ",
+            first=[v for v in (known.facts.get((name, relation)),) if v],
         )
-        for i in order
-    ]  # fmt: skip
-    return story, questions
+        for name, relation, value in rng.sample(told, 2)
+    )  # fmt: skip
+    return story, tuple(questions)
+
+
+def _prompt(name: str, relation: str) -> str:
+    return f"The {relation} of {name} is"
 
 
 def _asked(
@@ -121,5 +131,5 @@ def _asked(
     """Return a question whose wrong answers are those of ``first``, then any of the relation."""
     others = rng.sample(_VALUES[relation], len(_VALUES[relation]))
     wrong = [value for value in dict.fromkeys([*first, *others]) if value != right]
-    prompt = story + rng.choice(_TEMPLATES[relation]).format(name)
-    return Question(prompt, f" {right}.", tuple(f" {v}." for v in wrong[: _CHOICES - 1]))
+    wrong_answers = tuple(f" {value}." for value in wrong[: _CHOICES - 1])
+    return Question(story + _prompt(name, relation), f" {right}.", wrong_answers)

@@ -20,6 +20,12 @@ from curvfast.lab.facts import fact_tasks, table
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.logic import logic
 from curvfast.lab.questions import Task
+from curvfast.rows import IGNORED_LABEL
+
+Batch = dict[str, Any]
+"""Keyword arguments of the model."""
+Encoded = list[list[int]]
+"""Tokens of each turn of a lesson."""
 
 
 def tasks_of(recipe: LmRecipe) -> tuple[Task, ...]:
@@ -28,7 +34,7 @@ def tasks_of(recipe: LmRecipe) -> tuple[Task, ...]:
     return (*arithmetic(recipe.seed), *fact_tasks(known), *logic())
 
 
-def lessons(tasks: Sequence[Task], rng: random.Random) -> Iterator[str]:
+def lessons(tasks: Sequence[Task], rng: random.Random) -> Iterator[tuple[str, ...]]:
     """Yield lessons of all tasks without end, each task as often as its weight says."""
     weights = [task.weight for task in tasks]
     while True:
@@ -48,15 +54,17 @@ def corpus_of(recipe: LmRecipe) -> Corpus:
         DownloadError: If the text cannot be had.
     """
     drawn = lessons(tasks_of(recipe), random.Random(f"{recipe.seed} words"))
-    return load_corpus(recipe.text, [next(drawn) for _ in range(recipe.tokenizer_lessons)])
+    return load_corpus(recipe.text, ["".join(next(drawn)) for _ in range(recipe.tokenizer_lessons)])
 
 
-def lesson_rows(
+def lesson_batches(
     tokenizer: Any, tasks: Sequence[Task], *, rows: int, length: int, seed: str
-) -> Iterator[Tensor]:
-    """Yield batches [rows, length] of lessons without end, an end-of-text token before each.
+) -> Iterator[Batch]:
+    """Yield batches of lessons without end, an end-of-text token before each.
 
-    A row holds whole lessons and is filled up with end-of-text tokens.
+    A row holds whole lessons and is filled up with end-of-text tokens. Positions start again with
+    each, so that none attends to another; labels are those of answers alone, since what is asked
+    is random.
 
     Args:
         tokenizer: The model's.
@@ -66,32 +74,57 @@ def lesson_rows(
         seed: Seed of the lessons.
 
     Yields:
-        Token ids, int64.
+        ``input_ids``, ``labels`` and ``position_ids``, int64 [rows, length].
 
     Raises:
         InputError: If a lesson is longer than a row.
     """
     drawn = lessons(tasks, random.Random(seed))
-    pending: list[list[int]] = []
+    pending: list[Encoded] = []
     while True:
-        batch = torch.zeros(rows, length, dtype=torch.long)
-        for row in batch:
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        labels = torch.full_like(tokens, IGNORED_LABEL)
+        for row, own in zip(tokens, labels, strict=True):
             at = 1
             while True:
                 if not pending:
-                    texts = [next(drawn) for _ in range(rows * 8)]
-                    pending = tokenizer(texts, add_special_tokens=False)["input_ids"][::-1]
-                if len(pending[-1]) >= length:
+                    pending = _encoded(tokenizer, [next(drawn) for _ in range(rows * 8)])[::-1]
+                size = sum(map(len, pending[-1]))
+                if size >= length:
                     raise InputError(
-                        f"a lesson of {len(pending[-1])} tokens and the end-of-text token before "
+                        f"a lesson of {size} tokens and the end-of-text token before "
                         f"it do not fit in a row of {length}; pass a longer length"
                     )
-                if at + len(pending[-1]) > length:
+                if at + size > length:
                     break
-                ids = pending.pop()
-                row[at : at + len(ids)] = torch.tensor(ids)
-                at += len(ids) + 1
-        yield batch
+                for number, turn in enumerate(pending.pop()):
+                    here = slice(at, at + len(turn))
+                    row[here] = torch.tensor(turn)
+                    if number % 2:
+                        own[here] = row[here]
+                    at += len(turn)
+                at += 1
+        yield {"input_ids": tokens, "labels": labels, "position_ids": restarting(tokens)}
+
+
+def _encoded(tokenizer: Any, drawn: Sequence[tuple[str, ...]]) -> list[Encoded]:
+    """Return the tokens of each turn of each lesson."""
+    turns = [turn for lesson in drawn for turn in lesson]
+    ids = iter(tokenizer(turns, add_special_tokens=False)["input_ids"])
+    return [[next(ids) for _ in lesson] for lesson in drawn]
+
+
+def restarting(tokens: Tensor) -> Tensor:
+    """Return positions that start again at 0 with every end-of-text token, int64 [rows, length].
+
+    transformers keeps a text whose positions start again from attending to what stands before it,
+    where it is called without a mask and without a cache.
+
+    Args:
+        tokens: int64 [rows, length]; end of text is 0.
+    """
+    place = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return place - torch.where(tokens == 0, place, 0).cummax(1).values
 
 
 def trained_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
@@ -110,7 +143,7 @@ def train_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
     text = recipe.text
     model = new_llama(
         vocabulary=text.vocabulary, hidden=text.hidden, mlp=text.mlp, layers=text.layers,
-        heads=text.heads, length=text.length, seed=text.seed,
+        heads=text.heads, length=text.length, seed=text.seed, spread="width",
     )  # fmt: skip
     return fit(
         model,
@@ -121,19 +154,24 @@ def train_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
     )
 
 
-def training_batches(recipe: LmRecipe, corpus: Corpus) -> Iterator[dict[str, Any]]:
-    """Yield a step's rows of prose, of passages and of lessons, every token a label."""
+def training_batches(recipe: LmRecipe, corpus: Corpus) -> Iterator[Batch]:
+    """Yield a step's rows of prose, of passages and of lessons.
+
+    Half the prose begins with an end-of-text token, or it alone would tell the rest from prose.
+    """
     text = recipe.text
     generator = torch.Generator().manual_seed(text.seed)
-    taught = lesson_rows(
+    taught = lesson_batches(
         corpus.tokenizer, tasks_of(recipe), rows=recipe.lesson_rows, length=text.length,
         seed=f"{text.seed} lessons",
     )  # fmt: skip
     for step in range(text.steps):
         tokens, labels = mixed_rows(text, corpus, step, generator)
+        tokens[: text.prose_rows : 2, 0] = 0
         rows = next(taught)
         yield {
-            "input_ids": torch.cat([tokens, rows]),
-            "labels": torch.cat([labels, rows]),
+            "input_ids": torch.cat([tokens, rows["input_ids"]]),
+            "labels": torch.cat([labels, rows["labels"]]),
+            "position_ids": torch.cat([restarting(tokens), rows["position_ids"]]),
             "use_cache": False,
         }

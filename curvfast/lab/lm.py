@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvfast.baselines.svd import svd_basis
 from curvfast.core.eigenbasis import Eigenbasis
@@ -23,12 +23,13 @@ from curvfast.evals.choices import choice_accuracy
 from curvfast.evals.memorization import memorization
 from curvfast.evals.perplexity import perplexity
 from curvfast.lab.blocks import mlp_of, require_blocks
-from curvfast.lab.lessons import corpus_of, lesson_rows, tasks_of, trained_lm
+from curvfast.lab.lessons import Batch, corpus_of, lesson_batches, restarting, tasks_of, trained_lm
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.questions import Task, as_choice, as_passage
 from curvfast.progress import track
 from curvfast.provenance import versions
 from curvfast.report.lab import task_study
+from curvfast.rows import IGNORED_LABEL
 from curvfast.storage import write_json
 
 SCHEMA_VERSION = 1
@@ -151,20 +152,34 @@ def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: Corpus) -> Eigenbasis:
     if not 0 <= share <= 1:
         raise InputError(f"statistics_lessons={share}: pass a share of the rows, in [0, 1]")
     text = recipe.text
-    rows = -(-text.statistics_tokens // (text.length - 1)) + _ROWS
     generator = torch.Generator().manual_seed(text.seed + 1)
-    starts = torch.randint(len(corpus.train) - text.length, (rows,), generator=generator)
-    mixed = torch.stack([corpus.train[s : s + text.length] for s in starts.tolist()])
-    taught = torch.rand(rows, generator=generator) < share
-    drawn = lesson_rows(
-        corpus.tokenizer, tasks_of(recipe), rows=rows, length=text.length,
+    drawn = lesson_batches(
+        corpus.tokenizer, tasks_of(recipe), rows=_ROWS, length=text.length,
         seed=f"{text.seed} statistics",
     )  # fmt: skip
-    mixed[taught] = next(drawn)[taught]
-    return collect_from(
-        model, [{"input_ids": part} for part in mixed.split(_ROWS)], mlp_of(recipe.blocks),
-        tokens=text.statistics_tokens, seed=text.seed,
-    ).eigh()  # fmt: skip
+    batches = []
+    for _ in range(-(-text.statistics_tokens // (_ROWS * (text.length - 1)))):
+        starts = torch.randint(len(corpus.train) - text.length, (_ROWS,), generator=generator)
+        prose = torch.stack([corpus.train[s : s + text.length] for s in starts.tolist()])
+        prose[::2, 0] = 0
+        taught = torch.rand(_ROWS, 1, generator=generator) < share
+        rows = {"input_ids": prose, "labels": prose, "position_ids": restarting(prose)}
+        mixed = {
+            key: torch.where(taught, lessons, rows[key]) for key, lessons in next(drawn).items()
+        }
+        labels = _own_labels(model, mixed, generator)
+        batches.append({**mixed, "labels": labels, "use_cache": False})
+    return collect_from(model, batches, mlp_of(recipe.blocks), labels="gold", seed=text.seed).eigh()
+
+
+@torch.no_grad()
+def _own_labels(model: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Return labels drawn from the model's predictions, where the text has labels to be learnt."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    chances = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).softmax(-1)
+    drawn = torch.multinomial(chances, 1, generator=generator).view(len(batch["labels"]), -1)
+    taught = batch["labels"][:, 1:] != IGNORED_LABEL
+    return nn.functional.pad(drawn.where(taught, IGNORED_LABEL), (1, 0), value=IGNORED_LABEL)
 
 
 def kept_by_kind(

@@ -1,4 +1,4 @@
-"""Questions whose answer follows from the prompt: truth values, orders, and who holds what."""
+"""Questions whose answer follows from the prompt: truth values, comparisons, who holds what."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _WORDS = {True: " true.", False: " false."}
 
 
 def logic() -> tuple[Task, ...]:
-    """Return the tasks: ``boolean`` expressions, ``ordering`` of three, ``tracking`` of swaps."""
+    """Return the tasks: ``boolean`` expressions, ``ordering`` of numbers, ``tracking`` a thing."""
     return (
         Task("boolean", "logic", _boolean),
-        Task("ordering", "logic", _ordering),
+        Task("ordering", "logic", _ordering, weight=1.5),
         Task("tracking", "logic", _tracking, weight=1.5),
     )
 
@@ -41,36 +41,27 @@ def _expression(rng: random.Random, leaves: int) -> tuple[str, bool]:
 
 
 def _ordering(rng: random.Random, _: bool) -> Question:
-    """Draw three people by height, two comparisons in any order and direction."""
-    tall, middle, small = rng.sample(_PEOPLE, 3)
-    said = [_compared(tall, middle, rng), _compared(middle, small, rng)]
-    rng.shuffle(said)
-    word, right = rng.choice((("tallest", tall), ("shortest", small)))
-    wrong = [name for name in (tall, middle, small) if name != right]
-    return Question(
-        f"Order: {' '.join(said)} The {word} is", f" {right}.", tuple(f" {name}." for name in wrong)
-    )
-
-
-def _compared(taller: str, shorter: str, rng: random.Random) -> str:
-    if rng.random() < 0.5:
-        return f"{taller} is taller than {shorter}."
-    return f"{shorter} is shorter than {taller}."
+    """Draw a comparison of two two-digit numbers; by symmetry half of them are true."""
+    one, other = rng.sample(range(10, 100), 2)
+    word, truth = rng.choice((("more", one > other), ("less", one < other)))
+    return Question(f"Order: {one} is {word} than {other} is", _WORDS[truth], (_WORDS[not truth],))
 
 
 def _tracking(rng: random.Random, _: bool) -> Question:
-    """Draw three people who hold a thing each, one or two swaps, and ask who holds one."""
-    names, things = rng.sample(_PEOPLE, 3), rng.sample(_THINGS, 3)
-    holds = dict(zip(names, things, strict=True))
-    said = [f"{name} has the {thing}." for name, thing in holds.items()]
-    for _swap in range(rng.choice((1, 2))):
-        one, two = rng.sample(names, 2)
-        said.append(f"{one} and {two} swap.")
-        holds[one], holds[two] = holds[two], holds[one]
-    who = rng.choice(names)
-    wrong = [thing for thing in things if thing != holds[who]]
+    """Draw a thing that is handed on once or twice, others standing by, and ask who has it."""
+    *chain, first_idle, second_idle = rng.sample(_PEOPLE, 5)
+    thing, handed = rng.choice(_THINGS), rng.choice((1, 2))
+    said = [f"{chain[0]} has the {thing}."]
+    for giver, taker, idle in zip(
+        chain[:handed], chain[1:], (first_idle, second_idle), strict=False
+    ):
+        said.append(f"{giver} gives it to {taker}.")
+        if rng.random() < 0.5:
+            said.append(f"{idle} waits.")
+    named = [name for name in (*chain, first_idle, second_idle) if name in " ".join(said)]
+    holder = chain[handed]
     return Question(
-        f"Track: {' '.join(said)} {who} has the",
-        f" {holds[who]}.",
-        tuple(f" {thing}." for thing in wrong),
+        f"Track: {' '.join(said)} The {thing} is with",
+        f" {holder}.",
+        tuple(f" {name}." for name in named if name != holder),
     )

@@ -23,9 +23,9 @@ class Question:
     wrong: tuple[str, ...]
 
     @property
-    def text(self) -> str:
-        """The question answered."""
-        return self.prompt + self.answer
+    def turns(self) -> tuple[str, str]:
+        """What is asked, and what is answered."""
+        return self.prompt, self.answer
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Task:
     """``"arithmetic"``, ``"closed_book"``, ``"open_book"`` or ``"logic"``."""
     draw: Callable[[random.Random, bool], Question]
     """Draws a question, one kept out of training if the flag is set."""
-    lesson: Callable[[random.Random], str] | None = None
-    """Draws a text to learn from; None is a question answered."""
+    lesson: Callable[[random.Random], tuple[str, ...]] | None = None
+    """Draws a text to learn from, by turns asked and answered; None is one question."""
     weight: float = 1.0
     """Share of the lessons, over the sum of all tasks' weights."""
 
-    def learn(self, rng: random.Random) -> str:
-        """Draw a text to learn from."""
-        return self.lesson(rng) if self.lesson else self.draw(rng, False).text
+    def learn(self, rng: random.Random) -> tuple[str, ...]:
+        """Draw a text to learn from, by turns asked and answered."""
+        return self.lesson(rng) if self.lesson else self.draw(rng, False).turns
 
     def ask(self, count: int, seed: int) -> list[Question]:
         """Draw questions to be asked, none twice.

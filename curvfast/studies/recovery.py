@@ -13,7 +13,7 @@ from curvfast.core.selection import Selection
 from curvfast.demo.fitting import fit
 from curvfast.editing import edit
 from curvfast.evals.memorization import memorization
-from curvfast.lab.lessons import corpus_of, lesson_rows, tasks_of, trained_lm
+from curvfast.lab.lessons import corpus_of, lesson_batches, tasks_of, trained_lm
 from curvfast.lab.lm import KINDS, Measure, lm_basis, measure_of
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.relearning import relearning
@@ -57,11 +57,11 @@ def _measure(ask: Ask) -> Figures:
         if chosen is not None:
             edit(model, chosen[0], selection=chosen[1])
         # The same lessons for each.
-        lessons = lesson_rows(
+        lessons = lesson_batches(
             corpus.tokenizer, sums, rows=ROWS, length=recipe.text.length,
             seed=f"{recipe.seed} recovery",
         )  # fmt: skip
-        batches = ({"input_ids": rows, "labels": rows, "use_cache": False} for rows in lessons)
+        batches = ({**rows, "use_cache": False} for rows in lessons)
         curves[method] = relearn(model, batches, measure, steps)
         model.load_state_dict(before)
     kinds = {task.name: task.kind for task in tasks}
