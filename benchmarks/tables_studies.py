@@ -26,6 +26,6 @@ def tables(folder: Path = RESULTS) -> dict[str, Lines]:
         paths = sorted((folder / name).glob("seed-*.json"), key=lambda path: (len(path.name), path))
         if paths:
             for title, lines in study.tables([read(path)["figures"] for path in paths]).items():
-                slug = re.sub(r"[^a-z0-9]+", "-", title.lower())
+                slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
                 found[f"study-{name}-{slug}"] = lines
     return found

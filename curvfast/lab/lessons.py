@@ -157,7 +157,7 @@ def train_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
 def training_batches(recipe: LmRecipe, corpus: Corpus) -> Iterator[Batch]:
     """Yield a step's rows of prose, of passages and of lessons.
 
-    Half the prose begins with an end-of-text token, or it alone would tell the rest from prose.
+    Prose begins with an end-of-text token too, or that token alone would tell the rest from prose.
     """
     text = recipe.text
     generator = torch.Generator().manual_seed(text.seed)
@@ -167,7 +167,7 @@ def training_batches(recipe: LmRecipe, corpus: Corpus) -> Iterator[Batch]:
     )  # fmt: skip
     for step in range(text.steps):
         tokens, labels = mixed_rows(text, corpus, step, generator)
-        tokens[: text.prose_rows : 2, 0] = 0
+        tokens[: text.prose_rows, 0] = 0
         rows = next(taught)
         yield {
             "input_ids": torch.cat([tokens, rows["input_ids"]]),

@@ -38,9 +38,9 @@ class LmRecipe:
     """Share of lessons in the text curvature is measured on; the rest is prose."""
     blocks: tuple[int, ...] | None = None
     """Blocks whose MLPs are edited; None means all."""
-    mass: float = 0.95
-    """ρ of the edit that is reported."""
-    sweep: tuple[float, ...] = (0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+    mass: float = 0.93
+    """ρ of the edit that is reported: of seed 0, the largest that leaves under 5 % recited."""
+    sweep: tuple[float, ...] = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99)
 
     @property
     def seed(self) -> int:

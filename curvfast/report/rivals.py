@@ -31,7 +31,7 @@ def rivals(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained", dpi=160)
+    figure = Figure(figsize=(13.5, 4.5), layout="constrained", dpi=160)
     for axes, (measure, title) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
         scale = 1 if measure == "ndcg" else 100
         for number, run in enumerate(runs):
@@ -52,5 +52,8 @@ def rivals(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("rise of perplexity on held-out speeches, %")
         plain(axes)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+        frameon=False, fontsize=8,
+    )  # fmt: skip
     return figure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ _COLOURS = {
     "open_book": "#3a7ca5",
     "logic": "#0b6e4f",
 }
+_MARKS = "osD^v"
+"""Of the tasks of one kind, in order."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def task_spectrum(panels: Mapping[str, tuple[Sequence[Point], str]]) -> Figure:
         panels: Tasks and a note, by the name of the measure.
 
     Returns:
-        Two panels a row; a large mark is a task's mean, small ones are seeds.
+        Two panels a row; a large mark is a task's mean, dots are seeds.
     """
     from matplotlib.figure import Figure
 
@@ -55,16 +58,20 @@ def task_spectrum(panels: Mapping[str, tuple[Sequence[Point], str]]) -> Figure:
         plain(axes)
     for row in grid:
         row[0].set_ylabel("accuracy lost to the edit, %")
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+        frameon=False, fontsize=9,
+    )  # fmt: skip
     return figure
 
 
 def _panel(axes: Axes, points: Sequence[Point]) -> None:
+    marks: dict[str, Iterator[str]] = {}
     for point in points:
         colour = _COLOURS[point.kind]
+        mark = next(marks.setdefault(point.kind, cycle(_MARKS)))
         axes.plot(point.x, point.y, ".", color=colour, alpha=0.4, markersize=5)
-        place = mean(point.x), mean(point.y)
-        axes.plot(*place, "o", color=colour, markersize=8)
-        axes.annotate(
-            point.name.replace("_", " "), place, xytext=(6, 5), textcoords="offset points",
-            color=colour, fontsize=8.5,
+        axes.plot(
+            mean(point.x), mean(point.y), mark, color=colour, markersize=7, alpha=0.85,
+            linestyle="none", label=point.name.replace("_", " "),
         )  # fmt: skip

@@ -49,7 +49,7 @@ def _measure(ask: Ask) -> Figures:
     for task in tasks:
         questions = task.ask(recipe.questions, recipe.seed)
         texts[task.name] = [as_passage(corpus.tokenizer, question) for question in questions]
-    prose = [Passage((row[0],), tuple(row[1:])) for row in corpus.held_out.tolist()]
+    prose = [Passage((0,), tuple(row[1:])) for row in corpus.held_out.tolist()]
     ask.say(f"activations of {len(texts)} tasks beside those of prose")
     activations = {name: _activations(model, basis, own, prose) for name, own in texts.items()}
     ask.say(f"asking before and after the edit, ρ = {recipe.mass:g}")
