@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import lab_data
 import numpy as np
 import pytest
 import torch
@@ -21,11 +22,13 @@ from torch import nn
 from curvfast.demo.caching import cached, key_of
 from curvfast.errors import DownloadError, InputError, StorageError
 from curvfast.evals.choices import Choice, choice_accuracy
+from curvfast.hf.small import new_llama
 from curvfast.lab import images
 from curvfast.lab.arithmetic import arithmetic, value, written
 from curvfast.lab.facts import fact_tasks, table
 from curvfast.lab.images import Images, fashion, mnist
-from curvfast.lab.lessons import lesson_batches, lessons, restarting
+from curvfast.lab.lessons import corpus_of, lesson_batches, lessons, restarting, training_batches
+from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.logic import logic
 from curvfast.lab.noise import noisy_split
 from curvfast.lab.questions import Question, Task, as_choice, as_passage
@@ -302,6 +305,46 @@ def test_answers_alone_are_labels_and_each_lesson_begins_at_position_0() -> None
     labels = "".join("." if c == IGNORED_LABEL else chr(c) for c in read["labels"])
     assert labels == "....A....BC....A....BC..."
     assert read["position_ids"] == [*range(11), *range(11), 0, 0, 0]
+
+
+def test_prose_and_passages_are_learnt_whole_and_every_row_begins_with_end_of_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab_data.install(monkeypatch, tmp_path)
+    recipe = LmRecipe().quick()
+    text = recipe.text
+    corpus = corpus_of(recipe)
+    batches = list(training_batches(recipe, corpus))
+    assert len(batches) == text.steps
+    for batch in batches:
+        tokens, labels = batch["input_ids"], batch["labels"]
+        assert len(tokens) == text.prose_rows + text.canary_rows + recipe.lesson_rows
+        assert tokens[:, 0].eq(0).all()
+        assert torch.equal(batch["position_ids"], restarting(tokens))
+        prose, passages, _ = labels.split([text.prose_rows, text.canary_rows, recipe.lesson_rows])
+        assert prose[:, 1:].ne(IGNORED_LABEL).all()
+        assert passages.ne(IGNORED_LABEL).sum() == 2 * text.canary_rows * corpus.canaries.shape[1]
+        taught = labels != IGNORED_LABEL
+        assert torch.equal(tokens[:, 1:][taught[:, 1:]], labels[:, 1:][taught[:, 1:]])
+
+
+def test_wide_weights_spread_as_torch_s_and_draw_no_global_number() -> None:
+    sizes = {"vocabulary": 99, "hidden": 48, "mlp": 300, "layers": 1, "heads": 2, "length": 8}
+    state = torch.get_rng_state()
+    narrow, wide, other = (
+        new_llama(**sizes, seed=seed, spread=spread)
+        for seed, spread in ((1, "library"), (1, "width"), (2, "width"))
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    block = wide.model.layers[0]
+    for layer, width in ((block.self_attn.q_proj, 48), (block.mlp.down_proj, 300)):
+        assert layer.weight.std().item() == pytest.approx((3 * width) ** -0.5, rel=0.05)
+    assert narrow.model.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(wide.lm_head.weight, narrow.lm_head.weight)
+    assert wide.lm_head.weight is wide.model.embed_tokens.weight
+    assert not torch.equal(block.mlp.up_proj.weight, other.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(InputError, match="'library' or 'width'"):
+        new_llama(**sizes, seed=1, spread="wide")
 
 
 def test_a_lesson_is_read_as_if_it_stood_alone() -> None:
