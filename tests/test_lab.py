@@ -277,6 +277,7 @@ def test_no_passage_and_the_asked_share_of_lessons_are_in_the_statistics(
         seen.append(torch.cat([b["input_ids"] for b in batches]))
         asked.append(torch.cat([b["labels"] for b in batches])[:, 1:].eq(IGNORED_LABEL).any(1))
         assert options["labels"] == "gold"
+        assert not any(b["use_cache"] for b in batches)
         return Factors()
 
     asked: list[torch.Tensor] = []
@@ -293,6 +294,19 @@ def test_no_passage_and_the_asked_share_of_lessons_are_in_the_statistics(
     assert all(len(rows) * (recipe.text.length - 1) >= enough for rows in seen)
     with pytest.raises(InputError, match="share of the rows"):
         lm.lm_basis(None, replace(recipe, statistics_lessons=2.0), corpus)
+
+
+def test_perplexity_is_of_rows_that_begin_as_those_learnt_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held_out = torch.arange(1, 41).view(4, 10)
+    corpus = SimpleNamespace(tokenizer=None, held_out=held_out, passages=list)
+    seen = []
+    monkeypatch.setattr(lm, "memorization", lambda model, passages: SimpleNamespace(strict=0.0))
+    monkeypatch.setattr(lm, "perplexity", lambda model, parts: seen.append(torch.cat([*parts])))
+    lm.measure_of(LmRecipe(), corpus, ())(None)
+    assert seen[0][:, 0].eq(0).all()
+    assert torch.equal(seen[0][:, 1:], held_out[:, 1:])
 
 
 def test_labels_are_drawn_from_the_model_where_there_is_something_to_learn() -> None:

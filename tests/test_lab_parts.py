@@ -321,8 +321,10 @@ def test_prose_and_passages_are_learnt_whole_and_every_row_begins_with_end_of_te
         assert len(tokens) == text.prose_rows + text.canary_rows + recipe.lesson_rows
         assert tokens[:, 0].eq(0).all()
         assert torch.equal(batch["position_ids"], restarting(tokens))
-        prose, passages, _ = labels.split([text.prose_rows, text.canary_rows, recipe.lesson_rows])
+        sizes = [text.prose_rows, text.canary_rows, recipe.lesson_rows]
+        prose, passages, lessons = labels.split(sizes)
         assert prose[:, 1:].ne(IGNORED_LABEL).all()
+        assert lessons.ne(IGNORED_LABEL).double().mean() < 0.5
         assert passages.ne(IGNORED_LABEL).sum() == 2 * text.canary_rows * corpus.canaries.shape[1]
         taught = labels != IGNORED_LABEL
         assert torch.equal(tokens[:, 1:][taught[:, 1:]], labels[:, 1:][taught[:, 1:]])
