@@ -105,8 +105,11 @@ def dynamics(runs: Sequence[Mapping[str, Any]]) -> Figure:
     bands.axhline(1, color=_UNSEEN, linewidth=0.8)
     bands.set_ylabel("activation, planted / unseen")
     bands.set_xlabel("optimizer step")
+    low, high = bands.get_ylim()
+    bands.set_ylim(low, high + 0.3 * (high - low))
     for axes in panels:
-        axes.legend(frameon=False, fontsize=8, handlelength=3)
+        columns = 2 if axes is bands else 1
+        axes.legend(frameon=False, fontsize=8, handlelength=3, loc="best", ncols=columns)
         plain(axes)
     shown = runs[0]["exposures"] * runs[0]["checkpoints"][-1]["step"]
     figure.suptitle(
