@@ -27,10 +27,11 @@ from curvfast.lab import images
 from curvfast.lab.arithmetic import arithmetic, value, written
 from curvfast.lab.facts import fact_tasks, table
 from curvfast.lab.images import Images, fashion, mnist
-from curvfast.lab.lessons import corpus_of, lesson_batches, lessons, restarting, training_batches
+from curvfast.lab.lessons import corpus_of, lesson_batches, lessons, training_batches
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.logic import logic
 from curvfast.lab.noise import noisy_split
+from curvfast.lab.packing import restarting
 from curvfast.lab.questions import Question, Task, as_choice, as_passage
 from curvfast.rows import IGNORED_LABEL
 

@@ -122,20 +122,31 @@ def test_what_is_lost_is_of_what_was_known_and_tasks_only_guessed_are_left_out()
     known = {"a": (0.1, 1.0, 1.0), "b": (0.2, 0.8, 0.6), "c": (0.4, 1.0, 0.5)}
     found = run(**known, guessed=(0.9, 0.3, 0.3))
     assert figure4._known([found]) == ["a", "b", "c"]
-    value, low, high = figure4._correlation([found], "share, whole", pearson)
+    value, low, high = figure4._correlation([found], "share, whole", pearson, ["a", "b", "c"])
     assert value == pytest.approx(pearson([0.1, 0.2, 0.4], [0, 0.25, 0.5]))
     assert low <= value <= high
     # Known to every seed, or left out for all.
     other = run(a=(0.1, 1.0, 1.0), b=(0.2, 0.2, 0.1), c=(0.4, 1.0, 0.5), guessed=(0.9, 1.0, 0.5))
     assert figure4._known([found, other]) == ["a", "c"]
-    assert figure4._correlation([found, other], "share, whole", pearson) is None
+    assert figure4._correlation([found, other], "share, whole", pearson, ["a", "c"]) is None
 
 
 def test_the_correlation_over_seeds_is_of_the_means_of_each_task() -> None:
     one = run(a=(0.1, 1, 0.9), b=(0.2, 1, 0.5), c=(0.6, 1, 0.7))
     two = run(a=(0.3, 1, 0.5), b=(0.2, 1, 0.3), c=(0.2, 1, 0.1))
-    found = figure4._correlation([one, two], "share, answer", pearson)
+    found = figure4._correlation([one, two], "share, answer", pearson, ["a", "b", "c"])
     assert found[0] == pytest.approx(pearson([0.2, 0.2, 0.4], [0.3, 0.6, 0.6]))
+
+
+def test_the_correlation_is_told_without_recitation_too() -> None:
+    found = run(
+        memorization=(9.0, 1, 0.0), a=(0.1, 1, 0.5), b=(0.2, 1, 0.7), c=(0.3, 1, 0.9)
+    )  # fmt: skip
+    tables = figure4.STUDY.tables([found])
+    whole, alone = (tables[f"correlations{key}"] for key in ("", " without recitation"))
+    assert [lines[0][0][-8:] for lines in (whole, alone)] == [" 4 tasks", " 3 tasks"]
+    assert all(line[1].startswith("0.") for line in whole[1:])
+    assert all(line[1].startswith("-1.00") and line[3] == "-1.00" for line in alone[1:])
 
 
 def test_the_picture_names_each_task_at_its_mean() -> None:
@@ -143,8 +154,12 @@ def test_the_picture_names_each_task_at_its_mean() -> None:
     two = run(a_task=(0.3, 1, 0.5), b=(0.2, 1, 0.3), c=(0.2, 1, 0.1))
     axes = figure4.STUDY.picture([one, two]).axes
     assert [panel.get_xlabel() for panel in axes] == list(figure4.MEASURES.values())
-    places = {note.get_text(): note.xy for note in axes[0].texts}
+    named = {
+        line.get_label(): line for line in axes[0].lines if not line.get_label().startswith("_")
+    }
+    places = {name: (*line.get_xdata(), *line.get_ydata()) for name, line in named.items()}
     assert places == {
         "a task": pytest.approx((0.2, 30)), "b": pytest.approx((0.2, 60)),
         "c": pytest.approx((0.4, 60)),
     }  # fmt: skip
+    assert len({line.get_marker() for line in named.values()}) == 3

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvfast.demo.caching import cached
 from curvfast.demo.corpus import Corpus, load_corpus
 from curvfast.demo.fitting import fit
 from curvfast.demo.training import mixed_rows
-from curvfast.errors import InputError
 from curvfast.hf.small import load, new_llama, save
 from curvfast.lab.arithmetic import arithmetic
 from curvfast.lab.facts import fact_tasks, table
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.logic import logic
+from curvfast.lab.packing import Encoded, packed, restarting
 from curvfast.lab.questions import Task
-from curvfast.rows import IGNORED_LABEL
 
 Batch = dict[str, Any]
 """Keyword arguments of the model."""
-Encoded = list[list[int]]
-"""Tokens of each turn of a lesson."""
 
 
 def tasks_of(recipe: LmRecipe) -> tuple[Task, ...]:
@@ -60,11 +57,10 @@ def corpus_of(recipe: LmRecipe) -> Corpus:
 def lesson_batches(
     tokenizer: Any, tasks: Sequence[Task], *, rows: int, length: int, seed: str
 ) -> Iterator[Batch]:
-    """Yield batches of lessons without end, an end-of-text token before each.
+    """Yield batches of lessons without end.
 
-    A row holds whole lessons and is filled up with end-of-text tokens. Positions start again with
-    each, so that none attends to another; labels are those of answers alone, since what is asked
-    is random.
+    A row holds whole lessons, as of :func:`curvfast.lab.packing.packed`. Positions start again with
+    each, so that none attends to another.
 
     Args:
         tokenizer: The model's.
@@ -80,51 +76,21 @@ def lesson_batches(
         InputError: If a lesson is longer than a row.
     """
     drawn = lessons(tasks, random.Random(seed))
-    pending: list[Encoded] = []
+    ready = packed(_encoded(tokenizer, drawn, at_once=rows * 8), length)
     while True:
-        tokens = torch.zeros(rows, length, dtype=torch.long)
-        labels = torch.full_like(tokens, IGNORED_LABEL)
-        for row, own in zip(tokens, labels, strict=True):
-            at = 1
-            while True:
-                if not pending:
-                    pending = _encoded(tokenizer, [next(drawn) for _ in range(rows * 8)])[::-1]
-                size = sum(map(len, pending[-1]))
-                if size >= length:
-                    raise InputError(
-                        f"a lesson of {size} tokens and the end-of-text token before "
-                        f"it do not fit in a row of {length}; pass a longer length"
-                    )
-                if at + size > length:
-                    break
-                for number, turn in enumerate(pending.pop()):
-                    here = slice(at, at + len(turn))
-                    row[here] = torch.tensor(turn)
-                    if number % 2:
-                        own[here] = row[here]
-                    at += len(turn)
-                at += 1
+        tokens, labels = map(torch.stack, zip(*islice(ready, rows), strict=True))
         yield {"input_ids": tokens, "labels": labels, "position_ids": restarting(tokens)}
 
 
-def _encoded(tokenizer: Any, drawn: Sequence[tuple[str, ...]]) -> list[Encoded]:
-    """Return the tokens of each turn of each lesson."""
-    turns = [turn for lesson in drawn for turn in lesson]
-    ids = iter(tokenizer(turns, add_special_tokens=False)["input_ids"])
-    return [[next(ids) for _ in lesson] for lesson in drawn]
-
-
-def restarting(tokens: Tensor) -> Tensor:
-    """Return positions that start again at 0 with every end-of-text token, int64 [rows, length].
-
-    transformers keeps a text whose positions start again from attending to what stands before it,
-    where it is called without a mask and without a cache.
-
-    Args:
-        tokens: int64 [rows, length]; end of text is 0.
-    """
-    place = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return place - torch.where(tokens == 0, place, 0).cummax(1).values
+def _encoded(
+    tokenizer: Any, drawn: Iterator[tuple[str, ...]], *, at_once: int
+) -> Iterator[Encoded]:
+    """Yield the tokens of each turn of each lesson; so many lessons are tokenized at once."""
+    while True:
+        some = [next(drawn) for _ in range(at_once)]
+        turns = [turn for lesson in some for turn in lesson]
+        ids = iter(tokenizer(turns, add_special_tokens=False)["input_ids"])
+        yield from ([next(ids) for _ in lesson] for lesson in some)
 
 
 def trained_lm(recipe: LmRecipe, corpus: Corpus) -> Any:

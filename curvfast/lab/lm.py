@@ -23,8 +23,9 @@ from curvfast.evals.choices import choice_accuracy
 from curvfast.evals.memorization import memorization
 from curvfast.evals.perplexity import perplexity
 from curvfast.lab.blocks import mlp_of, require_blocks
-from curvfast.lab.lessons import Batch, corpus_of, lesson_batches, restarting, tasks_of, trained_lm
+from curvfast.lab.lessons import Batch, corpus_of, lesson_batches, tasks_of, trained_lm
 from curvfast.lab.lm_recipe import LmRecipe
+from curvfast.lab.packing import restarting
 from curvfast.lab.questions import Task, as_choice, as_passage
 from curvfast.progress import track
 from curvfast.provenance import versions

@@ -69,7 +69,7 @@ def _measure(ask: Ask) -> Figures:
         "perplexity": rounded([before["perplexity"], after["perplexity"]]),
         "correlations": {
             key: {
-                name: rounded(_correlation([{"tasks": found}], key, of))
+                name: rounded(_correlation([{"tasks": found}], key, of, _known([{"tasks": found}])))
                 for name, of in COEFFICIENTS.items()
             }
             for key in MEASURES
@@ -109,10 +109,9 @@ def _lost(task: Figures) -> float:
 
 
 def _correlation(
-    found: Sequence[Figures], key: str, of: Callable[[Any, Any], float]
+    found: Sequence[Figures], key: str, of: Callable[[Any, Any], float], names: Sequence[str]
 ) -> tuple[float, float, float] | None:
     """Return a measure's correlation with what is lost, of means over seeds, and its interval."""
-    names = _known(found)
     if len(names) < 3:
         return None
     x = [[run["tasks"][name][key] for name in names] for run in found]
@@ -130,15 +129,26 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
         levels = [spread([100 * own[key] for own in runs], "{:.0f}") for key in ("before", "after")]
         cells = [spread([own[key] for own in runs], "{:.3f}") for key in MEASURES]
         tasks.append([name, runs[0]["kind"].replace("_", " "), *levels, *cells])
+    alone = [name for name in names if name != _MEMORIZATION]
+    return {
+        "tasks": tasks,
+        "correlations": _correlations(found, names),
+        "correlations without recitation": _correlations(found, alone),
+    }
+
+
+def _correlations(found: Sequence[Figures], names: Sequence[str]) -> Lines:
+    """Return each measure's correlation with what is lost, over the tasks named."""
     lines = [
         [f"correlation with what is lost, {len(names)} tasks", *COEFFICIENTS]
         + [f"{name}, each seed" for name in COEFFICIENTS]
     ]
     for key, label in MEASURES.items():
-        pooled = [_written(_correlation(found, key, of)) for of in COEFFICIENTS.values()]
-        single = [_each([run["correlations"][key][name] for run in found]) for name in COEFFICIENTS]
+        ways = COEFFICIENTS.values()
+        pooled = [_written(_correlation(found, key, of, names)) for of in ways]
+        single = [_each([_correlation([run], key, of, names) for run in found]) for of in ways]
         lines.append([label, *pooled, *single])
-    return {"tasks": tasks, "correlations": lines}
+    return lines
 
 
 def _each(found: Sequence[Sequence[float | None] | None]) -> str:
@@ -163,7 +173,8 @@ def _picture(found: Sequence[Figures]) -> Picture:
             for name in _known(found)
         ]
         notes = [
-            f"{name} {_written(_correlation(found, key, of))}" for name, of in COEFFICIENTS.items()
+            f"{name} {_written(_correlation(found, key, of, _known(found)))}"
+            for name, of in COEFFICIENTS.items()
         ]
         panels[label] = points, "\n".join(notes)
     return task_spectrum(panels)
