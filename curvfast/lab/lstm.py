@@ -34,10 +34,13 @@ class LstmRecipe:
     """Sizes, schedule and seed."""
 
     text: Recipe = field(default_factory=Recipe)
-    """Text, passages, steps, batches and seed; its sizes of a Llama play no part."""
+    """Text, passages, steps, batches and seed; sizes and rates of a Llama play no part."""
     embedding: int = 128
     hidden: int = 256
     cells: int = 1
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.01
+    """Less than a transformer's, or it recites nothing after as many steps."""
 
     def quick(self) -> LstmRecipe:
         """Return the recipe cut to seconds: it runs every step and proves nothing."""
@@ -45,8 +48,7 @@ class LstmRecipe:
 
     def training_key(self) -> str:
         """Return a name for the trained model: a hash of what its training depends on."""
-        facts = {"embedding": self.embedding, "hidden": self.hidden, "cells": self.cells}
-        return key_of({"text": self.text.training_key(), **facts})
+        return key_of({**asdict(self), "text": self.text.training_key()})
 
 
 class Cell(nn.Module):
@@ -178,7 +180,7 @@ def train_lstm(recipe: LstmRecipe, corpus: Corpus) -> LstmLm:
         new_lstm(recipe),
         training_batches(recipe.text, corpus),
         steps=recipe.text.steps,
-        learning_rate=recipe.text.learning_rate,
-        weight_decay=0.1,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
     )
     return model
