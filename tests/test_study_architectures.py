@@ -72,6 +72,14 @@ def truth(model: LstmLm, batches: list[dict[str, Tensor]]) -> Any:
     )  # fmt: skip
 
 
+def test_an_lstm_is_kept_by_what_its_training_depends_on() -> None:
+    later = replace(LSTM, text=replace(LSTM.text, mass=0.5, statistics_tokens=9))
+    assert LSTM.training_key() == later.training_key()
+    others = [replace(LSTM, weight_decay=0.5), replace(LSTM, learning_rate=0.5)]
+    others += [replace(LSTM, cells=3), replace(LSTM, text=replace(LSTM.text, seed=9))]
+    assert len({each.training_key() for each in (LSTM, *others)}) == 5
+
+
 def test_every_time_step_of_a_gate_is_a_row(batches: list[dict[str, Tensor]]) -> None:
     model = small()
     records = truth(model, batches)
