@@ -23,7 +23,7 @@ from curvfast.studies.study import Ask, Figures, Lines, Study, spread
 STEPS = (0, 10, 25, 50, 100)
 """Steps on lessons of arithmetic after which everything is measured."""
 LEARNING_RATE = 3e-4
-"""A seventh of what the model was trained with; warmed up, and let down by the last of the steps."""
+"""A seventh of what the model learnt with; warmed up, and let down by the last of the steps."""
 ROWS = 16
 METHODS = {"base": "unedited", "kfac": "K-FAC edit", "svd": "truncated SVD"}
 
