@@ -31,7 +31,8 @@ MEASURES = {
     "ratio, whole": "flattest / most curved band, whole texts",
     "share, whole": "energy in the flattest 60 %, whole texts",
 }
-COEFFICIENTS: dict[str, Callable[[Any, Any], float]] = {"Pearson": pearson, "Spearman": spearman}
+Coefficient = Callable[[Any, Any], float]
+COEFFICIENTS: dict[str, Coefficient] = {"Pearson": pearson, "Spearman": spearman}
 LEAST = 0.5
 """Accuracy below which a task is left out: what is only guessed cannot be lost."""
 _MEMORIZATION = "memorization"
@@ -109,15 +110,34 @@ def _lost(task: Figures) -> float:
 
 
 def _correlation(
-    found: Sequence[Figures], key: str, of: Callable[[Any, Any], float], names: Sequence[str]
+    found: Sequence[Figures], key: str, of: Coefficient, names: Sequence[str]
 ) -> tuple[float, float, float] | None:
     """Return a measure's correlation with what is lost, of means over seeds, and its interval."""
+    value = _mean_correlation(found, key, of, names)
+    if value is None:
+        return None
+    return value, *correlation_interval(*_measured(found, key, names), of)
+
+
+def _mean_correlation(
+    found: Sequence[Figures], key: str, of: Coefficient, names: Sequence[str]
+) -> float | None:
+    """Return the correlation of means over seeds; None of two tasks, which lie on any line."""
     if len(names) < 3:
         return None
+    means = (
+        [sum(column) / len(found) for column in zip(*rows, strict=True)]
+        for rows in _measured(found, key, names)
+    )
+    return of(*means)
+
+
+def _measured(
+    found: Sequence[Figures], key: str, names: Sequence[str]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Return a measure and what is lost, each by seed and task."""
     x = [[run["tasks"][name][key] for name in names] for run in found]
-    y = [[_lost(run["tasks"][name]) for name in names] for run in found]
-    means = ([sum(column) / len(found) for column in zip(*rows, strict=True)] for rows in (x, y))
-    return of(*means), *correlation_interval(x, y, of)
+    return x, [[_lost(run["tasks"][name]) for name in names] for run in found]
 
 
 def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
@@ -146,13 +166,13 @@ def _correlations(found: Sequence[Figures], names: Sequence[str]) -> Lines:
     for key, label in MEASURES.items():
         ways = COEFFICIENTS.values()
         pooled = [_written(_correlation(found, key, of, names)) for of in ways]
-        single = [_each([_correlation([run], key, of, names) for run in found]) for of in ways]
+        single = [_each([_mean_correlation([run], key, of, names) for run in found]) for of in ways]
         lines.append([label, *pooled, *single])
     return lines
 
 
-def _each(found: Sequence[Sequence[float | None] | None]) -> str:
-    known = [own[0] for own in found if own and own[0] is not None]
+def _each(found: Sequence[float | None]) -> str:
+    known = [value for value in found if value is not None]
     return spread(known) if known else "none"
 
 
