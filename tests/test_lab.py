@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,22 +269,26 @@ def test_no_passage_and_the_asked_share_of_lessons_are_in_the_statistics(
     corpus = lm.corpus_of(recipe)
     seen: list[torch.Tensor] = []
 
+    @dataclass(frozen=True)
     class Factors:
-        def eigh(self) -> None:
-            return None
+        provenance: dict[str, Any]
+
+        def eigh(self) -> dict[str, Any]:
+            return self.provenance
 
     def collect(model, batches, layers, **options):
         seen.append(torch.cat([b["input_ids"] for b in batches]))
         asked.append(torch.cat([b["labels"] for b in batches])[:, 1:].eq(IGNORED_LABEL).any(1))
         assert options["labels"] == "gold"
         assert not any(b["use_cache"] for b in batches)
-        return Factors()
+        return Factors({"labels": "gold", "tokens": 3})
 
     asked: list[torch.Tensor] = []
     monkeypatch.setattr(lm, "collect_from", collect)
     monkeypatch.setattr(lm, "_own_labels", lambda model, batch, generator: batch["labels"])
     for share in (0.0, 1.0, 0.4):
-        lm.lm_basis(None, replace(recipe, statistics_lessons=share), corpus)
+        told = lm.lm_basis(None, replace(recipe, statistics_lessons=share), corpus)
+        assert told == {"labels": "sampled", "tokens": 3}
     lessons = [rows.double().mean() for rows in asked]
     assert lessons[0] == 0.0
     assert lessons[1] == 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -171,7 +171,9 @@ def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: Corpus) -> Eigenbasis:
         }
         labels = _own_labels(model, mixed, generator)
         batches.append({**mixed, "labels": labels, "use_cache": False})
-    return collect_from(model, batches, mlp_of(recipe.blocks), labels="gold", seed=text.seed).eigh()
+    factors = collect_from(model, batches, mlp_of(recipe.blocks), labels="gold", seed=text.seed)
+    # Given to the collection, but drawn from the model: that is what they are.
+    return replace(factors, provenance={**factors.provenance, "labels": "sampled"}).eigh()
 
 
 @torch.no_grad()

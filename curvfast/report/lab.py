@@ -92,7 +92,7 @@ def task_study(results: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained", dpi=160)
+    figure = Figure(figsize=(14.5, 4.2), layout="constrained", dpi=160)
     generated, chosen, tasks = figure.subplots(1, 3)
     for axes, how in ((generated, "generated"), (chosen, "chosen")):
         for offset, (method, label) in enumerate((("kfac", "K-FAC"), ("svd", "truncated SVD"))):
@@ -111,11 +111,10 @@ def task_study(results: Mapping[str, Any]) -> Figure:
         style = "k--" if key == "memorization" else "-"
         y = [100 * p[key] for p in points]
         tasks.plot(x, y, style, marker=".", linewidth=1.4, label=key.removesuffix(".generated"))
-    tasks.set_xscale("log")
-    tasks.set_xlabel("perplexity on held-out prose (log scale)")
+    tasks.set_xlabel("perplexity on held-out prose")
     tasks.set_ylabel("passages recited, answers generated, %")
     tasks.set_title("K-FAC, every ρ", loc="left", fontsize=9.5)
-    tasks.legend(frameon=False, fontsize=7)
+    tasks.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axes in (generated, chosen, tasks):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
