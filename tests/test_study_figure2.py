@@ -66,7 +66,7 @@ def test_language_is_compared_where_the_suffix_is_predicted(
 
     monkeypatch.setattr(figure2, "_ratios", ratios)
     recipe = Recipe().quick()
-    found = figure2._language(recipe, Ask(0, True, lambda line: None))
+    found = figure2._language(Ask(0, True, lambda line: None))
     assert list(found) == COMPARED[:2]
     corpus = texts.load_corpus(recipe)
     for (known, clean, rows), first in zip(seen, (recipe.prefix, 1), strict=True):

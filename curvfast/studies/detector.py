@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -18,12 +17,11 @@ from curvfast.analysis import (
     telling_layers,
     token_scores,
 )
-from curvfast.demo.recipe import Recipe
-from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.telling import Passages, telling
-from curvfast.studies.reciters import ROWS, Subject, demo_subject, lab_subject
+from curvfast.studies.reciters import ROWS, Subject
 from curvfast.studies.rounding import rounded
 from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
+from curvfast.studies.subjects import demo_lm, lab_lm
 
 MODELS = {"lab": "the lab's model", "demo": "the demo's model"}
 MEASURES = {
@@ -33,17 +31,13 @@ MEASURES = {
     "bible": "all layers, Bible alone",
     "loss": "mean loss of the text instead",
 }
+_SUBJECTS: dict[str, Callable[[Ask], Subject]] = {"lab": lab_lm, "demo": demo_lm}
 
 
 def _measure(ask: Ask) -> Figures:
-    lab, demo = LmRecipe().seeded(ask.seed), replace(Recipe(), seed=ask.seed)
     found = {}
-    for name in MODELS:
-        subject = (
-            lab_subject(lab.quick() if ask.quick else lab, ask.say)
-            if name == "lab"
-            else demo_subject(demo.quick() if ask.quick else demo, ask.say)
-        )
+    for name, make in _SUBJECTS.items():
+        subject = make(ask)
         ask.say("scoring passages and windows never seen")
         found[name] = rounded(_told(subject))
     return found

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from curvfast.analysis import activation_ratio
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.demo.recipe import Recipe
 from curvfast.lab import vit
 from curvfast.lab.blocks import mlp_of
 from curvfast.lab.images import Images
 from curvfast.lab.vit_recipe import RECIPES
 from curvfast.report.activations import activations, short
 from curvfast.rows import RowRule
-from curvfast.studies.reciters import ROWS, demo_subject
+from curvfast.studies.reciters import ROWS
 from curvfast.studies.rounding import rounded
 from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.subjects import demo_lm
 
 BANDS = (0.1, 0.25, 0.5, 1)
 ORDERS = {"index": "share of components", "mass": "share of curvature mass"}
@@ -28,14 +28,14 @@ _PICTURES_AT_ONCE = 500
 
 
 def _measure(ask: Ask) -> Figures:
-    own = replace(Recipe(), seed=ask.seed)
-    found = _language(own.quick() if ask.quick else own, ask) | _vision(ask)
+    found = _language(ask) | _vision(ask)
     return {name: rounded(curves) for name, curves in found.items()}
 
 
-def _language(recipe: Recipe, ask: Ask) -> Figures:
+def _language(ask: Ask) -> Figures:
     """Compare passages with windows never seen, where the suffix is predicted and everywhere."""
-    subject = demo_subject(recipe, ask.say)
+    subject = demo_lm(ask)
+    recipe = subject.recipe
     texts = subject.passages.split(ROWS), subject.controls.split(ROWS)
     compared = {
         "language, suffix": _between(recipe.prefix, recipe.prefix + recipe.suffix),

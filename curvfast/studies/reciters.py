@@ -30,6 +30,8 @@ class Subject:
     an end-of-text token; the text curvature is measured on holds none of them.
     """
 
+    recipe: Recipe
+    """Of the text and of the model's size."""
     model: Any
     basis: Eigenbasis
     corpus: Corpus
@@ -56,7 +58,7 @@ def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> Subject:
     say(f"the demo's model, which recites {recipe.passages} passages (cached)")
     model = trained_model(recipe, corpus)
     say("measuring its curvature on prose")
-    return _subject(model, prose_factors(model, recipe, corpus).eigh(), corpus)
+    return _subject(recipe, model, prose_factors(model, recipe, corpus).eigh(), corpus)
 
 
 def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> Subject:
@@ -77,8 +79,9 @@ def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> Subject:
     say(f"the lab's model, which recites {recipe.text.passages} passages and knows tasks (cached)")
     model = trained_lm(recipe, corpus)
     say("measuring its curvature on prose and lessons")
-    return _subject(model, lm_basis(model, recipe, corpus), corpus)
+    return _subject(recipe.text, model, lm_basis(model, recipe, corpus), corpus)
 
 
-def _subject(model: Any, basis: Eigenbasis, corpus: Corpus) -> Subject:
-    return Subject(model, basis, corpus, pad(corpus.canaries, (1, 0)), pad(corpus.controls, (1, 0)))
+def _subject(recipe: Recipe, model: Any, basis: Eigenbasis, corpus: Corpus) -> Subject:
+    passages, controls = (pad(texts, (1, 0)) for texts in (corpus.canaries, corpus.controls))
+    return Subject(recipe, model, basis, corpus, passages, controls)

@@ -15,6 +15,7 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.selection import Selection, Staircase
 from curvfast.core.spectrum import FRACTIONS, CurvatureSpectrum, curvature_spectrum
 from curvfast.errors import FormatError
+from curvfast.report.page.versions import require_version
 from curvfast.storage import write_text
 
 KIND = "curvfast-curvature"
@@ -152,10 +153,7 @@ def read_curvature(
     Raises:
         FormatError: If it is of a newer version, or damaged.
     """
-    if content.get("version") != VERSION:
-        raise FormatError(
-            f"version {content.get('version')} of {KIND}; this curvfast reads {VERSION}: upgrade it"
-        )
+    require_version(content, KIND, VERSION)
     try:
         layers = {str(name): _layer(entry) for name, entry in content["layers"].items()}
         return layers, dict(content["provenance"])

@@ -11,6 +11,7 @@ from typing import Any
 
 from curvfast.errors import FormatError, InputError
 from curvfast.report.page.document import Piece, Recital
+from curvfast.report.page.versions import require_version
 from curvfast.storage import write_json
 
 KIND = "curvfast-passages"
@@ -59,10 +60,7 @@ def read_passages(content: Mapping[str, Any]) -> tuple[list[Continuation], str]:
     Raises:
         FormatError: If it is of a newer version, or damaged.
     """
-    if content.get("version") != VERSION:
-        raise FormatError(
-            f"version {content.get('version')} of {KIND}; this curvfast reads {VERSION}: upgrade it"
-        )
+    require_version(content, KIND, VERSION)
     try:
         passages = [Continuation(**entry) for entry in content["passages"]]
         chosen = content["chosen"]
