@@ -1,4 +1,4 @@
-"""Which instruction set a CPU's second moments are multiplied by: the one asked for, or the best."""
+"""Which instruction set second moments on a CPU run by: the one asked for, or the best."""
 
 from __future__ import annotations
 
