@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -108,7 +109,8 @@ Count select_largest(std::uintptr_t scores, std::int64_t rows, std::int64_t colu
 template <class Value>
 void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::int64_t width,
               std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, std::uintptr_t roots,
-              std::uintptr_t room, std::int64_t words, float scale, int workers) {
+              std::uintptr_t room, std::int64_t words, float scale,
+              const std::string& instructions, int workers) {
   const auto out = view<float>(tiles, values, "tiles");
   curvfast::triangle(d, width, values);
   const Value* first = view<const Value>(x, 1, "x").data();
@@ -116,15 +118,24 @@ void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::in
       view<const std::int64_t>(offsets, rows, "offsets"),
       roots == 0 ? std::span<const float>{} : view<const float>(roots, rows, "roots"),
       view<std::uint32_t>(room, words, "room")};
+  const curvfast::InstructionSet& set = curvfast::instruction_set(instructions);
   const py::gil_scoped_release release;
-  curvfast::add_rows({out.data(), d, width}, first, given, scale, workers);
+  curvfast::add_rows({out.data(), d, width}, first, given, scale, set, workers);
+}
+
+// Every instruction set's name, and whether this processor supports it.
+std::vector<std::tuple<std::string, bool>> instruction_sets() {
+  std::vector<std::tuple<std::string, bool>> found;
+  for (const auto& set : curvfast::instruction_sets()) found.emplace_back(set.name, set.supported());
+  return found;
 }
 
 template <class Value>
 void define_add_rows(py::module_& module, const char* name) {
   module.def(name, &add_rows<Value>, py::arg("tiles"), py::arg("values"), py::arg("d"),
              py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("roots"),
-             py::arg("room"), py::arg("words"), py::arg("scale"), py::arg("workers"));
+             py::arg("room"), py::arg("words"), py::arg("scale"), py::arg("instructions"),
+             py::arg("workers"));
 }
 
 struct Threads {
@@ -176,8 +187,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("columns"), py::arg("mask"), py::arg("pairs"), py::arg("workers"));
   module.def("cheapest_hook", &find_hook, py::arg("widths"), py::arg("rows"), py::arg("columns"),
              py::arg("band"));
-  module.def("multiplies_float32", &curvfast::multiplies_float32);
-  module.def("multiplies_bfloat16", &curvfast::multiplies_bfloat16);
+  module.def("instruction_sets", &instruction_sets);
   module.def("packed_words", &curvfast::packed_words, py::arg("d"), py::arg("rows"),
              py::arg("bits"));
   module.def("packed_products", &curvfast::packed_products, py::arg("d"));

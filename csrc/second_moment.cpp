@@ -7,20 +7,14 @@
 #include "parallel.h"
 #include "triangle.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CURVFAST_X86 1
-#include <immintrin.h>
-#endif
-
 namespace curvfast {
 
 namespace {
 
-// Both operands of xᵀx are the same numbers, so rows are packed once: strips of kStrip features,
-// and in each one word a feature and step, a step being one row of float32 or two of bfloat16.
-// kDepth steps are summed in registers: longer sums would round more, and two strips of them fill
-// a first-level cache.
-constexpr std::int64_t kStrip = 32, kRegisterRows = 8, kDepth = 128;
+// Both operands of xᵀx are the same numbers, so rows are packed once, a step being one row of
+// float32 or two of bfloat16. kDepth steps are summed in registers: longer sums would round more,
+// and two strips of them fill a first-level cache.
+constexpr std::int64_t kDepth = 128;
 
 constexpr std::int64_t upwards(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
 
@@ -46,22 +40,6 @@ std::int64_t packed_products(std::int64_t d) {
   return products;
 }
 
-#ifndef CURVFAST_X86
-
-bool multiplies_float32() { return false; }
-
-bool multiplies_bfloat16() { return false; }
-
-void add_rows(PackedSum, const float*, const Rows&, float, int) {
-  throw std::runtime_error("this processor has no AVX-512");
-}
-
-void add_rows(PackedSum, const std::uint16_t*, const Rows&, float, int) {
-  throw std::runtime_error("this processor does not multiply bfloat16");
-}
-
-#else
-
 namespace {
 
 struct Packed {
@@ -70,93 +48,29 @@ struct Packed {
   std::uint32_t* strip(std::int64_t s) const { return words + s * steps * kStrip; }
 };
 
-// The products of kRegisterRows features with a strip, in registers.
-using Products = __m512[kRegisterRows][2];
-
-__attribute__((target("avx512f"))) inline void store(const Products& products, float scale,
-                                                     float* out, std::int64_t stride) {
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int r = 0; r < kRegisterRows; ++r, out += stride)
-    for (int half = 0; half < 2; ++half) {
-      float* to = out + 16 * half;
-      const __m512 sum = _mm512_fmadd_ps(factor, products[r][half], _mm512_loadu_ps(to));
-      _mm512_storeu_ps(to, sum);
-    }
+void pack(const float* x, std::span<const std::int64_t> offsets, std::span<const float> roots,
+          std::int64_t first, std::int64_t columns, std::uint32_t* out) {
+  for (std::size_t row = 0; row < offsets.size(); ++row, out += kStrip) {
+    const float* from = x + offsets[row] + first;
+    const float root = roots.empty() ? 1.0f : roots[row];
+    for (std::int64_t c = 0; c < columns; ++c)
+      out[c] = std::bit_cast<std::uint32_t>(root * from[c]);
+    for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
+  }
 }
 
-struct Float32 {
-  using Value = float;
-  static constexpr std::int64_t kRows = 1;
-
-  static void pack(const float* x, std::span<const std::int64_t> offsets,
-                   std::span<const float> roots, std::int64_t first, std::int64_t columns,
-                   std::uint32_t* out) {
-    for (std::size_t row = 0; row < offsets.size(); ++row, out += kStrip) {
-      const float* from = x + offsets[row] + first;
-      const float root = roots.empty() ? 1.0f : roots[row];
-      for (std::int64_t c = 0; c < columns; ++c)
-        out[c] = std::bit_cast<std::uint32_t>(root * from[c]);
-      for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
-    }
+void pack(const std::uint16_t* x, std::span<const std::int64_t> offsets, std::span<const float>,
+          std::int64_t first, std::int64_t columns, std::uint32_t* out) {
+  for (std::size_t row = 0; row < offsets.size(); row += 2, out += kStrip) {
+    const std::uint16_t* even = x + offsets[row] + first;
+    const bool whole = row + 1 < offsets.size();
+    const std::uint16_t* odd = whole ? x + offsets[row + 1] + first : even;
+    const std::uint32_t keep = whole ? 0xFFFFFFFFu : 0x0000FFFFu;
+    for (std::int64_t c = 0; c < columns; ++c)
+      out[c] = (even[c] | static_cast<std::uint32_t>(odd[c]) << 16) & keep;
+    for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
   }
-
-  __attribute__((target("avx512f"))) static void multiply(const std::uint32_t* a,
-                                                          const std::uint32_t* b,
-                                                          std::int64_t steps, float scale,
-                                                          float* out, std::int64_t stride) {
-    Products acc;
-    for (auto& row : acc) row[0] = row[1] = _mm512_setzero_ps();
-    for (std::int64_t k = 0; k < steps; ++k, a += kStrip, b += kStrip) {
-      const __m512 left = _mm512_loadu_ps(b), right = _mm512_loadu_ps(b + 16);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRegisterRows; ++r) {
-        const __m512 value = _mm512_set1_ps(std::bit_cast<float>(a[r]));
-        acc[r][0] = _mm512_fmadd_ps(value, left, acc[r][0]);
-        acc[r][1] = _mm512_fmadd_ps(value, right, acc[r][1]);
-      }
-    }
-    store(acc, scale, out, stride);
-  }
-};
-
-struct Bfloat16 {
-  using Value = std::uint16_t;
-  static constexpr std::int64_t kRows = 2;
-
-  static void pack(const std::uint16_t* x, std::span<const std::int64_t> offsets,
-                   std::span<const float>, std::int64_t first, std::int64_t columns,
-                   std::uint32_t* out) {
-    for (std::size_t row = 0; row < offsets.size(); row += 2, out += kStrip) {
-      const std::uint16_t* even = x + offsets[row] + first;
-      const bool whole = row + 1 < offsets.size();
-      const std::uint16_t* odd = whole ? x + offsets[row + 1] + first : even;
-      const std::uint32_t keep = whole ? 0xFFFFFFFFu : 0x0000FFFFu;
-      for (std::int64_t c = 0; c < columns; ++c)
-        out[c] = (even[c] | static_cast<std::uint32_t>(odd[c]) << 16) & keep;
-      for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
-    }
-  }
-
-  __attribute__((target("avx512f,avx512bf16"))) static void multiply(const std::uint32_t* a,
-                                                                     const std::uint32_t* b,
-                                                                     std::int64_t steps,
-                                                                     float scale, float* out,
-                                                                     std::int64_t stride) {
-    Products acc;
-    for (auto& row : acc) row[0] = row[1] = _mm512_setzero_ps();
-    for (std::int64_t k = 0; k < steps; ++k, a += kStrip, b += kStrip) {
-      const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
-      const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 16));
-#pragma GCC unroll 8
-      for (int r = 0; r < kRegisterRows; ++r) {
-        const auto value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[r])));
-        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], value, left);
-        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], value, right);
-      }
-    }
-    store(acc, scale, out, stride);
-  }
-};
+}
 
 float* place(const PackedSum& out, std::int64_t row, std::int64_t column) {
   const Triangle shape{static_cast<std::int32_t>(out.d), static_cast<std::int32_t>(out.width)};
@@ -179,21 +93,19 @@ void spread(const PackedSum& out, std::int64_t row, std::int64_t column, const f
 }
 
 // Adds the products of kRegisterRows features from row on with the strip from column on.
-template <class Kind>
 void add_block(const PackedSum& out, std::int64_t row, std::int64_t column, const std::uint32_t* a,
-               const std::uint32_t* b, std::int64_t steps, float scale) {
+               const std::uint32_t* b, std::int64_t steps, float scale, Kernel multiply) {
   const std::int64_t panel_stop = std::min((column / out.width + 1) * out.width, out.d);
   if (column + kStrip <= panel_stop && row + kRegisterRows <= panel_stop)
-    return Kind::multiply(a, b, steps, scale, place(out, row, column), out.width);
+    return multiply(a, b, steps, scale, place(out, row, column), out.width);
   alignas(64) float block[kRegisterRows * kStrip] = {};
-  Kind::multiply(a, b, steps, scale, block, kStrip);
+  multiply(a, b, steps, scale, block, kStrip);
   spread(out, row, column, block);
 }
 
 // Adds the products of the strips from row_strip on with those from column_strip on, a tile.
-template <class Kind>
 void add_tile(const PackedSum& out, const Packed& packed, std::int64_t row_strip,
-              std::int64_t column_strip, std::int64_t side, float scale) {
+              std::int64_t column_strip, std::int64_t side, float scale, Kernel multiply) {
   const std::int64_t last_row = std::min(row_strip + side, packed.strips);
   const std::int64_t last_column = std::min(column_strip + side, packed.strips);
   for (std::int64_t start = 0; start < packed.steps; start += kDepth) {
@@ -203,19 +115,20 @@ void add_tile(const PackedSum& out, const Packed& packed, std::int64_t row_strip
       for (std::int64_t strip = row_strip; strip < std::min(last_row, column + 1); ++strip) {
         const std::uint32_t* a = packed.strip(strip) + start * kStrip;
         for (std::int64_t r = 0; r < kStrip && strip * kStrip + r < out.d; r += kRegisterRows)
-          add_block<Kind>(out, strip * kStrip + r, column * kStrip, a + r, b, steps, scale);
+          add_block(out, strip * kStrip + r, column * kStrip, a + r, b, steps, scale, multiply);
       }
     }
   }
 }
 
-template <class Kind>
-void add_blocks(const PackedSum& out, const typename Kind::Value* x, const Rows& rows, float scale,
-                int workers) {
+template <class Value>
+void add_blocks(const PackedSum& out, const Value* x, const Rows& rows, float scale,
+                Kernel multiply, int workers) {
+  constexpr std::int64_t kRows = sizeof(std::uint32_t) / sizeof(Value);
   const auto total = static_cast<std::int64_t>(rows.offsets.size());
-  if (static_cast<std::int64_t>(rows.room.size()) < packed_words(out.d, total, 32 / Kind::kRows))
+  if (static_cast<std::int64_t>(rows.room.size()) < packed_words(out.d, total, 32 / kRows))
     throw std::invalid_argument("room is too small for the packed rows");
-  const std::int64_t strips = upwards(out.d, kStrip), most = block_steps(out.d) * Kind::kRows;
+  const std::int64_t strips = upwards(out.d, kStrip), most = block_steps(out.d) * kRows;
   // Small tiles keep few features from idling a thread, large ones reuse what the cache holds.
   const std::int64_t side = std::clamp<std::int64_t>(strips / 4, 1, 8);
   const auto tiles = static_cast<std::uint32_t>(upwards(strips, side));
@@ -223,41 +136,32 @@ void add_blocks(const PackedSum& out, const typename Kind::Value* x, const Rows&
     const auto from = static_cast<std::size_t>(start);
     const auto count = static_cast<std::size_t>(std::min(most, total - start));
     const Packed packed{rows.room.data(), strips,
-                        upwards(static_cast<std::int64_t>(count), Kind::kRows)};
+                        upwards(static_cast<std::int64_t>(count), kRows)};
     const auto offsets = rows.offsets.subspan(from, count);
     const auto roots = rows.roots.empty() ? rows.roots : rows.roots.subspan(from, count);
     parallel_for(static_cast<std::size_t>(strips), workers, [&](std::size_t s) {
       const std::int64_t first = static_cast<std::int64_t>(s) * kStrip;
-      Kind::pack(x, offsets, roots, first, std::min(kStrip, out.d - first),
-                 packed.strip(static_cast<std::int64_t>(s)));
+      pack(x, offsets, roots, first, std::min(kStrip, out.d - first),
+           packed.strip(static_cast<std::int64_t>(s)));
     });
     parallel_for(tiles_of(tiles), workers, [&](std::size_t t) {
       const Tile tile = tile_at(static_cast<std::uint32_t>(t), tiles);
-      add_tile<Kind>(out, packed, tile.row * side, tile.column * side, side, scale);
+      add_tile(out, packed, tile.row * side, tile.column * side, side, scale, multiply);
     });
   }
 }
 
 }  // namespace
 
-bool multiplies_float32() { return __builtin_cpu_supports("avx512f"); }
-
-bool multiplies_bfloat16() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
+void add_rows(PackedSum out, const float* x, const Rows& rows, float scale,
+              const InstructionSet& set, int workers) {
+  add_blocks(out, x, rows, scale, set.float32, workers);
 }
 
-void add_rows(PackedSum out, const float* x, const Rows& rows, float scale, int workers) {
-  if (!multiplies_float32()) throw std::runtime_error("this processor has no AVX-512");
-  add_blocks<Float32>(out, x, rows, scale, workers);
-}
-
-void add_rows(PackedSum out, const std::uint16_t* x, const Rows& rows, float scale, int workers) {
-  if (!multiplies_bfloat16())
-    throw std::runtime_error("this processor does not multiply bfloat16");
+void add_rows(PackedSum out, const std::uint16_t* x, const Rows& rows, float scale,
+              const InstructionSet& set, int workers) {
   if (!rows.roots.empty()) throw std::invalid_argument("bfloat16 rows take no factors");
-  add_blocks<Bfloat16>(out, x, rows, scale, workers);
+  add_blocks(out, x, rows, scale, set.bfloat16, workers);
 }
-
-#endif
 
 }  // namespace curvfast

@@ -34,6 +34,23 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _instruction_sets() -> list[object]:
+    """Those this processor has, plain code among them."""
+    from curvfast.ops import _native
+
+    missing = _native.unavailable()
+    if missing:
+        return [pytest.param("portable", marks=pytest.mark.skip(reason=missing))]
+    return [name for name, supported in _native.instruction_sets().items() if supported]
+
+
+@pytest.fixture(params=_instruction_sets())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Multiply second moments on the CPU by each instruction set in turn."""
+    monkeypatch.setenv("CURVFAST_ISA", request.param)
+    return request.param
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill torch.empty with NaN, so that a value read before it is written shows."""

@@ -62,7 +62,7 @@ std::uint16_t exact(int value, std::uint16_t) {
 
 // Small integers are exact in either type, and so are their sums: every entry has one right value.
 template <class Value>
-void moments(int workers) {
+void moments(const curvfast::InstructionSet& set, int workers) {
   const auto d = static_cast<std::int64_t>(1 + random_bits() % 100);
   const auto width = static_cast<std::int64_t>(1 + random_bits() % 120);
   const std::int64_t panels = (d + width - 1) / width;
@@ -79,7 +79,8 @@ void moments(int workers) {
   for (float& root : roots) root = static_cast<float>(random_bits() % 3);
   std::vector<std::uint32_t> room(static_cast<std::size_t>(curvfast::packed_words(
       d, static_cast<std::int64_t>(offsets.size()), 8 * static_cast<int>(sizeof(Value)))));
-  curvfast::add_rows({tiles.data(), d, width}, x.data(), {offsets, roots, room}, 2.0f, workers);
+  curvfast::add_rows({tiles.data(), d, width}, x.data(), {offsets, roots, room}, 2.0f, set,
+                     workers);
   for (std::int64_t column = 0; column < d; ++column) {
     const std::int64_t panel = column / width, before = panel * (panel + 1) / 2 * width;
     for (std::int64_t row = 0; row <= column; ++row) {
@@ -188,8 +189,10 @@ int main(int, char** arguments) {
       if (found.pairs != pairs || !monotone(own)) throw std::logic_error("pairs");
     });
     hooks();
-    if (curvfast::multiplies_bfloat16() && round % 10 == 0) moments<std::uint16_t>(workers);
-    if (curvfast::multiplies_float32() && round % 10 == 5) moments<float>(workers);
+    for (const curvfast::InstructionSet& set : curvfast::instruction_sets()) {
+      if (set.supported() && round % 10 == 0) moments<std::uint16_t>(set, workers);
+      if (set.supported() && round % 10 == 5) moments<float>(set, workers);
+    }
     if (round % 4 == 0) masks(chosen[0], workers);
   }
   std::printf("%d rounds\n", rounds);

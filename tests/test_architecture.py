@@ -22,6 +22,7 @@ FLOORS = [
         "ops.reference",
         "ops.reference_scores",
         "ops._native",
+        "ops.instructions",
         "ops.plan",
         "ops._native_cuda",
         "ops.native_triangle",

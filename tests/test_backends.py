@@ -15,7 +15,7 @@ import torch
 
 from curvfast import ops
 from curvfast.errors import BackendUnavailable, InputError
-from curvfast.ops import TriangularSum, registry
+from curvfast.ops import TriangularSum, _native, registry
 
 
 def sums(d: int = 32) -> TriangularSum:
@@ -40,6 +40,20 @@ def test_a_machine_without_a_gpu_says_so() -> None:
     )
     assert "there is no CUDA device" in done.stdout.splitlines()[0]
     assert done.stdout.splitlines()[1].startswith("BackendUnavailable backend 'triton' cannot")
+
+
+@pytest.mark.skipif(_native.unavailable() is not None, reason=_native.unavailable() or "")
+def test_every_machine_can_multiply_by_portable_code() -> None:
+    code = (
+        "import torch; from curvfast import backends, ops; print(backends()['native'])\n"
+        "x, out = torch.arange(400).reshape(4, 100).remainder(7).float(), ops.new_sum(100)\n"
+        "ops.second_moment_(out, x); print(torch.equal(out.dense(), x.T @ x))"
+    )
+    environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": "", "CURVFAST_ISA": "portable"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines() == ["available; second moments by portable", "True"]
 
 
 def test_an_explicit_choice_raises_where_it_cannot_be_honoured() -> None:

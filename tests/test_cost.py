@@ -11,7 +11,7 @@ from torch import nn
 
 import curvfast
 from curvfast import ops
-from curvfast.ops import TriangularSum, blocked
+from curvfast.ops import TriangularSum, blocked, packed_rows
 
 
 @pytest.fixture
@@ -41,17 +41,36 @@ def test_a_batch_costs_less_than_in_any_peer(benchmark_model: nn.Module) -> None
     assert forward + rows * dense / 4 < found <= 41e9
 
 
-@pytest.mark.parametrize("d", [100, 255, 256, 576, 1024, 1536, 4096])
-def test_a_second_moment_never_costs_more_than_a_dense_update(d: int) -> None:
-    x = torch.randn(8, d)
-    out = ops.new_sum(d)
-    found = products(lambda: ops.second_moment_(out, x))
+WIDTHS = [100, 255, 256, 576, 1024, 1536, 4096]
+
+
+def moment_products(d: int, backend: str) -> float:
+    """What a backend multiplies for 8 rows of d features."""
+    x, out = torch.randn(8, d), ops.new_sum(d)
+    with ops.use_backend(backend):
+        return products(lambda: ops.second_moment_(out, x))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("d", WIDTHS)
+def test_packed_rows_never_cost_more_than_a_dense_update(d: int) -> None:
     # Packed strips are 32 wide, and never more than the dense product.
+    found = moment_products(d, "native")
     assert 8 * d * (d + 1) <= found <= 8 * min((d + 31) * (d + 63), 2 * d * d)
-    with ops.use_backend("torch"):
-        found = products(lambda: ops.second_moment_(out, x))
+    assert moment_products(d, "auto") == found
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_torchs_products_never_cost_more_than_a_dense_update(d: int) -> None:
     share = (1 + blocked.diagonal_step(d) / d) / 2
-    assert found == pytest.approx(2 * 8 * d * d * share, rel=0.03)
+    assert moment_products(d, "torch") == pytest.approx(2 * 8 * d * d * share, rel=0.03)
+    assert moment_products(d, "torch") <= 2 * 8 * d * d
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_a_second_moment_costs_unasked_what_its_path_does(d: int) -> None:
+    path = "native" if packed_rows.packs(torch.float32, d) else "torch"
+    assert moment_products(d, "auto") == moment_products(d, path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

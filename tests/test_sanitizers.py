@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 # Program, and the sources it is linked with.
 PROGRAMS = {
-    "native_fuzz": ["hook.cpp", "scores.cpp", "second_moment.cpp", "staircase.cpp"],
+    "native_fuzz": [
+        "gram_kernels.cpp", "hook.cpp", "scores.cpp", "second_moment.cpp", "staircase.cpp",
+    ],
     "triangle_fuzz": ["triangle.cpp"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs g++")

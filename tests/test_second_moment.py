@@ -5,6 +5,8 @@ The kernels run under Triton's interpreter, on tiles small enough for it.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +17,16 @@ from torch import Tensor
 
 from curvfast import ops
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
-from curvfast.ops import TriangularSum, blocked, pack, packed_rows, reference, registry
+from curvfast.ops import (
+    TriangularSum,
+    _native,
+    blocked,
+    instructions,
+    pack,
+    packed_rows,
+    reference,
+    registry,
+)
 from curvfast.ops.launch import group
 from curvfast.ops.request import MomentRequest
 
@@ -272,18 +283,10 @@ def test_no_launch_adds_to_one_sum_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [int(s.dense()[0, 0] / defined(x)[0, 0]) for s in sums] == [3, 2, 1]
 
 
-PACKED = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            packed_rows.unavailable(dtype) is not None, reason=f"no instructions: {dtype}"
-        ),
-    )
-    for dtype in (torch.float32, torch.bfloat16)
-]
+PACKED = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("d", [1, 7, 31, 32, 33, 64, 127, 255, 256, 300, 1000, 1030, 1300])
 def test_packed_integers_are_summed_bit_for_bit(d: int, dtype: torch.dtype) -> None:
@@ -294,7 +297,7 @@ def test_packed_integers_are_summed_bit_for_bit(d: int, dtype: torch.dtype) -> N
             assert torch.equal(summed("native", x, **options).double(), defined(x, **options))
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("rows", [511, 512, 513, 1024, 1025, 1026, 2100])
 def test_packed_blocks_of_rows_join_without_a_seam(rows: int, dtype: torch.dtype) -> None:
@@ -302,6 +305,7 @@ def test_packed_blocks_of_rows_join_without_a_seam(rows: int, dtype: torch.dtype
     assert torch.equal(summed("native", x).double(), defined(x))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", PACKED)
 def test_packed_rows_may_lie_anywhere(dtype: torch.dtype) -> None:
     base = integers(90, 120, dtype=dtype)
@@ -313,6 +317,7 @@ def test_packed_rows_may_lie_anywhere(dtype: torch.dtype) -> None:
     assert torch.equal(summed("native", x, lengths=lengths).double(), defined(x, lengths=lengths))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", PACKED)
 def test_packed_rows_that_do_not_count_are_not_read(dtype: torch.dtype) -> None:
     x = integers(60, 40, dtype=dtype)
@@ -321,6 +326,7 @@ def test_packed_rows_that_do_not_count_are_not_read(dtype: torch.dtype) -> None:
     assert torch.equal(summed("native", x, rows=index).double(), defined(x[::2]))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("width", [16, 20, 50, 200])
 def test_packed_rows_fill_panels_of_any_width(width: int, dtype: torch.dtype) -> None:
@@ -335,6 +341,7 @@ def test_packed_rows_fill_panels_of_any_width(width: int, dtype: torch.dtype) ->
     assert torch.equal(last[:, 130 % width or width :], before[: len(last), 130 % width or width :])
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", PACKED)
 def test_packed_rows_have_torchs_error_on_any_number_of_threads(dtype: torch.dtype) -> None:
     x = (torch.randn(3000, 600) * torch.logspace(0, -4, 600)).to(dtype)
@@ -355,9 +362,9 @@ def test_packed_rows_have_torchs_error_on_any_number_of_threads(dtype: torch.dty
     assert ((found - expected).abs() <= 1e-3 * expected)[leading].all()
 
 
-@pytest.mark.parametrize("dtype", PACKED[:1])
-def test_packed_float32_rows_are_weighted_on_the_way(dtype: torch.dtype) -> None:
-    x = integers(700, 70, dtype=dtype)
+@pytest.mark.usefixtures("isa")
+def test_packed_float32_rows_are_weighted_on_the_way() -> None:
+    x = integers(700, 70)
     first, second = (torch.randint(0, 3, (700,)).float().square() for _ in range(2))
     index = torch.randperm(700)[:640]
     out, also = empty("native", 70), empty("native", 70)
@@ -370,12 +377,14 @@ def test_packed_float32_rows_are_weighted_on_the_way(dtype: torch.dtype) -> None
         assert torch.equal(found.dense().double(), expected)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", PACKED)
-def test_packed_rows_are_chosen_unasked(dtype: torch.dtype) -> None:
+def test_rows_are_packed_unasked_by_the_instructions_that_are_asked_for(dtype: torch.dtype) -> None:
     request = MomentRequest(TriangularSum.zeros(96, 96), integers(9, 96, dtype=dtype))
     assert registry.resolve("second_moment_", request) is packed_rows.second_moment_
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", PACKED)
 def test_what_cannot_be_packed_goes_to_torch(dtype: torch.dtype) -> None:
     x = integers(9, 40, dtype=dtype)
@@ -391,3 +400,96 @@ def test_what_cannot_be_packed_goes_to_torch(dtype: torch.dtype) -> None:
         with ops.use_backend("native"), pytest.raises(BackendUnavailable):
             registry.resolve("second_moment_", request)
         assert registry.resolve("second_moment_", request) is blocked.second_moment_
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_every_bfloat16_number_is_multiplied_exactly(odd: bool, isa: str) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = every[every.isfinite()].clone()
+    expected = numbers.float()
+    if isa == "avx512_bf16":
+        # These instructions take subnormal numbers for zero.
+        expected[expected.abs() < torch.finfo(torch.bfloat16).smallest_normal] = 0
+    for values, exact in zip(numbers.split(1023), expected.split(1023), strict=True):
+        x = torch.zeros(3, 1 + len(values), dtype=torch.bfloat16)
+        x[int(odd)] = torch.cat([torch.ones(1, dtype=torch.bfloat16), values])
+        out = TriangularSum.zeros(x.shape[1], 1024)
+        with ops.use_backend("native"):
+            ops.second_moment_(out, x)
+        assert torch.equal(out.tiles[0, 1 : x.shape[1]], exact)
+
+
+needs_core = pytest.mark.skipif(
+    _native.unavailable() is not None, reason=_native.unavailable() or ""
+)
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Pretend to have certain instruction sets only, and none asked for."""
+    monkeypatch.delenv("CURVFAST_ISA", raising=False)
+    known = ("portable", "avx2", "avx512", "avx512_bf16")
+
+    def have(*names: str) -> None:
+        instructions._decided.cache_clear()
+        monkeypatch.setattr(
+            _native, "instruction_sets", lambda: {name: name in names for name in known}
+        )
+
+    yield have
+    instructions._decided.cache_clear()
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", PACKED)
+def test_rows_are_packed_unasked_where_it_is_faster_than_torch(
+    dtype: torch.dtype, processor: Callable[..., None]
+) -> None:
+    request = MomentRequest(TriangularSum.zeros(96, 96), integers(9, 96, dtype=dtype))
+    processor("portable", "avx2")
+    assert registry.resolve("second_moment_", request) is packed_rows.second_moment_
+    assert packed_rows.packs(dtype, 96)
+    assert ops.backends()["native"] == "available; second moments by avx2"
+    processor("portable")
+    assert registry.resolve("second_moment_", request) is blocked.second_moment_
+    assert not packed_rows.packs(dtype, 96)
+    assert ops.backends()["native"] == "available; second moments by portable, where named"
+    with ops.use_backend("native"):
+        assert registry.resolve("second_moment_", request) is packed_rows.second_moment_
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ("avx512", BackendUnavailable, r"CURVFAST_ISA=avx512: .* has portable, avx2: .* or unset"),
+        ("sse", InputError, r"CURVFAST_ISA: .*'sse'; there are portable, .* and auto"),
+    ],
+)
+def test_instructions_that_cannot_be_had_are_refused(
+    asked: str,
+    error: type[Exception],
+    message: str,
+    processor: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processor("portable", "avx2")
+    monkeypatch.setenv("CURVFAST_ISA", asked)
+    out, x = TriangularSum.zeros(96, 96), integers(9, 96)
+    with pytest.raises(error, match=message):
+        ops.second_moment_(out, x)
+    assert re.match(message, ops.backends()["native"])
+    with pytest.raises(BackendUnavailable, match=message):
+        ops.use_backend("native").__enter__()
+    # Who asks for another backend has no use for any.
+    with ops.use_backend("torch"):
+        ops.second_moment_(out, x)
+
+
+@needs_core
+@pytest.mark.parametrize("name", ["", "sse", "PORTABLE"])
+def test_the_core_knows_its_instruction_sets_by_name(name: str) -> None:
+    out, x, room = TriangularSum.zeros(3, 3), torch.ones(1, 3), torch.zeros(32, dtype=torch.int32)
+    with pytest.raises(ValueError, match="no instruction set"):
+        _native.add_rows(out.tiles, 3, x, torch.zeros(1, dtype=torch.long), None, room, 1, name, 1)
+    assert not out.tiles.any()

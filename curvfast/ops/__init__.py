@@ -4,9 +4,9 @@ from collections.abc import Callable as _Callable
 
 from curvfast.ops import _library as _library
 from curvfast.ops import (
-    _native,
     blocked,
     energies,
+    instructions,
     native_triangle,
     packed_rows,
     panels,
@@ -100,7 +100,8 @@ registry.register(
             "mirror_": native_triangle.refusal,
             "scale_": native_triangle.refusal_unless_named,
         },
-        unavailable=_native.unavailable,
+        unavailable=instructions.unavailable,
+        status=instructions.status,
     )
 )
 registry.register(

@@ -88,10 +88,12 @@ def cheapest_hook(widths: npt.NDArray[np.int64], columns: int, band: int) -> tup
     return _C.cheapest_hook(kept.ctypes.data, kept.size, columns, band)
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Return whether the core is built and this processor has the instructions for ``dtype``."""
-    able = {torch.float32: "multiplies_float32", torch.bfloat16: "multiplies_bfloat16"}
-    return unavailable() is None and dtype in able and bool(getattr(_C, able[dtype])())
+def instruction_sets() -> dict[str, bool]:
+    """Return the instruction sets rows can be multiplied by, and whether this processor has them.
+
+    From the plainest on; ``"portable"`` comes first and runs everywhere.
+    """
+    return dict(_C.instruction_sets())
 
 
 def packed_words(d: int, rows: int, dtype: torch.dtype) -> int:
@@ -112,6 +114,7 @@ def add_rows(
     roots: Tensor | None,
     room: Tensor,
     scale: float,
+    instructions: str,
     workers: int,
 ) -> None:
     """Add the products of the rows at ``offsets`` to the packed ``tiles`` of d features.
@@ -124,13 +127,14 @@ def add_rows(
         roots: float32 [n], what each row is multiplied by first, or None; of float32 rows only.
         room: int32, at least :func:`packed_words` of them. Overwritten.
         scale: Factor of the products.
+        instructions: One of :func:`instruction_sets` that this processor has.
         workers: Threads; the answer does not depend on them.
     """
     add = _C.add_float32_rows if x.dtype == torch.float32 else _C.add_bfloat16_rows
     add(
         tiles.data_ptr(), tiles.numel(), d, tiles.shape[1], x.data_ptr(), offsets.data_ptr(),
         offsets.numel(), 0 if roots is None else roots.data_ptr(),
-        room.data_ptr(), room.numel(), scale, workers,
+        room.data_ptr(), room.numel(), scale, instructions, workers,
     )  # fmt: skip
 
 

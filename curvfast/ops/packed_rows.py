@@ -1,34 +1,23 @@
-"""Second moments on CPUs with AVX-512: rows are packed once, where they lie, and never cast."""
+"""Second moments by the native core: rows are packed once, where they lie, and never cast."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from curvfast.ops import _native, registry
+from curvfast.ops import _native, instructions, registry
 from curvfast.ops.request import MomentRequest
 
-_INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512_BF16"}
+DTYPES = (torch.float32, torch.bfloat16)
 
 # Of fewer float32 features torch's one GEMM costs less than the call alone.
 _NARROW = 96
 _too_narrow = registry.unless_named("native", f"fewer than {_NARROW} float32 features are torch's")
 
 
-@cache
-def unavailable(dtype: torch.dtype) -> str | None:
-    """Return why rows of ``dtype`` cannot be multiplied on this machine, or None."""
-    reason = _native.unavailable()
-    if reason or _native.multiplies(dtype):
-        return reason
-    return f"this processor has no {_INSTRUCTIONS[dtype]}"
-
-
 def packs(dtype: torch.dtype, d: int) -> bool:
     """Return whether rows of d features are multiplied here unasked."""
-    if dtype not in _INSTRUCTIONS or unavailable(dtype):
+    if dtype not in DTYPES or _native.unavailable() or instructions.refusal():
         return False
     return dtype != torch.float32 or d >= _NARROW
 
@@ -36,32 +25,37 @@ def packs(dtype: torch.dtype, d: int) -> bool:
 def refusal(call: MomentRequest) -> str | None:
     """Return why this call cannot run here, or None."""
     x = call.x
-    if x.dtype not in _INSTRUCTIONS or x.device.type != "cpu" or x.stride(-1) != 1:
+    if x.dtype not in DTYPES or x.device.type != "cpu" or x.stride(-1) != 1:
         return "only float32 and bfloat16 rows on a CPU, each row's features side by side"
-    if unavailable(x.dtype):
-        return unavailable(x.dtype)
+    if _native.unavailable():
+        return _native.unavailable()
     if x.dtype == torch.bfloat16 and (call.weights is not None or call.also is not None):
         return "weighted bfloat16 rows are not packed"
     if call.out.tiles.dtype != torch.float32:
         return f"the sum is {call.out.tiles.dtype}; packed rows are added to float32"
     if call.precision not in (None, "ieee"):
         return f"precision={call.precision!r} is the kernels'; products here are 'ieee'"
-    return _too_narrow() if x.dtype == torch.float32 and call.d < _NARROW else None
+    if x.dtype == torch.float32 and call.d < _NARROW and _too_narrow():
+        return _too_narrow()
+    return instructions.refusal()
 
 
 def second_moment_(call: MomentRequest) -> None:
-    """Add the products of the rows that count, in float32; tiny bfloat16 numbers count as zero."""
+    """Add the products of the rows that count, in float32.
+
+    Subnormal bfloat16 numbers count as zero by the instructions of ``avx512_bf16``.
+    """
     index = call.index()
     rows = torch.arange(call.x.shape[:-1].numel()) if index is None else index
     if not rows.numel():
         return
     offsets = _offsets(call.x, rows)
     room = torch.empty(room_words(call.x.dtype, rows.numel(), call.d), dtype=torch.int32)
-    workers = torch.get_num_threads()
+    isa, workers = instructions.chosen(), torch.get_num_threads()
     for out, weights in call.sums():
         # √w on both sides keeps the product symmetric.
         roots = None if weights is None else weights.flatten()[rows].float().sqrt()
-        _native.add_rows(out.tiles, call.d, call.x, offsets, roots, room, call.scale, workers)
+        _native.add_rows(out.tiles, call.d, call.x, offsets, roots, room, call.scale, isa, workers)
 
 
 def room_words(dtype: torch.dtype, rows: int, d: int) -> int:

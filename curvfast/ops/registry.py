@@ -31,6 +31,8 @@ class Backend:
     """For each operation: (its arguments) -> why it cannot take them, or None."""
     unavailable: Callable[[], str | None] = field(default=lambda: None)
     """Why it cannot run on this machine at all, or None."""
+    status: Callable[[], str] = field(default=lambda: "available")
+    """What there is to say where it can run."""
     automatic: Callable[[], bool] = field(default=lambda: True)
     """Whether "auto" may choose it."""
 
@@ -41,8 +43,11 @@ def register(backend: Backend) -> None:
 
 
 def backends() -> dict[str, str]:
-    """Return every backend and ``"available"``, or the reason it is not."""
-    return {name: b.unavailable() or "available" for name, b in _backends.items()}
+    """Return every backend and that it is ``"available"``, or the reason it is not.
+
+    The native one says as well by which instruction set its second moments are multiplied.
+    """
+    return {name: b.unavailable() or b.status() for name, b in _backends.items()}
 
 
 @contextmanager
