@@ -95,6 +95,7 @@ FLOORS = [
         "layers",
         "matching",
         "rows",
+        "forward",
         "own_loss",
         "thinning",
         "provenance",
