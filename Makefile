@@ -7,10 +7,14 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 CACHE := $(or $(CURVFAST_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/curvfast)
+NEWEST := .venv-newest
+TORCH ?= 2.11.0
+TORCH_ENV := .venv-torch-$(TORCH)
+TORCH_STAMP := $(TORCH_ENV)/.installed
 FASHION := $(CACHE)/fashion-mnist/train-images-idx3-ubyte.gz
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help install demo test test-slow lint studies bench bench-peers gpu wheel clean
+.PHONY: help install demo test test-slow test-newest test-torch lint studies bench bench-peers gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +37,43 @@ test: install ## every test a machine without a GPU can run
 
 test-slow: install ## the tests that take minutes or a real pretrained model
 	$(BIN)/python -m pytest -m slow
+
+# Files that call transformers' models, and the rest that has met a change of theirs.
+TOUCHING := $(addsuffix .py,$(addprefix tests/test_,forward evals callback families collect_exact \
+	plan_collection gguf adapter_export mining data harness readme))
+PIP := -m pip install --quiet --disable-pip-version-check
+
+# Beside .venv, whose torch it shares, with the Triton that goes with it. pip is asked each time: what
+# was the newest yesterday is in no question.
+test-newest: install ## the tests that touch transformers, on the newest of everything but torch
+	test -x $(NEWEST)/bin/python || $(BIN)/python -m venv $(NEWEST)
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
+		> $$($(NEWEST)/bin/python -c "$$site")/beneath.pth
+	$(NEWEST)/bin/python .ci/requirements.py --but torch triton > $(NEWEST)/requirements.txt
+	$(BIN)/python -c 'from importlib.metadata import version as v; \
+		print(*(f"{n}=={v(n)}" for n in ("torch", "triton")), sep="\n")' > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager \
+		-c $(NEWEST)/constraints.txt -r $(NEWEST)/requirements.txt
+	$(NEWEST)/bin/python -m pytest @tests/without_interpreter.txt $(TOUCHING)
+
+# The declared oldest torch meets the declared oldest of the rest, any other the newest. Only the torch
+# of GPU machines at hand is asked for everything.
+TORCH_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
+OLDEST := $(if $(shell grep -F '"torch>=$(TORCH:.0=)"' pyproject.toml),--oldest)
+QUICK := $(addsuffix .py,$(addprefix tests/test_,forward collect collect_exact evals masks edit \
+	eigenbasis callback plan_collection gradient_energies storage gguf report))
+test-torch: $(TORCH_STAMP) ## the tests on another torch, TORCH=2.11.0 (all of them), 2.8.0 or 2.12.0
+	$(TORCH_ENV)/bin/python -m pytest @tests/without_interpreter.txt $(if $(filter 2.11.%,$(TORCH)),,$(QUICK))
+
+$(TORCH_STAMP): $(SOURCES) .ci/requirements.py
+	test -x $(TORCH_ENV)/bin/python || $(TORCH_PYTHON) -m venv $(TORCH_ENV)
+	$(TORCH_ENV)/bin/python .ci/requirements.py --but torch triton $(OLDEST) > $(TORCH_ENV)/requirements.txt
+	$(TORCH_ENV)/bin/python $(PIP) torch==$(TORCH) setuptools pybind11 cmake ninja \
+		-r $(TORCH_ENV)/requirements.txt
+	CURVFAST_CUDA=OFF PATH="$(abspath $(TORCH_ENV)/bin):$$PATH" $(TORCH_ENV)/bin/python $(PIP) \
+		--no-deps --no-build-isolation -e .
+	touch $@
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
@@ -84,4 +125,4 @@ wheel: install ## a wheel and an sdist in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(PEERS) build dist demo-out *.egg-info curvfast/_C*.so curvfast/_cuda*.so
+	rm -rf $(VENV) $(PEERS) $(NEWEST) .venv-torch-* build dist demo-out *.egg-info curvfast/_C*.so curvfast/_cuda*.so

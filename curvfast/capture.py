@@ -115,8 +115,8 @@ class _Call:
     """What the forward of one product leaves for its gradient."""
 
     pieces: list[_Piece]
-    kept: Any
-    """The autograd node that keeps the input; None once it was read, or was counted before."""
+    kept: Tensor | None
+    """Whose node keeps the input; a node alone may lose it. None once read, or counted before."""
     done: bool = False
 
 
@@ -215,7 +215,7 @@ class Capture:
             self._read(pieces, x)
         else:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
-            kept = _Keep.apply(anchor, x.detach()).grad_fn  # type: ignore[no-untyped-call]
+            kept = _Keep.apply(anchor, x.detach())  # type: ignore[no-untyped-call]
         y.register_hook(partial(self._on_gradient, _Call(pieces, kept)))
         return y
 
@@ -254,7 +254,7 @@ class Capture:
         x = None
         if call.kept is not None:
             try:
-                (x,) = call.kept.saved_tensors
+                (x,) = call.kept.grad_fn.saved_tensors  # type: ignore[union-attr]
             except RuntimeError as error:
                 raise CoverageError(
                     f"the input of {name!r} is gone when its gradient arrives: {error}. The "

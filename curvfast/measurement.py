@@ -5,7 +5,6 @@ What is made of the rows is the affair of those who inherit from it.
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ from curvfast.config import CollectConfig
 from curvfast.coverage import Coverage, describe
 from curvfast.diagnosis import Counted, require_cuda, require_rows, unrouted, warn_unrouted
 from curvfast.errors import InputError
+from curvfast.forward import forward_of
 from curvfast.own_loss import OwnLosses
 from curvfast.provenance import is_causal_lm, model_facts
 from curvfast.rows import Batch, Routed, RowRule, read_call
@@ -78,7 +78,7 @@ class Measurement(ABC):
         self._next = self._new_batch()
         self._forward: Batch | None = None
         self._backward: Batch | None = None
-        self._signature = inspect.signature(model.forward)
+        self._arguments = forward_of(model)
         self._active = True
         self._losses = OwnLosses()
         # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
@@ -224,12 +224,7 @@ class Measurement(ABC):
             return
         self._forward.half = self._counted % self._parts
         self._counted += self._forward.thin is not nothing
-        try:
-            arguments = self._signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:
-            return
-        extra = arguments.pop("kwargs", {})
-        read_call(self._forward, {**extra, **arguments})
+        read_call(self._forward, self._arguments.bind(args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self._capture.flush()

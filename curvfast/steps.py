@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from curvfast.errors import InputError
 from curvfast.fisher import label_gradient, sampled_gradient
+from curvfast.forward import forward_of
 from curvfast.provenance import unwrap
 from curvfast.rows import IGNORED_LABEL, Batch, read_call
 
@@ -44,8 +44,7 @@ def run_step(
     gold = arguments.pop("labels", None)
     with torch.enable_grad():
         logits = logits_of(model(**arguments))
-    # Taken now: of a view that is written to, autograd makes the node anew, without its hooks.
-    edge = get_gradient_edge(logits) if logits.requires_grad else None
+    edge = backward_edge(logits) if logits.requires_grad else None
     if labels == "sampled":
         index = _label_rows(arguments, logits, causal)
         gradient, count = sampled_gradient(logits, index, generator)
@@ -105,20 +104,18 @@ def model_arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[
         device: Where tensors are moved.
 
     Raises:
-        InputError: If the batch is neither.
+        InputError: If the batch is neither, or the one argument cannot be told.
     """
-    parameters = inspect.signature(unwrap(model).forward).parameters
+    forward = forward_of(model)
     if isinstance(batch, Tensor):
-        batch = {next(iter(parameters)): batch}
+        batch = {forward.first(): batch}
     if not isinstance(batch, Mapping):
         raise InputError(
             f"a batch is a {type(batch).__name__}; pass keyword arguments of the model, such as "
             "{'input_ids': ..., 'attention_mask': ...}, or a tensor that is its one argument"
         )
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if "use_cache" in parameters:
-        arguments.setdefault("use_cache", False)
-    return arguments
+    return {**forward.uncached, **arguments}
 
 
 def logits_of(output: Any) -> Tensor:
@@ -136,6 +133,16 @@ def logits_of(output: Any) -> Tensor:
             "use the model with its head, or curvfast.collect() around a loop with its own loss"
         )
     return found
+
+
+def backward_edge(logits: Tensor) -> GradientEdge:
+    """Return where the backward of logits starts; it needs the graph, and holds no values.
+
+    To be taken before they are written to: of a view that is, autograd makes the node anew, without
+    its hooks. The edge is that of a view of them: torch 2.8 lets a node written in Python, as that
+    of a measured head may be, go with its output.
+    """
+    return get_gradient_edge(logits.view_as(logits))
 
 
 def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> Tensor | None:

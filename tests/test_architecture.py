@@ -96,6 +96,7 @@ FLOORS = [
         "layers",
         "matching",
         "rows",
+        "forward",
         "own_loss",
         "thinning",
         "provenance",

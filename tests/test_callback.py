@@ -26,6 +26,13 @@ from curvfast.spectrum_log import FILE, SpectrumRecord, read_log
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+# What transformers calls it, from one of its versions on.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
 VOCABULARY = 13
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
@@ -148,8 +155,8 @@ def test_training_with_and_without_it_is_bit_identical(
     if reentrant is not None:
         model.enable_input_require_grads()
         changes = {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+            CHECKPOINTING: True,
+            f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant},
         }
     twin, examples, found = copy.deepcopy(model), texts(), []
     callback = curvfast.CurvatureCallback(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -33,6 +35,41 @@ def test_collect_equals_brute_force(case: Case) -> None:
         for batch in batches:
             model(**batch).loss.backward()
     assert_equal_factors(curvature.factors(), truth(case, model, batches))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_kept_input_lives_until_its_gradient_arrives(case: Case, reentrant: bool | None) -> None:
+    """Several forwards, each followed by a collection of garbage, then their backwards."""
+    model, batches, losses = case.model().train(), case.batches(), []
+    records = truth(case, model, batches)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.get_input_embeddings().register_forward_hook(lambda _m, _a, y: y.requires_grad_())
+    with curvfast.collect(model, case.layers) as curvature:
+        for batch in batches:
+            losses.append(model(**batch).loss)
+            gc.collect()
+        for loss in losses:
+            loss.backward()
+            gc.collect()
+    assert_equal_factors(curvature.factors(), records)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_kept_input_goes_with_its_backward_or_its_graph(backward: bool) -> None:
+    """A loss that is held keeps no input; a forward without backward keeps none longer than it."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Tanh())
+    with curvfast.collect(model, "all", loss_reduction="sum"):
+        x = torch.randn(7, 5)
+        read = weakref.ref(x.untyped_storage())
+        loss = model(x).sum()
+        if backward:
+            loss.backward()
+        else:
+            del loss
+        del x
+        assert read() is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from curvfast.adapters import LinearLayer
 from curvfast.analysis.examples import joined, split_labels
@@ -25,7 +24,7 @@ from curvfast.ops import project_rows
 from curvfast.progress import Bar
 from curvfast.provenance import is_causal_lm
 from curvfast.rows import Batch, RowRule, read_call
-from curvfast.steps import frozen, gold_labels, logits_of
+from curvfast.steps import backward_edge, frozen, gold_labels, logits_of
 
 LABELS = ("gold", "fisher")
 
@@ -142,8 +141,7 @@ def gradient_energies(
                     logits = logits_of(model(**arguments))
                 if not logits.requires_grad:
                     energies.end(len(logits))
-                # Taken before the logits may be written to: autograd then makes their node anew.
-                edge, count = get_gradient_edge(logits), len(logits)
+                edge, count = backward_edge(logits), len(logits)
                 targets = gold_labels(arguments, gold, logits, causal)
                 if labels == "fisher":
                     gradient = fisher_gradient(logits, targets, generator)

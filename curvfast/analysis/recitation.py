@@ -6,7 +6,6 @@ run of hits is as long as what is recited, at the price of one forward (rounding
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError
+from curvfast.forward import Forward, forward_of
 from curvfast.provenance import unwrap
 from curvfast.steps import frozen, logits_of
 
@@ -76,7 +76,8 @@ def predictions(
 ) -> Iterator[Scored]:
     """Yield what a model predicts for continuations, batch by batch, by length.
 
-    Unequal texts are padded on the left, under an attention mask, and positions count real tokens.
+    Unequal texts are padded on the left, under an attention mask, and positions count real tokens;
+    of a model that takes no positions only equal texts are read together.
 
     Args:
         model: As of :func:`leading_matches`.
@@ -93,22 +94,20 @@ def predictions(
     """
     if any(not len(text) for text in (*prompts, *continuations)):
         raise InputError("a prompt or continuation is empty; give each at least one token")
-    known = inspect.signature(unwrap(model).forward).parameters
+    forward = forward_of(model)
     rows = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
     longest = max(map(len, rows), default=0)
-    _check_offset(model, offset, longest, known)
+    _check_offset(model, offset, longest, forward)
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in forward.batches([len(row) for row in rows], batch_size):
         tokens, mask = _left_padded([rows[i] for i in chosen], device)
         keep = max(len(continuations[i]) for i in chosen) + 1
-        options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-        if "logits_to_keep" in known:
+        options: dict[str, Any] = forward.uncached
+        if "logits_to_keep" in forward.names:
             options["logits_to_keep"] = keep
         if not mask.all():
             options["attention_mask"] = mask
-        if "position_ids" in known:
+        if "position_ids" in forward.names:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0) + offset
         # Frozen batch by batch: a caller may stop in between.
         with frozen(model, keep_mode=False):
@@ -116,13 +115,13 @@ def predictions(
         yield Scored(chosen, logits[:, -keep:-1], tokens[:, -keep + 1 :])
 
 
-def _check_offset(model: nn.Module, offset: int, longest: int, known: Any) -> None:
+def _check_offset(model: nn.Module, offset: int, longest: int, forward: Forward) -> None:
     if not offset:
         return
-    if offset < 0 or "position_ids" not in known:
+    if offset < 0 or "position_ids" not in forward.names:
         raise InputError(
             f"offset={offset}: pass 0 or more, and a model whose forward takes position_ids; "
-            f"{type(model).__name__} " + ("does" if "position_ids" in known else "does not")
+            f"{type(model).__name__} " + ("does" if "position_ids" in forward.names else "does not")
         )
     places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
     if places is not None and offset + longest > places:

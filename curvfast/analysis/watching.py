@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer, Part, Product, watch
 from curvfast.capture import no_autocast
 from curvfast.errors import InputError, ShapeError
-from curvfast.provenance import is_causal_lm, unwrap
+from curvfast.forward import forward_of
+from curvfast.provenance import is_causal_lm
 from curvfast.rows import Batch, Routed, RowRule, read_call
 from curvfast.steps import frozen, model_arguments
 
@@ -78,7 +78,7 @@ def _run(
 ) -> int:
     arguments = model_arguments(model, batch, next(model.parameters()).device)
     arguments.pop("labels", None)
-    if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
+    if "logits_to_keep" in forward_of(model).names:
         # No logit is looked at: one a text is the fewest that a model can be asked for.
         arguments.setdefault("logits_to_keep", 1)
     texts = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), None)

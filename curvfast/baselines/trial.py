@@ -7,7 +7,6 @@ a checkpointed region computes its forward again there, and must meet the same w
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from curvfast.adapters import ExpertLayer
 from curvfast.baselines.examples import TokenBatch
 from curvfast.baselines.subject import Subject, wide
 from curvfast.errors import InputError
+from curvfast.forward import forward_of
 from curvfast.rows import IGNORED_LABEL
 from curvfast.steps import logits_of
 
@@ -132,9 +132,7 @@ def _log_likelihoods(subject: Subject, batch: TokenBatch) -> Tensor:
     arguments: dict[str, Any] = {"input_ids": tokens}
     if not bool(batch.mask.all()):
         arguments["attention_mask"] = batch.mask.long().to(subject.device)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        arguments["use_cache"] = False
-    logits = logits_of(model(**arguments))
+    logits = logits_of(model(**arguments, **forward_of(model).uncached))
     if logits.shape[:-1] != tokens.shape:
         raise InputError(
             f"the model's logits are {list(logits.shape)} for tokens {list(tokens.shape)}; pass a "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -73,11 +72,16 @@ def as_encoder(tokenizer: Any, eos: int | None = None) -> Encoder:
 
 
 def _of_texts(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    options = {"add_special_tokens": False}
-    # transformers warns of texts longer than a model's context, which here are cut.
-    if "verbose" in inspect.signature(tokenizer).parameters:
-        options["verbose"] = False
-    return lambda texts: [_ids(ids) for ids in tokenizer(texts, **options)["input_ids"]]
+    def encode(texts: list[str]) -> list[list[int]]:
+        try:
+            # transformers warns of texts longer than a model's context, which here are cut.
+            found = tokenizer(texts, add_special_tokens=False, verbose=False)
+        except TypeError:
+            # One that is only called like its own may not know that word.
+            found = tokenizer(texts, add_special_tokens=False)
+        return [_ids(ids) for ids in found["input_ids"]]
+
+    return encode
 
 
 def _ids(found: Any) -> list[int]:

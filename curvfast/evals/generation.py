@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError
-from curvfast.steps import frozen
+from curvfast.forward import Forward, forward_of
+from curvfast.steps import frozen, logits_of
 
 
 @torch.no_grad()
@@ -20,11 +20,12 @@ def greedy(
     """Continue each prefix by exactly ``length`` tokens, always the likeliest.
 
     Prompts are padded on the *left*, so every continuation starts at one column and none is cut by
-    padding. The model's own generation settings (sampling, penalties, end tokens) play no part:
+    padding; of a model that takes no positions only equal prompts are read together. The model's own generation settings (sampling, penalties, end tokens) play no part:
     ``generate()`` would merge them into whatever it is given.
 
     Args:
-        model: A causal language model of transformers; in eval mode meanwhile.
+        model: A causal language model: one of transformers that can generate, or one whose forward
+            takes ``input_ids`` and returns logits. In eval mode meanwhile.
         prefixes: Token ids, none empty.
         length: Tokens to generate.
         batch_size: Prompts at a time.
@@ -33,45 +34,61 @@ def greedy(
         ``length`` token ids for each prefix.
 
     Raises:
-        InputError: If a prefix is empty or the model cannot generate.
+        InputError: If a prefix is empty, or the model cannot generate or cannot in batches.
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"{type(model).__name__} cannot generate; pass a causal language model")
+    forward = forward_of(model)
+    if not forward.generates:
+        raise InputError(
+            f"{type(model).__name__} cannot generate: it says so, or its forward takes no "
+            "input_ids alone; pass a causal language model"
+        )
     if any(len(prefix) == 0 for prefix in prefixes):
         raise InputError("an empty prefix cannot be continued; give each at least one token")
     device = next(model.parameters()).device
-    # Sorted by length, so that a batch is padded little.
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     found: dict[int, list[int]] = {}
     with frozen(model, keep_mode=False):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in forward.batches([len(prefix) for prefix in prefixes], batch_size):
             width = max(len(prefixes[i]) for i in chosen)
             tokens = torch.zeros(len(chosen), width, dtype=torch.long)
             mask = torch.zeros_like(tokens)
             for row, i in enumerate(chosen):
                 tokens[row, width - len(prefixes[i]) :] = torch.tensor(list(prefixes[i]))
                 mask[row, width - len(prefixes[i]) :] = 1
-            new = _continue(model, tokens.to(device), mask.to(device), length)
+            new = _continue(model, forward, tokens.to(device), mask.to(device), length)
             found |= dict(zip(chosen, new.tolist(), strict=True))
     return [found[i] for i in range(len(prefixes))]
 
 
-def _continue(model: nn.Module, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
-    """Return the ``length`` likeliest next tokens of left-padded prompts, by a cached forward."""
-    known = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in known:
+def _continue(
+    model: nn.Module, forward: Forward, tokens: Tensor, mask: Tensor, length: int
+) -> Tensor:
+    """Return the ``length`` likeliest next tokens of left-padded prompts.
+
+    A model that returns a cache, or a recurrent state, goes on from it and reads the last token
+    alone; another reads all of them again.
+    """
+    options: dict[str, Any] = {"use_cache": True} if forward.cached else {}
+    if "logits_to_keep" in forward.names:
         options["logits_to_keep"] = 1
-    generated = []
-    past = None
+    prompt = tokens.shape[1]
+    carried: dict[str, Any] = {}
     for _ in range(length):
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        if "position_ids" in known:
-            options["position_ids"] = positions if past is None else positions[:, -1:]
-        out = model(input_ids=tokens, attention_mask=mask, past_key_values=past, **options)
-        past = out.past_key_values
-        tokens = out.logits[:, -1:].argmax(-1)
-        generated.append(tokens)
-        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-    return torch.cat(generated, dim=1)
+        unread = slice(-1, None) if carried else slice(None)
+        given = {"input_ids": tokens[:, unread], **options}
+        if "attention_mask" in forward.names:
+            given["attention_mask"] = mask
+        if "position_ids" in forward.names:
+            given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, unread]
+        output = model(**given, **carried)
+        carried = forward.carried(output, given)
+        logits, read = logits_of(output), given["input_ids"].shape
+        if logits.shape[:-1] not in (read, (len(tokens), 1)):
+            raise InputError(
+                f"the logits of {type(model).__name__} are {list(logits.shape)} for tokens "
+                f"{list(read)}, so it mixes texts that are continued together, or is no causal "
+                "language model; with batch_size=1 none are"
+            )
+        new = logits[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, new], dim=1)
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+    return tokens[:, prompt:]

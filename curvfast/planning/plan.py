@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import CurvfastError, InputError, first_line
+from curvfast.forward import forward_of
 from curvfast.hf.meta import example_batch, meta_model
 from curvfast.layers import LayerSpec, select
 from curvfast.planning.cost import Cost, busiest, cost
@@ -189,7 +189,7 @@ def _arguments(
     if example is None:
         return dict(example_batch(model, batch, seq_len))
     if isinstance(example, Tensor):
-        example = {next(iter(inspect.signature(model.forward).parameters)): example}
+        example = {forward_of(model).first(): example}
     # Which positions are real is a matter of values; without a mask, all are.
     return on_meta({k: v for k, v in example.items() if k not in ("labels", "attention_mask")})
 

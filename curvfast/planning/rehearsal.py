@@ -6,26 +6,25 @@ hooks. So who shares an A, what autograd keeps and what is multiplied is observe
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvfast.adapters import LinearLayer
 from curvfast.capture import Arrival, Capture, SharedInput
 from curvfast.fisher import sampled_gradient
+from curvfast.forward import forward_of
 from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
 from curvfast.planning.live import LiveBytes
 from curvfast.planning.scratch import Scratch
 from curvfast.planning.sharing import shared_inputs
 from curvfast.provenance import is_causal_lm
 from curvfast.rows import Batch, Routed, read_call
-from curvfast.steps import logits_of
+from curvfast.steps import backward_edge, logits_of
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ def rehearse(
         Exception: Whatever a model raises that does not run on the meta device.
     """
     model.requires_grad_(False)
-    arguments = dict(arguments)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        arguments.setdefault("use_cache", False)
+    arguments = {**forward_of(model).uncached, **arguments}
     batch = Batch(skip_last=is_causal_lm(model))
     read_call(batch, arguments)
     given = [value for value in arguments.values() if isinstance(value, Tensor)]
@@ -114,8 +111,8 @@ def rehearse(
             size = logits.nbytes
             activations = live.now - size
             batch.predictions = shape[:-1]
+            edge = backward_edge(logits)
             gradient, _ = sampled_gradient(logits, None, torch.Generator())
-            edge = get_gradient_edge(logits)
             del logits
             torch.autograd.backward((edge,), (gradient,))
     finally:
