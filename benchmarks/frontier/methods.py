@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvfast import edit, select
-from curvfast.baselines import NPO, BalancedSubnet, Durable, GradientAscent, Greedy, Rival, Subnet
+from curvfast.baselines import (
+    NPO,
+    BalancedSubnet,
+    Baseline,
+    Durable,
+    GradientAscent,
+    Greedy,
+    Subnet,
+)
 from curvfast.core.importance import Importance
 from curvfast.core.selection import Selection
 from frontier.settings import Setting
@@ -68,7 +76,7 @@ def _share(setting: Setting, kept: Selection) -> float:
     return sum(kept.pairs.values()) / total
 
 
-def forget_by(make: Callable[[float], Rival]) -> Change:
+def forget_by(make: Callable[[float], Baseline]) -> Change:
     """Let a rival forget the seen half; ``make`` gives it its strength."""
 
     def change(setting: Setting, strength: float) -> dict[str, Any]:

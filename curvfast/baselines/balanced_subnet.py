@@ -5,10 +5,7 @@ Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 from curvfast.baselines.checks import (
     check_clean_weight,
@@ -20,18 +17,18 @@ from curvfast.baselines.checks import (
 from curvfast.baselines.descent import descend
 from curvfast.baselines.draws import balanced_steps, generators
 from curvfast.baselines.masks import MaskedWeights
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import begin, finish
-from curvfast.layers import LayerSpec
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 
 
 @dataclass(frozen=True)
-class BalancedSubnet:
+class BalancedSubnet(Supervised):
     """Drops the weights of smallest learnt |score|; loss −(1 − w) · CE(memorized) + w · CE(clean).
 
     The defaults are those of the paper's code, which tunes the ratio for each model. The paper
     masks the up and down projections of every MLP: ``layers=["*.up_proj", "*.down_proj"]`` where
     there is a gate too.
+
+    Exactly round(ratio · weights) of each layer become zero; all others stay, bit for bit.
     """
 
     ratio: float = 0.01
@@ -73,44 +70,20 @@ class BalancedSubnet:
         """Return those that forget with little loss on the demo's models of 1M weights."""
         return cls(ratio=0.02, clean_weight=0.5, learning_rate=3.0, epochs=10)
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Learn the masks and zero what they drop, as :class:`~.rival.Rival` says.
+    def _balanced(self) -> bool:
+        return self.clean_weight > 0
 
-        Exactly round(ratio · weights) of each layer become zero; all others stay, bit for bit.
-
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: As there; not needed if ``clean_weight`` is 0.
-            layers: As there.
-            seed: As there.
-            progress: As there.
-
-        Returns:
-            What changed, and the losses on the way.
-        """
-        balanced = self.clean_weight > 0
-        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+    def _train(self, task: ForgetTask) -> Trained:
         form = MaskedWeights(
             task.subject,
             dropped(self.ratio, task.subject.weights()),
-            generators(seed)[0],
+            generators(task.seed)[0],
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
         steps = balanced_steps(
-            task, self.batch_size, seed, forget=self.clean_weight - 1, keep=self.clean_weight
+            task, self.batch_size, task.seed, forget=self.clean_weight - 1, keep=self.clean_weight
         )
         rounds = -(-max(len(task.memorized), len(task.clean)) // self.batch_size)
-        losses = descend(task.subject, form, steps, self.epochs * rounds, progress=progress)
-        return finish(self, asdict(self), task, form.weights(), losses)
+        return descend(task, form, steps, self.epochs * rounds)

@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters, made when a rival is."""
+"""Checks of hyper-parameters, made when a baseline is created."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from curvfast.baselines.examples import drawn
-from curvfast.baselines.rival import Task
+from curvfast.baselines.rival import ForgetTask
 from curvfast.baselines.trial import Objective, Term, mean_loss
 
 
@@ -20,7 +20,7 @@ def generators(seed: int) -> tuple[torch.Generator, torch.Generator, torch.Gener
 
 
 def balanced_steps(
-    task: Task,
+    task: ForgetTask,
     size: int,
     seed: int,
     *,

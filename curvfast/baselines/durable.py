@@ -6,24 +6,22 @@ Durable Backdoors in Federated Learning", 2022.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 from curvfast.baselines.checks import check_ratio, check_reading, dropped
 from curvfast.baselines.examples import in_order
 from curvfast.baselines.masks import without_smallest
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import begin, finish
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 from curvfast.baselines.trial import Term, gradients, mean_loss
-from curvfast.layers import LayerSpec
 from curvfast.steps import frozen
 
 
 @dataclass(frozen=True)
-class Durable:
-    """Zeroes the share ``ratio`` of each matrix where |∂ CE(memorized) / ∂W| is largest."""
+class Durable(Supervised):
+    """Zeroes the share ``ratio`` of each matrix where |∂ CE(memorized) / ∂W| is largest.
+
+    Exactly round(ratio · weights) of each layer become zero; nothing is random.
+    """
 
     ratio: float = 0.01
     """Share of each matrix's weights that is zeroed, in (0, 1)."""
@@ -42,30 +40,7 @@ class Durable:
         """Return those that forget with little loss on the demo's models of 1M weights."""
         return cls(ratio=0.035)
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Zero the weights, as :class:`~.rival.Rival` says.
-
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: Not looked at.
-            layers: As there.
-            seed: Not looked at: nothing is random.
-            progress: Not looked at.
-
-        Returns:
-            What changed: exactly round(ratio · weights) of each layer are zero.
-        """
-        task = begin(model, memorized, None, layers, scored=self.scored, balanced=False)
+    def _train(self, task: ForgetTask) -> Trained:
         weights = task.subject.weights()
         counts = dropped(self.ratio, weights)
         everything = len(task.memorized)
@@ -80,4 +55,4 @@ class Durable:
             name: without_smallest(weight, -found[name].abs(), counts[name])
             for name, weight in weights.items()
         }
-        return finish(self, asdict(self), task, new, ((loss,), ()))
+        return Trained(task.subject.commit(new), ((loss,), ()))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvfast.baselines.subject import Subject, wide
+from curvfast.baselines.subject import ForgetModel, wide
 
 
 class FreeWeights:
@@ -16,7 +16,7 @@ class FreeWeights:
     They take 16 bytes a weight.
     """
 
-    def __init__(self, subject: Subject, *, learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, subject: ForgetModel, *, learning_rate: float, weight_decay: float) -> None:
         """Start from the model's own weights."""
         own = subject.weights()
         self._dtypes = {name: weight.dtype for name, weight in own.items()}
@@ -29,7 +29,7 @@ class FreeWeights:
         """Return the copies in the stored dtypes."""
         return {name: copy.to(self._dtypes[name]) for name, copy in self._copies.items()}
 
-    def move(self, found: Mapping[str, Tensor]) -> None:
+    def step(self, found: Mapping[str, Tensor]) -> None:
         """Take a step of AdamW."""
         for name, copy in self._copies.items():
             copy.grad = found[name]

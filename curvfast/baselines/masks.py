@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvfast.baselines.subject import Subject, wide
+from curvfast.baselines.subject import ForgetModel, wide
 
 
 def initial_scores(shape: torch.Size, d_in: int, generator: torch.Generator) -> Tensor:
@@ -44,7 +44,7 @@ class MaskedWeights:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ForgetModel,
         counts: Mapping[str, int],
         generator: torch.Generator,
         *,
@@ -81,7 +81,7 @@ class MaskedWeights:
             for name, weight in self._frozen.items()
         }
 
-    def move(self, found: Mapping[str, Tensor]) -> None:
+    def step(self, found: Mapping[str, Tensor]) -> None:
         """Take a step of SGD along the straight-through gradient."""
         for name, scores in self._scores.items():
             scores.grad = straight_through(found[name], self._frozen[name], scores)

@@ -18,7 +18,7 @@ from curvfast.provenance import unwrap
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ForgetModel:
     """A model without its wrappers, and those of its layers that may change."""
 
     model: nn.Module
@@ -73,7 +73,7 @@ class Subject:
             raise
 
 
-def choose(model: nn.Module, layers: LayerSpec) -> Subject:
+def choose(model: nn.Module, layers: LayerSpec) -> ForgetModel:
     """Return the model and the layers that ``layers`` means, once they are known to be writable.
 
     Args:
@@ -92,7 +92,7 @@ def choose(model: nn.Module, layers: LayerSpec) -> Subject:
     chosen = select(model, layers)
     for layer in chosen.values():
         layer.require_writable()
-    return Subject(unwrap(model), chosen)
+    return ForgetModel(unwrap(model), chosen)
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from curvfast.adapters import ExpertLayer
 from curvfast.baselines.examples import TokenBatch
-from curvfast.baselines.subject import Subject, wide
+from curvfast.baselines.subject import ForgetModel, wide
 from curvfast.errors import InputError
 from curvfast.rows import IGNORED_LABEL
 from curvfast.steps import logits_of
@@ -48,7 +48,9 @@ def mean_loss(found: Tensor, batch: TokenBatch) -> Tensor:
     return -(found / batch.counts.to(found.device)).mean()
 
 
-def log_likelihoods(subject: Subject, weights: Mapping[str, Tensor], batch: TokenBatch) -> Tensor:
+def log_likelihoods(
+    subject: ForgetModel, weights: Mapping[str, Tensor], batch: TokenBatch
+) -> Tensor:
     """Return log p of each row's scored tokens, each given those before it, [rows].
 
     Args:
@@ -67,7 +69,7 @@ def log_likelihoods(subject: Subject, weights: Mapping[str, Tensor], batch: Toke
 
 
 def gradients(
-    subject: Subject, weights: Mapping[str, Tensor], terms: Sequence[Term]
+    subject: ForgetModel, weights: Mapping[str, Tensor], terms: Sequence[Term]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Differentiate a sum of terms, a backward for each: only one batch is held at a time.
 
@@ -117,7 +119,7 @@ class _Within(nn.Module):
 
 
 def _standing_in(
-    subject: Subject, weights: Mapping[str, Tensor], run: Callable[[], Result]
+    subject: ForgetModel, weights: Mapping[str, Tensor], run: Callable[[], Result]
 ) -> Result:
     """Return what ``run`` does while ``weights`` stand in for the model's own."""
     around = _Within(subject.model)
@@ -126,7 +128,7 @@ def _standing_in(
     return found
 
 
-def _log_likelihoods(subject: Subject, batch: TokenBatch) -> Tensor:
+def _log_likelihoods(subject: ForgetModel, batch: TokenBatch) -> Tensor:
     model = subject.model
     tokens = batch.tokens.to(subject.device)
     arguments: dict[str, Any] = {"input_ids": tokens}
@@ -148,7 +150,7 @@ def _log_likelihoods(subject: Subject, batch: TokenBatch) -> Tensor:
     return -losses.view(targets.shape).sum(1)
 
 
-def _parameters(subject: Subject, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _parameters(subject: ForgetModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole parameters by their full names, with ``weights`` in them."""
     names = {id(parameter): name for name, parameter in subject.model.named_parameters()}
     found: dict[str, Tensor] = {}
