@@ -18,7 +18,7 @@ from curvfast.lab import vit
 from curvfast.lab.vit_recipe import RECIPES
 from curvfast.report.activations import activations, short
 from curvfast.studies import figure2
-from curvfast.studies.rounding import rounded
+from curvfast.studies.rounding import to_four_decimals
 from curvfast.studies.study import Ask
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -144,7 +144,7 @@ def test_the_picture_shows_one_curve_for_layers_that_read_one_tensor() -> None:
 
 
 def test_figures_are_kept_to_four_decimals() -> None:
-    assert rounded({"a": [1 / 3, float("nan")], "b": (2, "c")}) == {
+    assert to_four_decimals({"a": [1 / 3, float("nan")], "b": (2, "c")}) == {
         "a": [0.3333, None],
         "b": [2, "c"],
     }

@@ -23,7 +23,8 @@ from curvfast.lab.vit import accuracies, trained_vit, vit_basis
 from curvfast.lab.vit_recipe import RECIPES, Statistics, VitRecipe
 from curvfast.layers import LayerSpec
 from curvfast.report.architectures import architectures
-from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
+from curvfast.studies.rounding import to_six_digits
+from curvfast.studies.study import Ask, Figures, Lines, Study, spread
 
 MASSES = (0.8, 0.9, 0.95, 0.98, 0.99)
 METHODS = ("kfac", "svd")
@@ -74,7 +75,7 @@ def _measure(ask: Ask) -> Figures:
                 for mass in MASSES
             ],
         }  # fmt: skip
-    return dict(rounded(found))
+    return dict(to_six_digits(found))
 
 
 def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:

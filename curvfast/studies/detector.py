@@ -19,7 +19,7 @@ from curvfast.analysis import (
 )
 from curvfast.report.telling import Passages, telling
 from curvfast.studies.reciters import ROWS, Subject
-from curvfast.studies.rounding import rounded
+from curvfast.studies.rounding import to_four_decimals
 from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
 from curvfast.studies.subjects import demo_lm, lab_lm
 
@@ -39,7 +39,7 @@ def _measure(ask: Ask) -> Figures:
     for name, make in _SUBJECTS.items():
         subject = make(ask)
         ask.say("scoring passages and windows never seen")
-        found[name] = rounded(_told(subject))
+        found[name] = to_four_decimals(_told(subject))
     return found
 
 

@@ -22,7 +22,8 @@ from curvfast.evals.perplexity import perplexity
 from curvfast.evals.suite import evaluate
 from curvfast.lab.snapshots import restored, snapshots
 from curvfast.report.dynamics import at, dynamics, over_layers, rise
-from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
+from curvfast.studies.rounding import to_six_digits
+from curvfast.studies.study import Ask, Figures, Lines, Study, spread
 
 PARTS = 8
 """Into how many equal parts of a training its checkpoints divide it."""
@@ -91,7 +92,7 @@ def _measure(ask: Ask) -> Figures:
         "fraction": FRACTION,
         # How often a step shows each passage.
         "exposures": 2 * recipe.canary_rows / recipe.passages,
-        "checkpoints": rounded(found),
+        "checkpoints": to_six_digits(found),
         "recipe": asdict(recipe),
     }
 

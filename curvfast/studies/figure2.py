@@ -18,7 +18,7 @@ from curvfast.lab.vit_recipe import RECIPES
 from curvfast.report.activations import activations, short
 from curvfast.rows import RowRule
 from curvfast.studies.reciters import ROWS
-from curvfast.studies.rounding import rounded
+from curvfast.studies.rounding import to_four_decimals
 from curvfast.studies.study import Ask, Figures, Lines, Study, spread
 from curvfast.studies.subjects import demo_lm
 
@@ -29,7 +29,7 @@ _PICTURES_AT_ONCE = 500
 
 def _measure(ask: Ask) -> Figures:
     found = _language(ask) | _vision(ask)
-    return {name: rounded(curves) for name, curves in found.items()}
+    return {name: to_four_decimals(curves) for name, curves in found.items()}
 
 
 def _language(ask: Ask) -> Figures:

@@ -21,7 +21,7 @@ from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.questions import as_passage
 from curvfast.report.task_spectrum import Point, task_spectrum
 from curvfast.studies.counting import Counted
-from curvfast.studies.rounding import rounded
+from curvfast.studies.rounding import to_four_decimals
 from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
 
 BANDS = (0.1, 0.25, 0.5, 1)
@@ -63,14 +63,16 @@ def _measure(ask: Ask) -> Figures:
     for name, kind in kinds.items():
         key = name if name == _MEMORIZATION else f"{name}.generated"
         levels = {"kind": kind, "before": before[key], "after": after[key]}
-        found[name] = rounded(levels | activations[name])
+        found[name] = to_four_decimals(levels | activations[name])
     return {
         "mass": recipe.mass,
         "tasks": found,
-        "perplexity": rounded([before["perplexity"], after["perplexity"]]),
+        "perplexity": to_four_decimals([before["perplexity"], after["perplexity"]]),
         "correlations": {
             key: {
-                name: rounded(_correlation([{"tasks": found}], key, of, _known([{"tasks": found}])))
+                name: to_four_decimals(
+                    _correlation([{"tasks": found}], key, of, _known([{"tasks": found}]))
+                )
                 for name, of in COEFFICIENTS.items()
             }
             for key in MEASURES

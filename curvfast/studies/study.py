@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -48,12 +48,3 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
     """Return mean ± standard deviation over seeds as text; of one value, the value."""
     middle = form.format(mean(values))
     return f"{middle} ± {form.format(stdev(values))}" if len(values) > 1 else middle
-
-
-def rounded(value: Any) -> Any:
-    """Return nested figures with six digits that count in each number that is no integer."""
-    if isinstance(value, Mapping):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
