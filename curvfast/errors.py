@@ -68,7 +68,3 @@ class NumericalWarning(UserWarning):
 
 class PerformanceWarning(UserWarning):
     """Something works, and slower than it could."""
-
-
-class BackendWarning(UserWarning):
-    """A backend was passed over."""
