@@ -1,4 +1,4 @@
-"""Eigendecompositions dealt out to ranks by d³, and their results shared."""
+"""Eigendecompositions distributed over ranks by d³, and the broadcast of their results."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from curvfast import distributed
 from curvfast.core.decomposition import Spectrum
 from curvfast.errors import CurvfastError, DecompositionError
 
-Found = Iterable[tuple[str, Spectrum | None]]
+Results = Iterable[tuple[str, Spectrum | None]]
 
 
-def dealt(keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group) -> list[str]:
+def owned_factors(
+    keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group
+) -> list[str]:
     """Return the factors this rank decomposes, in the order given."""
     rank, size = distributed.rank_and_size(group)
     owners = _owners(keys, widths, size)
     return [key for key in keys if owners[key] == rank]
 
 
-def shared(
-    found: Found, keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group
+def broadcast_results(
+    found: Results, keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group
 ) -> Iterator[tuple[str, Spectrum | None]]:
-    """Yield every rank's results to every rank; called by all.
+    """Broadcast every rank's results to every rank; called by all.
 
     Args:
         found: What this rank decomposes, as it comes.

@@ -19,7 +19,7 @@ from curvfast.core.rule import Rule
 from curvfast.core.scores import Scores, Term, masks, sum_of, unit_of
 from curvfast.core.search import staircases, staircases_by_mass
 from curvfast.core.selection import Frame, Selection
-from curvfast.core.tasks import Task, along
+from curvfast.core.tasks import TaskCurvature, curvature_along
 from curvfast.errors import InputError
 
 KIND = "curvfast-eigenbasis"
@@ -33,7 +33,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
     layers: Mapping[str, LayerBasis]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the factors were measured on, as of :class:`curvfast.Factors`."""
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[TaskCurvature, ...] = ()
     """Curvature of other corpora, added to λᵢμⱼ; see :meth:`with_task`."""
     frame: Frame = "curvature"
     """``"curvature"``, or ``"singular"`` for singular vectors of the weights."""
@@ -70,8 +70,8 @@ class Eigenbasis(ByLayer[LayerBasis]):
         """Select as :meth:`keep` does, and raise what it raises."""
         self.require_curvature()
         if self.tasks:
-            return self.labelled(masks(self.scores(), rule))
-        return self.labelled(staircases(self.spectra(), rule))
+            return self._with_frame(masks(self.scores(), rule))
+        return self._with_frame(staircases(self.spectra(), rule))
 
     def keep_each(self, masses: Sequence[float]) -> list[Selection]:
         """Select at several masses in one search, as :meth:`keep` does at one.
@@ -89,9 +89,9 @@ class Eigenbasis(ByLayer[LayerBasis]):
         self.require_curvature()
         if self.tasks:
             return [self.keep(mass=mass) for mass in masses]
-        return [self.labelled(kept) for kept in staircases_by_mass(self.spectra(), masses)]
+        return [self._with_frame(kept) for kept in staircases_by_mass(self.spectra(), masses)]
 
-    def labelled(self, kept: Selection, importance: str = "kfac") -> Selection:
+    def _with_frame(self, kept: Selection, importance: str = "kfac") -> Selection:
         """Return ``kept``, which has no frame yet, as a selection of this basis's pairs.
 
         Raises:
@@ -144,7 +144,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
             ShapeError: If a layer is of another width there.
         """
         self.require_curvature()
-        added = along(self, task, weight, normalize)
+        added = curvature_along(self, task, weight, normalize)
         return replace(self, tasks=(*self.tasks, added)) if weight else self
 
     def with_marginals(self, factors: Factors) -> Eigenbasis:
@@ -248,7 +248,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
         meta, stored = storage.open_folder(directory, kind=KIND)
         names = {name: (entry["a"], entry["g"]) for name, entry in meta["layers"].items()}
         tasks = tuple(
-            Task.from_tensors(stored, f"task{number}", names, **facts)
+            TaskCurvature.from_tensors(stored, f"task{number}", names, **facts)
             for number, facts in enumerate(meta.get("tasks", ()))
         )
         rest = meta.get("provenance", {}), tasks, meta.get("frame", "curvature")

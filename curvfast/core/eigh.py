@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvfast import distributed, storage
-from curvfast.core.dealing import dealt, shared
+from curvfast.core.dealing import broadcast_results, owned_factors
 from curvfast.core.decomposition import (
     DTYPES,
     NARROW,
@@ -80,9 +80,9 @@ def decompose(
         folder = directory if first else None
         writer = folder and stack.enter_context(storage.FolderWriter(folder, KIND))
         while wanted := search.wanted():
-            own = dealt(wanted, search.widths, group)
+            own = owned_factors(wanted, search.widths, group)
             results = _in_turn(solve, _batches(factors, own, device), workers)
-            for key, spectrum in shared(results, wanted, search.widths, group):
+            for key, spectrum in broadcast_results(results, wanted, search.widths, group):
                 if spectrum is not None and _whole(spectrum):
                     bar.advance(1)
                     negative |= {_title(key): spectrum.negative} if spectrum.negative else {}

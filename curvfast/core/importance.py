@@ -34,7 +34,7 @@ from curvfast.core.layer_basis import LayerBasis
 from curvfast.core.mask import random_mask
 from curvfast.core.projection import rotate
 from curvfast.core.rule import Rule
-from curvfast.core.scores import Rows, Scores, Term, masks, sum_of
+from curvfast.core.scores import CurvatureRows, Scores, Term, masks, sum_of
 from curvfast.core.search import staircases
 from curvfast.core.selection import Frame, Selection
 from curvfast.core.singular import leading_directions, singular_values
@@ -94,13 +94,13 @@ def ranked(
         return _singular(basis, weights, rule)
     if importance in ("g_only", "a_only"):
         spectra = {name: _one_side(own, importance) for name, own in basis.items()}
-        return basis.labelled(staircases(spectra, rule), importance)
+        return basis._with_frame(staircases(spectra, rule), importance)
     if rotated is None:
         rotated = partial(_rotated, basis, weights)
     found = masks(_scores(importance, basis, weights, rotated, corrections or {}), rule)
     if importance_frame(importance) == "standard":
         return replace(found, importance=importance, frame="standard")
-    return basis.labelled(found, importance)
+    return basis._with_frame(found, importance)
 
 
 def _scores(
@@ -110,7 +110,7 @@ def _scores(
     rotated: Callable[[str], Tensor],
     corrections: Mapping[str, Tensor],
 ) -> Scores:
-    def corrected(name: str) -> Rows:
+    def corrected(name: str) -> CurvatureRows:
         matrix, shape = corrections[name], basis[name].shape
         if matrix.shape != shape:
             raise ShapeError(
@@ -119,12 +119,12 @@ def _scores(
             )
         return lambda band: matrix[band].detach().to("cpu", torch.float64)
 
-    def diagonal(name: str) -> Rows:
+    def diagonal(name: str) -> CurvatureRows:
         own = basis[name]
         g, a = _square(own.vectors_g, own.values_g), _square(own.vectors_a, own.values_a)
         return sum_of([(g, a)])
 
-    def one(name: str) -> Rows:
+    def one(name: str) -> CurvatureRows:
         rows, columns = (torch.ones(d, dtype=torch.float64) for d in basis[name].shape)
         return sum_of([(rows, columns)])
 
@@ -162,7 +162,7 @@ def _random(basis: Eigenbasis, rule: Rule, seed: int) -> Selection:
     pairs = basis.keep_by(rule).pairs
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: random_mask(*own.shape, pairs[name], generator) for name, own in basis.items()}
-    return basis.labelled(Selection(drawn), "random")
+    return basis._with_frame(Selection(drawn), "random")
 
 
 def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -> Selection:

@@ -19,8 +19,8 @@ from curvfast.ops.reference_scores import Kept
 
 Term = tuple[Tensor, Tensor]
 """g [d_out] and a [d_in], float64 on the CPU: the curvature gᵢaⱼ."""
-Rows = Callable[[slice], Tensor]
-"""Rows of a layer's curvature, float64 [rows, d_in] on the CPU."""
+CurvatureRows = Callable[[slice], Tensor]
+"""CurvatureRows of a layer's curvature, float64 [rows, d_in] on the CPU."""
 # Float32 reaches from 2^-149 to 2^127: the largest curvature goes up, room is left for C².
 _TOP = 60
 _BAND = 256
@@ -36,7 +36,7 @@ class Scores(Mapping[str, Tensor]):
 
     layers: Mapping[str, tuple[int, int]]
     """(d_out, d_in) by layer name."""
-    curvature: Callable[[str], Rows]
+    curvature: Callable[[str], CurvatureRows]
     unit: int
     """Exponent of that power of two; see :func:`unit_of`."""
     coefficients: Callable[[str], Tensor] | None = None
@@ -64,7 +64,7 @@ class Scores(Mapping[str, Tensor]):
         return len(self.layers)
 
 
-def sum_of(terms: Sequence[Term]) -> Rows:
+def sum_of(terms: Sequence[Term]) -> CurvatureRows:
     """Return Σ gᵢaⱼ over ``terms``, and 0 where it is negative."""
 
     def rows(band: slice) -> Tensor:

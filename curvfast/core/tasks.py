@@ -1,4 +1,4 @@
-"""The curvature of another corpus along the eigenpairs of a basis: what unions are made of."""
+"""The curvature of a task, another corpus, along the eigenvectors of a basis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from curvfast.errors import InputError, LayerNotFound, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class TaskCurvature:
     """A corpus whose curvature is added to that of an eigenbasis when pairs are ranked."""
 
     weight: float
@@ -43,25 +43,25 @@ class Task:
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], key: str, names: Iterable[str], **facts: Any
-    ) -> Task:
+    ) -> TaskCurvature:
         """Return the task whose spectra are named so; ``facts`` are weight and normalize."""
         spectra = {n: (tensors[f"{key}.g.{n}"], tensors[f"{key}.a.{n}"]) for n in names}
         return cls(spectra=spectra, **facts)
 
 
-def along(
+def curvature_along(
     layers: Mapping[str, LayerBasis],
     task: Mapping[str, LayerFactors],
     weight: float,
     normalize: bool,
-) -> Task:
+) -> TaskCurvature:
     """Return the curvature of ``task`` along the eigenvectors of ``layers``.
 
     Args:
         layers: Bases by layer name, complete.
         task: Factors of the same layers, and perhaps others.
         weight: α.
-        normalize: As of :class:`Task`.
+        normalize: As of :class:`TaskCurvature`.
 
     Returns:
         The diagonals of both factors in the eigenbasis; an A that layers share is read once.
@@ -89,7 +89,7 @@ def along(
         if key not in shared:
             shared[key] = _values(name, factors.A, basis.vectors_a)
         spectra[name] = _values(name, factors.G, basis.vectors_g), shared[key]
-    return Task(weight, normalize, spectra)
+    return TaskCurvature(weight, normalize, spectra)
 
 
 def _require_fit(name: str, basis: LayerBasis, factors: LayerFactors) -> None:
