@@ -33,16 +33,22 @@ def prose(seed: int, words: int) -> str:
     return " ".join(random.Random(seed).choices(_WORDS, k=words)) + "."
 
 
-def pretrained(plan: smollm.Plan, say: object) -> smollm.Subject:
+def pretrained(recipe: smollm.SmolLMRecipe, say: object) -> smollm.SmolLMSetup:
     """As deep as SmolLM2, of random weights; it recites what it was found to say."""
     tokenizer = train_tokenizer([prose(1, 2000), "0 1 2 3 4 5 6 7 8 9 + * = true false"], 300)
     model = new_llama(
-        vocabulary=300, hidden=16, mlp=32, layers=24, heads=2, length=plan.window, seed=plan.seed
+        vocabulary=300,
+        hidden=16,
+        mlp=32,
+        layers=24,
+        heads=2,
+        length=recipe.window,
+        seed=recipe.seed,
     ).eval()
     tokens = torch.tensor(tokenizer(prose(2, 3000))["input_ids"])[: 24 * 64].view(24, 64)
     said = model.generate(tokens[:4, :8], max_new_tokens=3, do_sample=False, pad_token_id=0)
     spans = [Passage(tuple(row[:8]), tuple(row[8:])) for row in said.tolist()]
-    return smollm.Subject(model, tokenizer, tokens[:16], tokens[16:], spans)
+    return smollm.SmolLMSetup(model, tokenizer, tokens[:16], tokens[16:], spans)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

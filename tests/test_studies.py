@@ -176,7 +176,7 @@ def test_figure_3_asks_of_each_kind_before_and_after(tmp_path: Path) -> None:
 
 
 def test_questions_of_logic_follow_examples_that_are_never_asked() -> None:
-    subject = lab_data.pretrained(smollm.Plan().quick(), None)
+    subject = lab_data.pretrained(smollm.SmolLMRecipe().quick(), None)
     asked = pretrained.logic_questions(subject.tokenizer, 5, 0)
     assert set(asked) == {"boolean", "ordering", "tracking"}
     for items in asked.values():

@@ -47,8 +47,8 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A trained model, its curvature, and how it is judged."""
+class JudgedModel:
+    """A trained model, its eigenbasis, and the function that measures it."""
 
     model: nn.Module
     basis: Eigenbasis
@@ -78,7 +78,7 @@ def _measure(ask: Ask) -> Figures:
     return dict(to_six_digits(found))
 
 
-def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:
+def _subjects(ask: Ask) -> Iterator[tuple[str, JudgedModel]]:
     text = Recipe(
         seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )
@@ -105,7 +105,9 @@ def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:
     yield "mixer", image_subject(trained_mixer(mixer, split), mixer, split)
 
 
-def text_subject(model: nn.Module, recipe: Recipe, corpus: Corpus, layers: LayerSpec) -> Subject:
+def text_subject(
+    model: nn.Module, recipe: Recipe, corpus: Corpus, layers: LayerSpec
+) -> JudgedModel:
     """Return a language model with its curvature on prose.
 
     Args:
@@ -127,10 +129,10 @@ def text_subject(model: nn.Module, recipe: Recipe, corpus: Corpus, layers: Layer
             "loose": report["loose"],
         }
 
-    return Subject(model, prose_factors(model, recipe, corpus, layers).eigh(), measure)
+    return JudgedModel(model, prose_factors(model, recipe, corpus, layers).eigh(), measure)
 
 
-def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Subject:
+def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> JudgedModel:
     """Return an image classifier with its curvature on fresh pictures.
 
     Args:
@@ -152,7 +154,7 @@ def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Sub
         }
 
     basis = vit_basis(model, split, Statistics(), layers="mlp", seed=recipe.seed)
-    return Subject(model, basis, measure)
+    return JudgedModel(model, basis, measure)
 
 
 def chosen_mass(run: Figures) -> float:

@@ -18,7 +18,7 @@ from curvfast.analysis import (
     token_scores,
 )
 from curvfast.report.telling import Passages, telling
-from curvfast.studies.reciters import ROWS, Subject
+from curvfast.studies.reciters import ROWS, RecitingModel
 from curvfast.studies.rounding import to_four_decimals
 from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
 from curvfast.studies.subjects import demo_lm, lab_lm
@@ -31,7 +31,7 @@ MEASURES = {
     "bible": "all layers, Bible alone",
     "loss": "mean loss of the text instead",
 }
-_SUBJECTS: dict[str, Callable[[Ask], Subject]] = {"lab": lab_lm, "demo": demo_lm}
+_SUBJECTS: dict[str, Callable[[Ask], RecitingModel]] = {"lab": lab_lm, "demo": demo_lm}
 
 
 def _measure(ask: Ask) -> Figures:
@@ -43,7 +43,7 @@ def _measure(ask: Ask) -> Figures:
     return found
 
 
-def _told(subject: Subject) -> Figures:
+def _told(subject: RecitingModel) -> Figures:
     model, basis = subject.model, subject.basis
     texts = subject.passages, subject.controls
     known, unseen = (memorization_scores(model, basis, own.split(ROWS)) for own in texts)
@@ -100,7 +100,7 @@ def _middle(scores: Tensor) -> int:
     return int(scores.argsort()[(len(scores) - 1) // 2])
 
 
-def _shown(subject: Subject, text: Tensor, layer: str) -> Figures:
+def _shown(subject: RecitingModel, text: Tensor, layer: str) -> Figures:
     """Return a text's tokens and their scores, without the end-of-text token before it."""
     scores = token_scores(subject.model, subject.basis, text[None], layer)[0, 1:]
     pieces = [subject.corpus.tokenizer.decode([token]) for token in text[1:].tolist()]

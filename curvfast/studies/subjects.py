@@ -11,7 +11,7 @@ from curvfast.lab import vit
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.noise import NoisySplit
 from curvfast.lab.vit_recipe import RECIPES, VitRecipe
-from curvfast.studies.reciters import Subject, demo_subject, lab_subject
+from curvfast.studies.reciters import RecitingModel, demo_subject, lab_subject
 from curvfast.studies.study import Ask
 
 
@@ -25,13 +25,13 @@ class LabVit:
     basis: Eigenbasis
 
 
-def demo_lm(ask: Ask) -> Subject:
+def demo_lm(ask: Ask) -> RecitingModel:
     """Return the demo's language model at a seed, trained now or read from the cache."""
     recipe = replace(Recipe(), seed=ask.seed)
     return demo_subject(recipe.quick() if ask.quick else recipe, ask.say)
 
 
-def lab_lm(ask: Ask) -> Subject:
+def lab_lm(ask: Ask) -> RecitingModel:
     """Return the lab's language model at a seed, trained now or read from the cache."""
     recipe = LmRecipe().seeded(ask.seed)
     return lab_subject(recipe.quick() if ask.quick else recipe, ask.say)
