@@ -10,7 +10,7 @@ import torch
 
 from curvfast.demo import corpus as texts
 from curvfast.demo import smollm, tasks
-from curvfast.demo.texts import Document
+from curvfast.demo.texts import NamedText
 from curvfast.evals.memorization import Passage
 from curvfast.hf.small import new_llama, train_tokenizer
 from curvfast.lab import vit
@@ -56,7 +56,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("CURVFAST_CACHE", str(cache))
     monkeypatch.setattr(vit, "mnist", pictures)
     monkeypatch.setattr(vit, "fashion", lambda folder: pictures())
-    speeches = [Document(str(i), prose(i, 900)) for i in range(40)]
+    speeches = [NamedText(str(i), prose(i, 900)) for i in range(40)]
     monkeypatch.setattr(texts, "speeches", lambda: speeches)
     monkeypatch.setattr(texts, "bible", lambda: prose(99, 2000))
     monkeypatch.setattr(smollm, "gather", pretrained)

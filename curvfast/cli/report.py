@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curvfast.errors import CurvfastError, StorageError
 
 if TYPE_CHECKING:
-    from curvfast.report.page.document import Part
+    from curvfast.report.page.document import ReportPart
 
 _NAME = "report.html"
 
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _study(folder: Path, source: str, trouble: Callable[[str, str], None]) -> Part | None:
+def _study(folder: Path, source: str, trouble: Callable[[str, str], None]) -> ReportPart | None:
     # Imported once there is a study to be shown: the catalogue loads every experiment.
     from curvfast.studies.section import study_part
 

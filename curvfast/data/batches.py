@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvfast.data.corpus import Corpus, corpora, merged
 from curvfast.data.mixture import Document
-from curvfast.data.packing import collate, pack
+from curvfast.data.packing import collate, pack_sequences
 from curvfast.data.position import Position, Tally
 from curvfast.data.settings import StreamConfig
 from curvfast.data.stream import documents
@@ -227,7 +227,7 @@ class TokenBatches:
 
         length = self._config.seq_len - len(self._head)
         shortest = length if self._config.drop_last else 2 - len(self._head)
-        pieces = pack(read(), length, shortest, join=self._join)
+        pieces = pack_sequences(read(), length, shortest, join=self._join)
         while group := list(islice(pieces, self._config.batch_size)):
             sequences = [[*self._head, *piece.tokens] for piece in group]
             at = Position(

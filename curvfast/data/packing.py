@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenSequence:
     """A sequence, and how much of the last document read is still to come."""
 
     tokens: list[int]
     rest: int
 
 
-def pack(
+def pack_sequences(
     documents: Iterable[list[int]], length: int, shortest: int, *, join: bool
-) -> Iterator[Piece]:
+) -> Iterator[TokenSequence]:
     """Cut documents into sequences of ``length`` tokens, in order.
 
     A sequence is yielded as soon as it is full. So what follows a full sequence is a suffix of the
@@ -40,15 +40,15 @@ def pack(
         start = 0
         while len(tokens) - start >= length - len(held):
             stop = start + length - len(held)
-            yield Piece(held + tokens[start:stop], len(tokens) - stop)
+            yield TokenSequence(held + tokens[start:stop], len(tokens) - stop)
             held, start = [], stop
         held += tokens[start:]
         if not join:
             if len(held) >= shortest:
-                yield Piece(held, 0)
+                yield TokenSequence(held, 0)
             held = []
     if len(held) >= shortest:
-        yield Piece(held, 0)
+        yield TokenSequence(held, 0)
 
 
 def collate(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ SPLITS = ("file", "block", "line")
 _LONGEST = 1 << 26
 
 
-class Part(Protocol):
+class CorpusPart(Protocol):
     """A file or an iterable. Records are decoded apart, so that those of other ranks never are."""
 
     def records(self) -> Iterator[Any]:
@@ -132,7 +132,7 @@ class JsonFile(_File):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class IterableRows:
     """Any iterable of strings or of dict rows, such as a ``datasets.Dataset``."""
 
     rows: Iterable[Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvfast.errors import CurvfastError, StorageError
-from curvfast.report.page.document import Block, Facts, Part, Picture, Table, sections
+from curvfast.report.page.document import Block, Facts, Picture, ReportPart, Table, sections
 from curvfast.report.page.experiments import QUICK, again
 from curvfast.report.page.inline import inline
 from curvfast.studies.catalogue import STUDIES
@@ -16,7 +16,7 @@ from curvfast.studies.names import NAMES
 from curvfast.studies.runs import read
 
 
-def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -> Part | None:
+def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -> ReportPart | None:
     """Return tables and picture of a study over the seeds that a folder holds.
 
     Args:
@@ -59,7 +59,7 @@ def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -
         shown.append(Table(caption[:1].upper() + caption[1:], tuple(head), made))
     quick = any(run["quick"] for run in runs)
     command = f"curvfast study {name} --seeds {' '.join(map(str, seeds))}{' --quick' * quick}"
-    return Part(
+    return ReportPart(
         f"{name}: {title}",
         source,
         sections(

@@ -128,7 +128,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Part:
+class ReportPart:
     """One run, study or measurement."""
 
     title: str
@@ -148,11 +148,11 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Document:
+class ReportPage:
     """A whole page."""
 
     title: str
-    parts: tuple[Part, ...]
+    parts: tuple[ReportPart, ...]
     troubles: tuple[Trouble, ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
     """Of what made the page, not of what made the results."""
@@ -164,7 +164,7 @@ def sections(*given: tuple[str, Sequence[Block | None]]) -> tuple[Section, ...]:
     return tuple(section for section in made if section.blocks)
 
 
-def drawings(document: Document) -> list[Drawing]:
+def drawings(document: ReportPage) -> list[Drawing]:
     """Return every drawing of a page, in order."""
     found = []
     for part in document.parts:

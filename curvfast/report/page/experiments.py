@@ -11,8 +11,8 @@ from curvfast.report.page.collected import MEASURED, collected, recipe, uncovere
 from curvfast.report.page.document import (
     Block,
     Code,
-    Part,
     Picture,
+    ReportPart,
     Section,
     Table,
     Text,
@@ -49,7 +49,7 @@ _PLAIN = {"perplexity": 2, "levenshtein": 3}
 Results = Mapping[str, Any]
 
 
-def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> Part:
+def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> ReportPart:
     """Return the part of a results.json of the demo or the lab.
 
     Args:
@@ -68,7 +68,7 @@ def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> P
     return _demo(results, source, more)
 
 
-def _demo(results: Results, source: str, more: Sequence[Section]) -> Part:
+def _demo(results: Results, source: str, more: Sequence[Section]) -> ReportPart:
     pretrained = "plan" in results
     plan = results["plan" if pretrained else "recipe"]
     title = "SmolLM2-135M, edited" if pretrained else "A small Llama that recites, edited"
@@ -84,7 +84,7 @@ def _demo(results: Results, source: str, more: Sequence[Section]) -> Part:
     return _part(title, source, results, plan, [*figures, _sweep(results)], more)
 
 
-def _lab_lm(results: Results, source: str, more: Sequence[Section]) -> Part:
+def _lab_lm(results: Results, source: str, more: Sequence[Section]) -> ReportPart:
     heads = ("task", "kind", *(METHODS[m] for m in METHODS if m in results))
     rows = tuple(
         (
@@ -119,7 +119,7 @@ def _lab_lm(results: Results, source: str, more: Sequence[Section]) -> Part:
     return _part(title, source, results, results["recipe"], figures, more)
 
 
-def _lab_vit(results: Results, source: str, more: Sequence[Section]) -> Part:
+def _lab_vit(results: Results, source: str, more: Sequence[Section]) -> ReportPart:
     measures = _measures(results["base"])
     head = ("", *(_NAMES.get(m, m) for m in measures))
     arms = tuple(
@@ -159,7 +159,7 @@ def _part(
     plan: Mapping[str, Any],
     figures: Sequence[Block],
     more: Sequence[Section],
-) -> Part:
+) -> ReportPart:
     edit = results.get("edit")
     report = None if edit is None else EditReport.from_dict(edit)
     factors = {} if report is None else report.provenance.get("factors", {})
@@ -175,7 +175,7 @@ def _part(
         ("To make it again", [again(str(command))] if command else []),
     )
     quick = QUICK if command and "--quick" in command.split() else ""
-    return Part(title, source, own, quick)
+    return ReportPart(title, source, own, quick)
 
 
 def again(command: str) -> Code:

@@ -14,7 +14,7 @@ from curvfast.errors import CurvfastError, InputError
 from curvfast.report.page.collected import MEASURED, collected, uncovered
 from curvfast.report.page.curvature import KIND as CURVATURE
 from curvfast.report.page.curvature import read_curvature
-from curvfast.report.page.document import Document, Part, Section, Trouble, sections
+from curvfast.report.page.document import ReportPage, ReportPart, Section, Trouble, sections
 from curvfast.report.page.experiments import experiment
 from curvfast.report.page.log import log_part
 from curvfast.report.page.recitals import KIND as PASSAGES
@@ -23,7 +23,7 @@ from curvfast.report.page.saved import KINDS, Saved
 from curvfast.report.page.shown import recited, spectra, staircases
 from curvfast.spectrum_log import FILE as LOG
 
-StudyPart = Callable[[Path, str, "Callable[[str, str], None]"], Part | None]
+StudyPart = Callable[[Path, str, "Callable[[str, str], None]"], ReportPart | None]
 """Makes a part of a study's folder: takes the folder, its name on the page, and who is told of
 files that cannot be read."""
 _DEPTH = 3
@@ -44,7 +44,7 @@ class _Reading:
 
     root: Path
     study: StudyPart
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ReportPart] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
 
     def name(self, path: Path) -> str:
@@ -67,7 +67,7 @@ class _Reading:
         return None
 
 
-def read_folder(directory: Path, study: StudyPart) -> Document:
+def read_folder(directory: Path, study: StudyPart) -> ReportPage:
     """Return a document of everything in a folder that this library wrote.
 
     Args:
@@ -92,7 +92,7 @@ def read_folder(directory: Path, study: StudyPart) -> Document:
             f"{str(directory)!r} holds nothing a report could show. It is made of what these write:"
             f"\n{_WRITERS}" + (f"\nWhat is there:{told}" if told else "")
         )
-    return Document(root.name or "results", tuple(reading.parts), tuple(reading.troubles))
+    return ReportPage(root.name or "results", tuple(reading.parts), tuple(reading.troubles))
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -150,7 +150,7 @@ def _add_results(
         elif content is not None and not _read_elsewhere(path, content):
             reading.trouble(reading.name(path), "nothing that a report knows: left out")
     if beside and not shown:
-        reading.parts.append(Part("Curvature and passages", reading.name(folder), beside))
+        reading.parts.append(ReportPart("Curvature and passages", reading.name(folder), beside))
 
 
 def _read_elsewhere(path: Path, content: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from curvfast._version import __version__
-from curvfast.report.page.document import Document, Drawing, drawings
+from curvfast.report.page.document import Drawing, ReportPage, drawings
 from curvfast.report.page.inline import dark
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"[-−+]?[\d.,]+(e[-+]?\d+)?( ?%)?( ± [\d.,]+)?|–|nan|i
 _SMALLEST = 0.66
 
 
-def render(document: Document) -> str:
+def render(document: ReportPage) -> str:
     """Return a document as one file of HTML: styles and drawings inside, no script, no request.
 
     All text is escaped; drawings alone are put in as they are.

@@ -18,7 +18,7 @@ from curvfast.core.spectrum import layer_eigenvalues
 from curvfast.edit_report import EditReport
 from curvfast.report.page.collected import MEASURED, collected, uncovered, versions
 from curvfast.report.page.curvature import layer_curvature, outline
-from curvfast.report.page.document import Block, Code, Part, Table, Text, sections
+from curvfast.report.page.document import Block, Code, ReportPart, Table, Text, sections
 from curvfast.report.page.numbers import count, percent
 from curvfast.report.page.shown import edit_table, spectra, staircases
 from curvfast.writing.patch import KIND as PATCH
@@ -77,7 +77,7 @@ class Saved:
         self.edits[name] = report
         self.found.append(("edit", name))
 
-    def part(self, source: str) -> Part:
+    def part(self, source: str) -> ReportPart:
         """Return all of it as a part of a page."""
         layers = {name: layer_curvature(g, a) for name, (g, a) in self.spectra.items()}
         edits: list[Block] = []
@@ -88,7 +88,7 @@ class Saved:
         facts = self.provenance or next(
             (dict(report.provenance.get("factors", {})) for report in self.edits.values()), {}
         )
-        return Part(
+        return ReportPart(
             "Curvature and edits, as saved",
             source,
             sections(
