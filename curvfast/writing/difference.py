@@ -62,14 +62,14 @@ def backward(after: Bits, change: Bits) -> Bits:
     return _ordered(_ordered(after) - _steps(change))
 
 
-def pack(change: Bits) -> list[bytes]:
+def compress(change: Bits) -> list[bytes]:
     """Return the bytes of naturals by significance, the lowest first, deflated where that pays."""
     planes = change.astype(change.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     return [_deflated(planes[i :: change.itemsize].tobytes()) for i in range(change.itemsize)]
 
 
-def unpack(planes: Sequence[bytes], count: int) -> Bits:
-    """Return the ``count`` naturals that :func:`pack` packed.
+def decompress(planes: Sequence[bytes], count: int) -> Bits:
+    """Return the ``count`` naturals that :func:`compress` was given.
 
     Raises:
         StorageError: If these are not their bytes.

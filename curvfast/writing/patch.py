@@ -30,10 +30,10 @@ from curvfast.writing.difference import (
     Bits,
     backward,
     bits_of,
+    compress,
+    decompress,
     difference,
     forward,
-    pack,
-    unpack,
     with_bits,
 )
 from curvfast.writing.fingerprint import Fingerprint, digest_of, fingerprint_of, require
@@ -56,15 +56,15 @@ class LayerPatch:
     kept: str
     """SHA-256 of what was kept: a staircase's widths, or a mask."""
     planes: tuple[bytes, ...] = field(repr=False)
-    """As of :func:`curvfast.writing.difference.pack`."""
+    """As of :func:`curvfast.writing.difference.compress`."""
 
     def applied(self, bits: Bits) -> Bits:
         """Return the edited weight's bits from those of the weight."""
-        return forward(bits, unpack(self.planes, len(bits)))
+        return forward(bits, decompress(self.planes, len(bits)))
 
     def reverted(self, bits: Bits) -> Bits:
         """Return the weight's bits from those of the edited weight."""
-        return backward(bits, unpack(self.planes, len(bits)))
+        return backward(bits, decompress(self.planes, len(bits)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOption
     layers, entries = {}, []
     for step, (layer, new, entry) in zip(plan.steps, plan.evaluated(), strict=True):
         before, after = gathered(layer.stored()), layer.as_stored(new)
-        change = pack(difference(bits_of(before), bits_of(after)))
+        change = compress(difference(bits_of(before), bits_of(after)))
         layers[layer.name] = LayerPatch(
             *_tensor_of(layer), fingerprint_of(before), fingerprint_of(after),
             digest_of(step.basis.values_g, step.basis.values_a), _digest_of_kept(step.kept),
