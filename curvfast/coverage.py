@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from curvfast.adapters import LinearLayer, refusal
+from curvfast.adapters import LinearLayer, unsupported_reason
 from curvfast.layers import LEFT_OUT, bare_name, linear_layers
 
 _NOT_CHOSEN = "not chosen by layers="
@@ -103,4 +103,4 @@ def _reason(leaf: str, module: nn.Module, layers: list[LinearLayer]) -> str:
         return f"{left_out}: left out unless named in layers=" if left_out else _NOT_CHOSEN
     if leaf.endswith("bias"):
         return "bias: edits leave it untouched"
-    return refusal(module)
+    return unsupported_reason(module)

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from curvfast.adapters import LinearLayer, layers_of, refusal
+from curvfast.adapters import LinearLayer, layers_of, unsupported_reason
 from curvfast.errors import LayerNotFound
 
 LayerSpec = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -55,7 +55,7 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
 def refused_modules(model: nn.Module) -> dict[str, str]:
     """Return every module with parameters of its own that is no linear layer: name -> reason."""
     return {
-        bare_name(full_name): refusal(module)
+        bare_name(full_name): unsupported_reason(module)
         for full_name, module in model.named_modules()
         if (module._parameters or is_parametrized(module)) and not layers_of("", module)
     }

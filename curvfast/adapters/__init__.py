@@ -10,7 +10,7 @@ from curvfast.adapters.experts import ExpertLayer, expert_layers
 from curvfast.adapters.layer import LinearLayer, Observer, Part, Product, Removable, outside_graphs
 from curvfast.adapters.linear import linear_layer, watch_module
 from curvfast.adapters.patches import patch_layer
-from curvfast.adapters.refusals import refusal
+from curvfast.adapters.refusals import unsupported_reason
 from curvfast.adapters.routing import watch_experts
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "Removable",
     "layers_of",
     "outside_graphs",
-    "refusal",
+    "unsupported_reason",
     "watch",
 ]
 

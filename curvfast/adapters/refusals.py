@@ -9,7 +9,7 @@ from curvfast.adapters import experts, linear, patches
 from curvfast.adapters.layer import PARAMETRISED
 
 
-def refusal(module: nn.Module) -> str:
+def unsupported_reason(module: nn.Module) -> str:
     """Return why the parameters that ``module`` itself holds have no factors."""
     known = linear.why_not(module) or patches.why_not(module) or experts.why_not(module)
     if known:
