@@ -23,7 +23,7 @@ _CHOICES = 4
 
 
 @dataclass(frozen=True)
-class Table:
+class FactTable:
     """What is true of each person, and people nothing is known of."""
 
     facts: dict[tuple[str, str], str]
@@ -31,7 +31,7 @@ class Table:
     strangers: tuple[str, ...]
 
 
-def table(seed: int, people: int) -> Table:
+def table(seed: int, people: int) -> FactTable:
     """Draw the facts.
 
     Args:
@@ -56,10 +56,10 @@ def table(seed: int, people: int) -> Table:
         for name in names[:people]
         for relation, values in _VALUES.items()
     }
-    return Table(facts, tuple(names[people:]))
+    return FactTable(facts, tuple(names[people:]))
 
 
-def fact_tasks(known: Table) -> tuple[Task, ...]:
+def fact_tasks(known: FactTable) -> tuple[Task, ...]:
     """Return the tasks on facts.
 
     Args:
@@ -82,7 +82,7 @@ def fact_tasks(known: Table) -> tuple[Task, ...]:
     )
 
 
-def _stories(name: str, known: Table, people: Sequence[str]) -> Task:
+def _stories(name: str, known: FactTable, people: Sequence[str]) -> Task:
     def told(rng: random.Random, _: bool) -> Question:
         return _story(known, people, rng)[1][0]
 
@@ -95,7 +95,7 @@ def _stories(name: str, known: Table, people: Sequence[str]) -> Task:
 
 
 def _story(
-    known: Table, people: Sequence[str], rng: random.Random
+    known: FactTable, people: Sequence[str], rng: random.Random
 ) -> tuple[str, tuple[Question, ...]]:
     """Return a home and a trade told, of one person or of two, and a question about each."""
     one, other = rng.sample(people, 2)

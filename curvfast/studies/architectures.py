@@ -24,7 +24,7 @@ from curvfast.lab.vit_recipe import RECIPES, Statistics, VitRecipe
 from curvfast.layers import LayerSpec
 from curvfast.report.architectures import architectures
 from curvfast.studies.rounding import to_six_digits
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 MASSES = (0.8, 0.9, 0.95, 0.98, 0.99)
 METHODS = ("kfac", "svd")
@@ -56,7 +56,7 @@ class JudgedModel:
     """Gives ``memorized`` and ``quality``, and what else is known."""
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = {}
     for name, subject in _subjects(ask):
         ask.say(f"editing the {name}: every ρ, against SVD of that size")
@@ -78,7 +78,7 @@ def _measure(ask: Ask) -> Figures:
     return dict(to_six_digits(found))
 
 
-def _subjects(ask: Ask) -> Iterator[tuple[str, JudgedModel]]:
+def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
     text = Recipe(
         seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )

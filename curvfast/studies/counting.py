@@ -12,7 +12,7 @@ from curvfast.evals.memorization import Passage
 _ROWS = 32
 
 
-class Counted:
+class CountedPassages:
     """Batches of passages, and the row rule that says which of their positions count.
 
     An analysis runs one batch after another: the rule speaks of the batch drawn last.

@@ -20,7 +20,7 @@ from curvfast.analysis import (
 from curvfast.report.telling import Passages, telling
 from curvfast.studies.reciters import ROWS, RecitingModel
 from curvfast.studies.rounding import to_four_decimals
-from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
+from curvfast.studies.study import Figures, Lines, MatplotlibFigure, Study, StudyConfig, spread
 from curvfast.studies.subjects import demo_lm, lab_lm
 
 MODELS = {"lab": "the lab's model", "demo": "the demo's model"}
@@ -31,10 +31,10 @@ MEASURES = {
     "bible": "all layers, Bible alone",
     "loss": "mean loss of the text instead",
 }
-_SUBJECTS: dict[str, Callable[[Ask], RecitingModel]] = {"lab": lab_lm, "demo": demo_lm}
+_SUBJECTS: dict[str, Callable[[StudyConfig], RecitingModel]] = {"lab": lab_lm, "demo": demo_lm}
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = {}
     for name, make in _SUBJECTS.items():
         subject = make(ask)
@@ -119,7 +119,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
     return {"passages against windows never seen": lines, "layers chosen": chosen}
 
 
-def _picture(found: Sequence[Figures]) -> Picture:
+def _picture(found: Sequence[Figures]) -> MatplotlibFigure:
     shown = found[0]["lab"]["shown"]
     texts = {
         f"{label}, {shown['layer']}": Passages(shown[label]["pieces"], shown[label]["scores"])

@@ -23,7 +23,7 @@ from curvfast.evals.suite import evaluate
 from curvfast.lab.snapshots import restored, snapshots
 from curvfast.report.dynamics import at, dynamics, over_layers, rise
 from curvfast.studies.rounding import to_six_digits
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 PARTS = 8
 """Into how many equal parts of a training its checkpoints divide it."""
@@ -74,7 +74,7 @@ def spectrum_figures(basis: Eigenbasis, mass: float) -> dict[str, dict[str, floa
     return found
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = Recipe(
         seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )

@@ -13,7 +13,7 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.corpus import load_corpus
 from curvfast.rows import IGNORED_LABEL
 from curvfast.steps import logits_of
-from curvfast.studies.study import Ask
+from curvfast.studies.study import StudyConfig
 from curvfast.studies.subjects import demo_lm, lab_vit
 
 _PICTURES, _TEXTS, _AT_ONCE = 300, 64, 32
@@ -37,7 +37,7 @@ class Groups:
     memorized before those that are not were left out."""
 
 
-def pictures(ask: Ask) -> Groups:
+def pictures(ask: StudyConfig) -> Groups:
     """Return wrongly labelled digits known by heart, rightly labelled ones, and new ones."""
     subject = lab_vit(ask)
     split = subject.split
@@ -56,7 +56,7 @@ def pictures(ask: Ask) -> Groups:
     return _groups(subject.model, subject.basis, subject.recipe.mass, unit, examples, shift=0)
 
 
-def texts(ask: Ask) -> Groups:
+def texts(ask: StudyConfig) -> Groups:
     """Return recited passages, prose of the training text, and other passages of their sources.
 
     The loss is of the suffix, which is recited, given the prefix. The unseen ones are of the same

@@ -19,7 +19,7 @@ from curvfast.report.activations import activations, short
 from curvfast.rows import RowRule
 from curvfast.studies.reciters import ROWS
 from curvfast.studies.rounding import to_four_decimals
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 from curvfast.studies.subjects import demo_lm
 
 BANDS = (0.1, 0.25, 0.5, 1)
@@ -27,12 +27,12 @@ ORDERS = {"index": "share of components", "mass": "share of curvature mass"}
 _PICTURES_AT_ONCE = 500
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = _language(ask) | _vision(ask)
     return {name: to_four_decimals(curves) for name, curves in found.items()}
 
 
-def _language(ask: Ask) -> Figures:
+def _language(ask: StudyConfig) -> Figures:
     """Compare passages with windows never seen, where the suffix is predicted and everywhere."""
     subject = demo_lm(ask)
     recipe = subject.recipe
@@ -47,7 +47,7 @@ def _language(ask: Ask) -> Figures:
     }
 
 
-def _vision(ask: Ask) -> Figures:
+def _vision(ask: StudyConfig) -> Figures:
     """Compare training pictures whose wrong label is known by heart with rightly labelled ones."""
     own = replace(RECIPES["mnist"], seed=ask.seed)
     recipe = own.quick() if ask.quick else own

@@ -8,12 +8,12 @@ from curvfast.lab import lm
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.abilities import abilities
 from curvfast.studies import pretrained
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 METHODS = {"kfac": "K-FAC edit", "svd": "truncated SVD"}
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = LmRecipe().seeded(ask.seed)
     trained = lm.run(recipe.quick() if ask.quick else recipe, None, ask.say)
     return {"smollm": pretrained.abilities(ask), "lab": trained}

@@ -20,9 +20,9 @@ from curvfast.lab.lm import lm_basis, measure_of
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.questions import as_passage
 from curvfast.report.task_spectrum import Point, task_spectrum
-from curvfast.studies.counting import Counted
+from curvfast.studies.counting import CountedPassages
 from curvfast.studies.rounding import to_four_decimals
-from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
+from curvfast.studies.study import Figures, Lines, MatplotlibFigure, Study, StudyConfig, spread
 
 BANDS = (0.1, 0.25, 0.5, 1)
 MEASURES = {
@@ -38,7 +38,7 @@ LEAST = 0.5
 _MEMORIZATION = "memorization"
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     whole = LmRecipe().seeded(ask.seed)
     recipe = whole.quick() if ask.quick else whole
     corpus, tasks = corpus_of(recipe), tasks_of(recipe)
@@ -84,7 +84,7 @@ def _activations(
     model: Any, basis: Eigenbasis, texts: Sequence[Passage], prose: Sequence[Passage]
 ) -> Figures:
     """Return both measures of low-curvature activation, of answers and of whole texts."""
-    counted = Counted()
+    counted = CountedPassages()
     found = {}
     for where in ("answer", "whole"):
         own = {"whole": where == "whole"}
@@ -182,7 +182,7 @@ def _written(found: Sequence[float] | None) -> str:
     return "none" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(*found)
 
 
-def _picture(found: Sequence[Figures]) -> Picture:
+def _picture(found: Sequence[Figures]) -> MatplotlibFigure:
     panels = {}
     for key, label in MEASURES.items():
         points = [

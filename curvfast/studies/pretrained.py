@@ -15,7 +15,7 @@ from curvfast.evals.memorization import Passage, memorization
 from curvfast.evals.perplexity import perplexity
 from curvfast.lab.lm import kept_by_kind
 from curvfast.lab.logic import logic
-from curvfast.studies.study import Ask, Figures
+from curvfast.studies.study import Figures, StudyConfig
 
 _KINDS = {
     "addition": "arithmetic",
@@ -28,7 +28,7 @@ _SHOTS = 4
 _METHODS = ("kfac", "svd")
 
 
-def abilities(ask: Ask) -> Figures:
+def abilities(ask: StudyConfig) -> Figures:
     """Edit SmolLM2 by its demo's recipe, and ask it every kind of question before and after.
 
     Args:

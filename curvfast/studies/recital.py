@@ -30,7 +30,7 @@ _LEFT, _RIGHT, _OFFSETS = (8, 32), (4, 8, 16), (16,)
 
 
 @dataclass(frozen=True, eq=False)
-class Recital:
+class Table1Model:
     """A model that recites, and what it is measured on."""
 
     model: Any
@@ -87,7 +87,7 @@ class Recital:
         return {"variants": variants, "offsets_are_void": report.offsets_are_void}
 
 
-def recital(recipe: Recipe) -> Recital:
+def recital(recipe: Recipe) -> Table1Model:
     """Train the demo's model, or load it, and read its texts.
 
     Args:
@@ -102,7 +102,7 @@ def recital(recipe: Recipe) -> Recital:
     corpus = load_corpus(recipe)
     model = trained_model(recipe, corpus)
     windows = corpus.held_out.split(_ROWS)
-    return Recital(
+    return Table1Model(
         model=model,
         passages=quarters(corpus.passages()),
         statistics=prose(recipe, corpus),

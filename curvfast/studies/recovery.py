@@ -18,7 +18,7 @@ from curvfast.lab.lm import KINDS, Measure, lm_basis, measure_of
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.relearning import relearning
 from curvfast.selecting import select
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 STEPS = (0, 10, 25, 50, 100)
 """Steps on lessons of arithmetic after which everything is measured."""
@@ -28,7 +28,7 @@ ROWS = 16
 METHODS = {"base": "unedited", "kfac": "K-FAC edit", "svd": "truncated SVD"}
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = LmRecipe().seeded(ask.seed)
     recipe = recipe.quick() if ask.quick else recipe
     steps = STEPS[:2] if ask.quick else STEPS

@@ -12,7 +12,7 @@ from curvfast.errors import InputError, StorageError
 from curvfast.provenance import versions
 from curvfast.storage import write_json
 from curvfast.studies.catalogue import STUDIES
-from curvfast.studies.study import Ask, Figures
+from curvfast.studies.study import Figures, StudyConfig
 
 SCHEMA_VERSION = 1
 
@@ -54,7 +54,7 @@ def run(
         kept = None if again or not path.is_file() else read(path)
         if kept is None or kept["quick"] != quick:
             say(f"{name}, seed {seed}")
-            kept = _measured(name, Ask(seed, quick, say, data))
+            kept = _measured(name, StudyConfig(seed, quick, say, data))
             write_json(path, kept)
         found.append(kept["figures"])
     study.picture(found).savefig(folder / "figure.png")
@@ -88,7 +88,7 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _measured(name: str, ask: Ask) -> dict[str, Any]:
+def _measured(name: str, ask: StudyConfig) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
     figures = STUDIES[name].measure(ask)
     return {

@@ -12,7 +12,7 @@ Figures = dict[str, Any]
 Lines = list[list[str]]
 
 
-class Picture(Protocol):
+class MatplotlibFigure(Protocol):
     """A figure of matplotlib."""
 
     def savefig(self, path: Path, /) -> None:
@@ -20,8 +20,8 @@ class Picture(Protocol):
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a study is asked for."""
+class StudyConfig:
+    """Options of one run of a study."""
 
     seed: int
     quick: bool
@@ -36,11 +36,11 @@ class Ask:
 class Study:
     """One claim, and how it is measured."""
 
-    measure: Callable[[Ask], Figures]
+    measure: Callable[[StudyConfig], Figures]
     """Returns JSON-able figures of one seed."""
     tables: Callable[[Sequence[Figures]], dict[str, Lines]]
     """Returns tables over seeds by name, each a head and rows of cells."""
-    picture: Callable[[Sequence[Figures]], Picture]
+    picture: Callable[[Sequence[Figures]], MatplotlibFigure]
     """Draws the figures of one or more seeds."""
 
 

@@ -19,8 +19,8 @@ from curvfast.progress import track
 from curvfast.report.rivals import rivals
 from curvfast.selecting import select
 from curvfast.studies.matching import at_perplexity
-from curvfast.studies.recital import HALVES, KINDS, SCORES, Recital, recital
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.recital import HALVES, KINDS, SCORES, Table1Model, recital
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 EDITS = ("kfac", "svd")
 MASSES = (0.99, 0.98, 0.97, 0.95)
@@ -42,7 +42,7 @@ _CLEAN_BATCHES = 8
 Result = TypeVar("Result")
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = Recipe(seed=ask.seed)
     recipe = recipe.quick() if ask.quick else recipe
     ask.say(f"training a small Llama until it recites {recipe.passages} passages (cached)")
@@ -76,7 +76,7 @@ def _measure(ask: Ask) -> Figures:
     }
 
 
-def _edits(subject: Recital, recipe: Recipe) -> tuple[dict[str, list[Figures]], Figures]:
+def _edits(subject: Table1Model, recipe: Recipe) -> tuple[dict[str, list[Figures]], Figures]:
     """Return a curve for each edit, and how the K-FAC edit at the recipe's ρ stands stress."""
     model = subject.model
     basis, basis_seconds = _timed(
@@ -112,7 +112,7 @@ def _share(basis: Eigenbasis, kept: Selection) -> float:
     return sum(kept.pairs.values()) / total
 
 
-def _subnet(subject: Recital, rival: BalancedSubnet, told: Sequence[str], seed: int) -> Figures:
+def _subnet(subject: Table1Model, rival: BalancedSubnet, told: Sequence[str], seed: int) -> Figures:
     """Let the rival forget what it is told of, measure, and put the weights back."""
     model = subject.model
     before = {name: value.clone() for name, value in model.state_dict().items()}

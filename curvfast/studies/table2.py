@@ -8,7 +8,7 @@ from dataclasses import replace
 from curvfast.lab import vit
 from curvfast.lab.vit_recipe import RECIPES, Statistics
 from curvfast.report.labels import labels
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 METHODS = {
     "base": "unedited",
@@ -25,7 +25,7 @@ MEASURES = {
 }
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = {}
     for name, recipe in RECIPES.items():
         own = replace(recipe, seed=ask.seed)
