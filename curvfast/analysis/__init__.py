@@ -7,6 +7,7 @@ from curvfast.analysis.correlation import correlation_interval as correlation_in
 from curvfast.analysis.correlation import pearson as pearson
 from curvfast.analysis.correlation import spearman as spearman
 from curvfast.analysis.detector import TextScores as TextScores
+from curvfast.analysis.detector import discriminative_layers as discriminative_layers
 from curvfast.analysis.detector import memorization_scores as memorization_scores
 from curvfast.analysis.detector import telling_layers as telling_layers
 from curvfast.analysis.examples import example_losses as example_losses

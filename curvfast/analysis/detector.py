@@ -1,7 +1,8 @@
-"""Tells memorized text without labels: by the share of input energy in the flattest components."""
+"""Detection of memorized text by the share of input energy in the flattest components."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -127,8 +128,8 @@ def memorization_scores(
     return TextScores(tuple(chosen), columns, flattest)
 
 
-def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tuple[str, ...]:
-    """Return the layers whose shares tell two known sets apart best, the best first.
+def discriminative_layers(memorized: TextScores, clean: TextScores, count: int) -> tuple[str, ...]:
+    """Return the layers whose shares separate two known sets best (by AUC), the best first.
 
     What is chosen here must be judged on other texts. Of an expert the texts count that reached it;
     one that no text of a set reached tells nothing.
@@ -154,6 +155,14 @@ def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tupl
         for i, name in enumerate(clean.layers)
     }
     return tuple(sorted(areas, key=lambda name: -areas[name])[:count])
+
+
+def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tuple[str, ...]:
+    """Return :func:`discriminative_layers`, of which this is the earlier, deprecated name."""
+    warnings.warn(
+        "telling_layers is now called discriminative_layers", DeprecationWarning, stacklevel=2
+    )
+    return discriminative_layers(memorized, clean, count)
 
 
 def _told_apart(memorized: Tensor, clean: Tensor) -> float:

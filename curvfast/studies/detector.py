@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from curvfast.analysis import (
     TextScores,
     auc,
+    discriminative_layers,
     memorization_scores,
-    telling_layers,
     token_scores,
 )
 from curvfast.report.telling import Passages, telling
@@ -78,7 +78,7 @@ def _told(subject: RecitingModel) -> Figures:
 
 def _judged(known: TextScores, unseen: TextScores, half: int) -> Figures:
     """Choose a layer on one half of both sets, and judge it on the other."""
-    (layer,) = telling_layers(_half(known, half), _half(unseen, half), 1)
+    (layer,) = discriminative_layers(_half(known, half), _half(unseen, half), 1)
     other = [_half(scores, 1 - half).of(layer) for scores in (known, unseen)]
     return {"layer": layer, "auc": auc(*other)}
 
