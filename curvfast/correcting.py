@@ -48,7 +48,7 @@ def correct(
 ) -> Corrections:
     """Measure Λ, the exact diagonal of the Fisher in a Kronecker-factored eigenbasis (EK-FAC).
 
-    Where K-FAC takes λᵢ μⱼ for the curvature of an eigenpair, this measures it, in a second pass
+    K-FAC approximates the curvature of an eigenpair by λᵢ μⱼ; this measures it, in a second pass
     over data. Source: George et al., arXiv 1806.03884, the scaling S*. Only gradients of
     activations are computed. Modes, ``requires_grad`` and the global random state are as before
     when it returns. :meth:`Eigenbasis.with_marginals` needs no such pass.
@@ -67,7 +67,7 @@ def correct(
         per: What a sample is. ``"position"``: E[(uᵢᵀg)² (vⱼᵀa)²] over counted rows, K-FAC's own
             reading, one product of squares a call. ``"sequence"``: the squared gradient of a whole
             sequence, E[(Σ_t uᵢᵀg_t vⱼᵀa_t)²], as the empirical Fisher of sequences has it; a
-            sequence is a row of the model's input, or where an activation does not flatten that,
+            sequence is a row of the model's input, or, where an activation does not flatten that,
             an entry of its leading dimension. It costs a product for each sequence.
         seed: Seed of the generators that draw labels and rows.
         progress: Whether a bar counts labels (on a terminal only).
@@ -137,10 +137,10 @@ def collect_corrections(
     seed: int = 0,
     group: Any = "auto",
 ) -> Iterator[Correction]:
-    """Measure Λ as :func:`correct` does, while the caller runs a loop of their own.
+    """Measure Λ as :func:`correct` does, while the caller runs the training loop.
 
     Nothing is changed: no module, attribute, gradient or random number. The basis should be of the
-    weights the loop has: one that trains them further makes it an older model's.
+    weights in the loop: if the loop trains them, the basis becomes that of an older model.
 
     Args:
         model: As in :func:`curvfast.collect`.

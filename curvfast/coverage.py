@@ -1,4 +1,4 @@
-"""Coverage: which parameters of a model the factors describe, and why the others are not."""
+"""Coverage: which parameters of a model have factors, and why the others have none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_CHOSEN = "not chosen by layers="
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was measured and what was not."""
+    """Coverage report: the parameters that have factors, and the reasons of those without."""
 
     covered: dict[str, int]
     """Weights with factors: parameter name, or layer name of an expert -> rows counted so far."""

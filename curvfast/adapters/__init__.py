@@ -1,4 +1,4 @@
-"""Families of layers: which modules are linear maps, and how their calls are seen."""
+"""Layer families: which modules are linear maps, and how their calls are observed."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
 
 
 def watch(layers: Iterable[LinearLayer], observer: Observer) -> list[Removable]:
-    """Show every product of the layers to ``observer``, by hooks on their modules.
+    """Register hooks that pass every product of the layers to ``observer``.
 
     Args:
         layers: The chosen layers.
-        observer: Is shown each product in its forward.
+        observer: Called with each product in its forward.
 
     Returns:
-        What takes the hooks off.
+        Handles that remove the hooks.
     """
     handles: list[Removable] = []
     mixtures: dict[int, list[ExpertLayer]] = {}

@@ -162,7 +162,7 @@ def mine(
 
 
 def repeats(tokens: Sequence[int], prefix: int) -> bool:
-    """Say whether all after ``prefix`` repeats, with one period, what stands before it.
+    """Return whether all after ``prefix`` repeats, with one period, what stands before it.
 
     Args:
         tokens: A window.

@@ -1,4 +1,4 @@
-"""The eigendecomposition of every factor: each once, in turn or at a time, kept or stored."""
+"""Eigendecomposition of every factor, each once; in parallel, over ranks, or streamed to disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from curvfast.core.streams import side_stream
 from curvfast.errors import BasisMismatch, InputError, NumericalWarning, first_line
 from curvfast.progress import Bar
 
-# Factors a batch: some 700 MB of work space at the widest.
+# Factors in a batch: some 700 MB of work space at the widest.
 _BATCH = 64
 
 
@@ -178,7 +178,7 @@ def _sum(factors: Factors, key: str) -> Tensor:
 def _batches(
     factors: Factors, keys: Sequence[str], device: torch.device | None
 ) -> list[tuple[str, ...]]:
-    """Return what one call solves: a factor, or on a GPU many small ones of one width."""
+    """Return the keys that one call solves: a factor, or on a GPU many small ones of one width."""
     groups: dict[Any, list[str]] = {}
     for key in keys:
         where, d = device or _sum(factors, key).device, len(_sum(factors, key))

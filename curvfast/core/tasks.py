@@ -17,23 +17,23 @@ from curvfast.errors import InputError, LayerNotFound, ShapeError
 
 @dataclass(frozen=True, eq=False)
 class TaskCurvature:
-    """A corpus whose curvature is added to that of an eigenbasis when pairs are ranked."""
+    """Curvature of a task's corpus, added to that of an eigenbasis when pairs are ranked."""
 
     weight: float
-    """α; negative for what is to be forgotten."""
+    """α; negative for a forget set."""
     normalize: bool
-    """Whether α is of a mass made equal to the eigenbasis's own, layer by layer."""
+    """Whether the task's mass is scaled to the eigenbasis's, layer by layer, before α applies."""
     spectra: Mapping[str, Term]
     """uᵢᵀ G uᵢ [d_out] and vⱼᵀ A vⱼ [d_in] by layer name, float64, non-negative, unsorted."""
 
     def term(self, name: str, mass: float) -> Term:
-        """Return what is added to the curvature of a layer whose own mass ΣλΣμ is ``mass``."""
+        """Return the term added to the curvature of a layer whose own mass ΣλΣμ is ``mass``."""
         g, a = self.spectra[name]
         scale = mass / float(g.sum() * a.sum()) if self.normalize else 1.0
         return self.weight * scale * g, a
 
     def tensors(self, key: str) -> dict[str, Tensor]:
-        """Return the spectra as they are named on disk, after ``key``."""
+        """Return the spectra by their names on disk, which begin with ``key``."""
         return {
             f"{key}.{side}.{name}": values
             for name, pair in self.spectra.items()
@@ -44,7 +44,7 @@ class TaskCurvature:
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], key: str, names: Iterable[str], **facts: Any
     ) -> TaskCurvature:
-        """Return the task whose spectra are named so; ``facts`` are weight and normalize."""
+        """Read the task of that ``key``; ``facts`` are weight and normalize."""
         spectra = {n: (tensors[f"{key}.g.{n}"], tensors[f"{key}.a.{n}"]) for n in names}
         return cls(spectra=spectra, **facts)
 
@@ -61,7 +61,7 @@ def curvature_along(
         layers: Bases by layer name, complete.
         task: Factors of the same layers, and perhaps others.
         weight: α.
-        normalize: As of :class:`TaskCurvature`.
+        normalize: Whether the task's mass is first scaled to the basis's, layer by layer.
 
     Returns:
         The diagonals of both factors in the eigenbasis; an A that layers share is read once.

@@ -1,4 +1,4 @@
-"""Corpora: parts that are read as one, and what a weight of a mixture belongs to."""
+"""Corpora: parts that are read as one; a mixture has one weight per corpus."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """What messages call the corpus."""
+        """Name of the corpus in messages."""
         first = self.parts[0].name()
         return repr(first) if len(self.parts) == 1 else f"{first!r} and {len(self.parts) - 1} more"
 

@@ -254,7 +254,7 @@ def _caller() -> FrameType:
 
 
 def _runs(loop: FrameType) -> bool:
-    """Say whether what calls is called by ``loop``, not by what came after it was left."""
+    """Return whether what calls is called by ``loop``, not by what came after it was left."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not loop:
         frame = frame.f_back

@@ -55,7 +55,7 @@ class SweepLog:
         self._known = {point.key: point for point in _points(str(path), lines)}
 
     def __contains__(self, key: Key) -> bool:
-        """Say whether a point is known."""
+        """Return whether a point is known."""
         return key in self._known
 
     def __getitem__(self, key: Key) -> SweepPoint:

@@ -50,7 +50,7 @@ def anchor(*titles: str) -> str:
 
 
 def numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Say whether a column holds numbers only, which are then aligned right."""
+    """Return whether a column holds numbers only, which are then aligned right."""
     return all(_NUMBER.fullmatch(row[column].strip() or "0") for row in rows)
 
 
