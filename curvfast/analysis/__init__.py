@@ -1,6 +1,6 @@
-"""What memorization looks like from inside: which components texts excite, and which are known.
+"""Analyses of memorization: activation ratios, detection, mining, stress tests, sharpness.
 
-Everything here leaves the model as it was: modes, gradients, random state.
+All of them leave the model as it was: modes, gradients, random state.
 """
 
 from curvfast.analysis.correlation import correlation_interval as correlation_interval

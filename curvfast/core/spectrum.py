@@ -108,8 +108,8 @@ def effective_rank(values: Any) -> float:
 def participation_ratio(values: Any) -> float:
     """Return the participation ratio (Σλ)² / Σλ², the number of equal eigenvalues of like spread.
 
-    At most the :func:`effective_rank`, which is more sensitive to small eigenvalues. Of all products
-    λᵢμⱼ it is the product of both.
+    At most the :func:`effective_rank`, which small eigenvalues affect more. Of all products λᵢμⱼ it
+    is the product of both.
 
     Args:
         values: λ, [d], descending and non-negative; any float dtype.
