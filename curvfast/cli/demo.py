@@ -1,4 +1,4 @@
-"""``curvfast demo``: watch a model forget what it recites, on real text, without a download."""
+"""``curvfast demo``: the edit of a model that recites passages of real text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``curvfast report``: everything of a folder of results on one page."""
+"""``curvfast report``: one HTML page of all results in a folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _study(folder: Path, source: str, trouble: Callable[[str, str], None]) -> ReportPart | None:
-    # Imported once there is a study to be shown: the catalogue loads every experiment.
+    # Imported only if there is a study to show: the catalogue imports every experiment.
     from curvfast.studies.section import study_part
 
     return study_part(folder, source, trouble)

@@ -1,4 +1,4 @@
-"""The same edit on a pretrained model: SmolLM2-135M and what it recites of the King James Bible."""
+"""The demo on a pretrained model: SmolLM2-135M and spans it recites of the King James Bible."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from curvfast.report.plots import frontier
 from curvfast.storage import write_json
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Speeches are dealt in turns: of every ten, one is held out and the others lend statistics.
+# Of every ten speeches one is held out; the others provide the statistics.
 _GROUP, _HELD_OUT = 10, 7
 _CHARACTERS_PER_TOKEN = 6
 
 
 @dataclass(frozen=True)
 class SmolLMRecipe:
-    """Sizes and seed of the experiment."""
+    """Configuration of the SmolLM2 demo: sizes and seed."""
 
     seed: int = 0
     layers: tuple[str, ...] = tuple(
@@ -56,7 +56,7 @@ class SmolLMRecipe:
     batch: int = 8
 
     def quick(self) -> SmolLMRecipe:
-        """Return a cut of some two minutes."""
+        """Return a smaller recipe of some two minutes."""
         return replace(
             self, sweep=(self.mass,), statistics_tokens=4_000, search_tokens=4_096,
             held_out_windows=4, questions=16,
@@ -65,7 +65,7 @@ class SmolLMRecipe:
 
 @dataclass(frozen=True, eq=False)
 class SmolLMSetup:
-    """The model and the text it is measured on."""
+    """The pretrained model with its texts and the spans it recites."""
 
     model: Any
     tokenizer: Any
@@ -74,11 +74,11 @@ class SmolLMSetup:
     held_out: Tensor
     """Windows of other speeches, for perplexity, int64 [windows, length]."""
     spans: list[Passage]
-    """What the model recites of the Bible."""
+    """Spans of the Bible that the model recites."""
 
 
 def gather(recipe: SmolLMRecipe, say: Callable[[str], None]) -> SmolLMSetup:
-    """Fetch the model and its texts, and find what it recites.
+    """Fetch the model and its texts, and find the spans it recites.
 
     Args:
         recipe: Sizes and seed.
@@ -103,14 +103,14 @@ def gather(recipe: SmolLMRecipe, say: Callable[[str], None]) -> SmolLMSetup:
 def run(
     recipe: SmolLMRecipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
 ) -> dict[str, Any]:
-    """Fetch the model, find what it recites, measure curvature, edit, and measure again.
+    """Fetch the model, find recited spans, measure curvature, edit, and measure again.
 
     Args:
-        recipe: What to run.
+        recipe: The configuration.
         out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
             besides; None writes nothing.
         say: Called with one line before each stage.
-        command: What makes these results, kept with them.
+        command: The command that makes these results, saved with them.
 
     Returns:
         What results.json holds: figures of the unedited model, of the K-FAC edit and of SVD at the
@@ -182,7 +182,7 @@ def _answered(model: nn.Module, asked: dict[str, list[Passage]]) -> dict[str, fl
 
 
 def _speeches(tokenizer: Any, recipe: SmolLMRecipe) -> tuple[Tensor, Tensor]:
-    """Return windows for the statistics and, of other speeches, for perplexity."""
+    """Return windows for the statistics and, from other speeches, for perplexity."""
     windows = -(-recipe.statistics_tokens // (recipe.window - 1)) + recipe.batch
     return (
         _windows(tokenizer, recipe, windows, held_out=False),
@@ -191,7 +191,7 @@ def _speeches(tokenizer: Any, recipe: SmolLMRecipe) -> tuple[Tensor, Tensor]:
 
 
 def _windows(tokenizer: Any, recipe: SmolLMRecipe, count: int, *, held_out: bool) -> Tensor:
-    """Return ``count`` windows [count, window], each out of the middle of another speech."""
+    """Return ``count`` windows [count, window], each from the middle of a different speech."""
     chosen = [
         document.text
         for i, document in enumerate(speeches())

@@ -1,4 +1,4 @@
-"""Real prose in the public domain: State of the Union addresses and the King James Bible."""
+"""Public-domain texts: State of the Union addresses and the King James Bible."""
 
 from __future__ import annotations
 

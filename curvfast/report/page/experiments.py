@@ -1,4 +1,4 @@
-"""The results.json of ``curvfast demo`` and ``curvfast lab`` as parts of a page."""
+"""Report parts from the results.json of ``curvfast demo`` and ``curvfast lab``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Results = Mapping[str, Any]
 
 
 def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> ReportPart:
-    """Return the part of a results.json of the demo or the lab.
+    """Return the report part of a results.json of the demo or the lab.
 
     Args:
         results: Its JSON.
@@ -163,7 +163,7 @@ def _part(
     edit = results.get("edit")
     report = None if edit is None else EditReport.from_dict(edit)
     factors = {} if report is None else report.provenance.get("factors", {})
-    # The curvature kept beside results says what it was measured on too.
+    # The curvature saved beside results has a provenance too.
     measured = [block for each in more if each.title == MEASURED for block in each.blocks]
     command = results.get("command")
     own = sections(
@@ -179,12 +179,12 @@ def _part(
 
 
 def again(command: str) -> Code:
-    """Return how results are made, and this page of them."""
+    """Return the commands that reproduce the results and this page."""
     return Code(f"{command} --out DIR\ncurvfast report DIR")
 
 
 def _tiles(results: Results, what: str, key: str, other: str = "perplexity") -> Tiles:
-    """Return what an edit takes, what it costs, and how much it keeps."""
+    """Return tiles of an edit: what it removes, its cost, and the kept share."""
     base, kfac = results["base"], results["kfac"]
     return Tiles(
         (
@@ -199,7 +199,7 @@ def _tiles(results: Results, what: str, key: str, other: str = "perplexity") -> 
 
 
 def _methods(results: Results) -> Table:
-    """Return the figures of the unedited model and of each way to edit it."""
+    """Return a table of the unedited model and of each edit method."""
     measures = _measures(results["base"])
     rows = tuple(
         (label, *_cells(results[key], measures)) for key, label in METHODS.items() if key in results
@@ -209,7 +209,7 @@ def _methods(results: Results) -> Table:
 
 
 def _sweep(results: Results, measures: Sequence[str] | None = None) -> Table:
-    """Return every point of a sweep over ρ, folded."""
+    """Return a collapsed table of every point of a sweep over ρ."""
     names = [*(measures or _measures(results["base"])[:-1]), "kept_fraction"]
     rows = tuple(
         (f"{point['mass']:g}", METHODS[method].split(",")[0], *_cells(point[method], names))

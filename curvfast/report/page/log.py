@@ -1,4 +1,4 @@
-"""A spectrum log as a part of a page."""
+"""The report part of a spectrum log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def log_part(folder: Path, source: str) -> ReportPart | None:
     """Return the last run of a folder's spectrum log.
 
     Args:
-        folder: Holds the log.
+        folder: Folder of the log.
         source: Its name on the page.
 
     Returns:
