@@ -1,4 +1,4 @@
-"""BalancedSubnet: learn which few weights to drop for memorized text to go and other text to stay.
+"""BalancedSubnet: learnt pruning masks that remove memorized text and preserve clean text.
 
 Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXiv 2410.02159.
 """
@@ -34,13 +34,13 @@ class BalancedSubnet(Supervised):
     ratio: float = 0.01
     """Share of each matrix's weights that is dropped, in (0, 1)."""
     clean_weight: float = 0.05
-    """w, in [0, 1); 0 is Subnet, and needs no clean text."""
+    """w, in [0, 1); 0 is Subnet, and reads no clean text."""
     learning_rate: float = 0.1
-    """Of SGD, on the scores."""
+    """Learning rate of SGD on the scores."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 5
-    """Times that every row of the larger set is seen."""
+    """Passes over the larger set."""
     batch_size: int = 32
     """Rows of each set in a step, at most: the paper draws 64 of both together."""
     scored: str = "all"
@@ -57,17 +57,17 @@ class BalancedSubnet(Supervised):
 
     @classmethod
     def original(cls) -> BalancedSubnet:
-        """Return the hyper-parameters of the paper's code."""
+        """Return the preset of the paper's code."""
         return cls()
 
     @classmethod
     def kfac_paper(cls) -> BalancedSubnet:
-        """Return those of the comparison in arXiv 2510.24256, on OLMo-2-7B."""
+        """Return the preset of the comparison in arXiv 2510.24256, on OLMo-2-7B."""
         return cls(ratio=0.0015, clean_weight=0.7, learning_rate=0.3)
 
     @classmethod
     def for_small_models(cls) -> BalancedSubnet:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(ratio=0.02, clean_weight=0.5, learning_rate=3.0, epochs=10)
 
     def _balanced(self) -> bool:

@@ -1,4 +1,4 @@
-"""Step by step down a loss, with trial weights: the model's own are not touched on the way."""
+"""Optimisation loop over trial weights; the model's weights are written once, at the end."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from curvfast.steps import frozen
 
 
 class Form(Protocol):
-    """Trial weights, and how a gradient moves them."""
+    """A parametrisation of trial weights with its optimiser."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights by layer, in the stored shape and dtype."""
 
     def step(self, found: Mapping[str, Tensor]) -> None:
-        """Take a step, given the gradient of the loss with respect to the weights."""
+        """Take an optimiser step, given the gradient of the loss with respect to the weights."""
 
 
 def descend(task: ForgetTask, form: Form, steps: Iterator[Sequence[Term]], count: int) -> Trained:
-    """Take ``count`` steps and write the weights they end in, all or none.
+    """Run ``count`` optimiser steps and write the final weights, all or none.
 
     Args:
-        task: The model, of which dropout is off meanwhile, and whether a bar counts the steps.
-        form: The weights it is tried with.
+        task: The model, run without dropout, and whether a bar counts the steps.
+        form: The trial weights.
         steps: The loss of each step: a term of memorized rows and, where there are any, one of
             clean rows.
         count: Number of steps, at least 1.

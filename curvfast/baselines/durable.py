@@ -1,4 +1,4 @@
-"""Durable: zero the weights with the largest gradients on memorized text, in one go.
+"""Durable: zero the weights with the largest gradients on memorized text, in one step.
 
 A baseline of Sakarvadia et al., ICLR 2025, arXiv 2410.02159; first of Zhang et al., "Neurotoxin:
 Durable Backdoors in Federated Learning", 2022.
@@ -26,7 +26,7 @@ class Durable(Supervised):
     ratio: float = 0.01
     """Share of each matrix's weights that is zeroed, in (0, 1)."""
     batch_size: int = 64
-    """Rows at a time; their gradients are added up."""
+    """Rows at a time; gradients are accumulated."""
     scored: str = "all"
     """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""
 
@@ -37,7 +37,7 @@ class Durable(Supervised):
 
     @classmethod
     def for_small_models(cls) -> Durable:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(ratio=0.035)
 
     def _train(self, task: ForgetTask) -> Trained:

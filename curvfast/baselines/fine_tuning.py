@@ -1,4 +1,4 @@
-"""Weights that move freely, by AdamW."""
+"""Trial weights fine-tuned by AdamW."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from curvfast.baselines.subject import ForgetModel, wide
 
 
 class FreeWeights:
-    """Copies in float32 that AdamW moves, rounded to the layers' dtypes when used.
+    """Float32 copies of the weights, trained by AdamW, and rounded to the layers' dtypes when used.
 
     They take 16 bytes a weight.
     """

@@ -1,4 +1,4 @@
-"""Gradient ascent on memorized text, and descent on ordinary text to hold the rest in place.
+"""Gradient ascent on memorized text, with descent on clean text to preserve other abilities.
 
 Ascent: Jang et al., "Knowledge Unlearning for Mitigating Privacy Risks in Language Models", arXiv
 2210.01504. With descent, as "gradient difference": Maini et al., "TOFU", arXiv 2401.06121.
@@ -20,17 +20,17 @@ class GradientAscent(Supervised):
     """Fine-tunes by −CE(memorized) + retain · CE(clean); the first has no lower bound.
 
     The defaults are TOFU's, for models of 7B parameters, all of which it fine-tunes:
-    ``layers="all"`` comes closest. There is nothing it converges to: what it gives depends on when
-    it stops, which must be chosen for each model.
+    ``layers="all"`` comes closest. It does not converge: the result depends on the number of steps,
+    which must be chosen for each model.
     """
 
     retain: float = 1.0
     """Coefficient of the loss on clean text; 0 is ascent alone, and needs none."""
     learning_rate: float = 1e-5
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     weight_decay: float = 0.01
     epochs: int = 5
-    """Times that every memorized row is seen."""
+    """Passes over the memorized rows."""
     batch_size: int = 32
     """Rows of each set in a step, at most."""
     scored: str = "all"

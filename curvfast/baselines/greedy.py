@@ -1,4 +1,4 @@
-"""Greedy: zero, one by one, the weight whose removal promises most; exact about its order and slow.
+"""Greedy: zero, one by one, the weight with the largest first-order gain; slow.
 
 Maini et al., "Can Neural Network Memorization Be Localized?", 2023, arXiv 2307.09542; for language
 models Sakarvadia et al., ICLR 2025, arXiv 2410.02159.
@@ -22,7 +22,7 @@ from curvfast.errors import InputError
 
 @dataclass(frozen=True)
 class Greedy(Supervised):
-    """Zeroes where w · ∂L/∂w is largest, of all layers, again and again.
+    """Zeroes the weights with the largest w · ∂L/∂w over all layers, recomputed after each step.
 
     L = −(1 − w) · CE(memorized) + w · CE(clean); to first order, zeroing a weight lowers L by
     w · ∂L/∂w. Where no weight would lower it, nothing is zeroed.
@@ -67,7 +67,7 @@ class Greedy(Supervised):
 
 
 class ZeroedWeights:
-    """The model's weights, of which every step zeroes the most promising."""
+    """Trial weights of which every step zeroes those with the largest first-order gain."""
 
     def __init__(self, subject: ForgetModel, count: int, at_once: int) -> None:
         """Start from the model's own weights; zero at most ``count``, ``at_once`` a step."""

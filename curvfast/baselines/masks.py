@@ -55,9 +55,9 @@ class MaskedWeights:
         """Draw the scores.
 
         Args:
-            subject: Whose weights.
-            counts: How many to drop of each layer.
-            generator: Draws the scores, on the CPU: the same for every device.
+            subject: The model.
+            counts: Number of weights to drop in each layer.
+            generator: Generator of the scores, on the CPU: the same for every device.
             learning_rate: Of SGD.
             momentum: Of SGD.
             weight_decay: Of SGD.

@@ -1,4 +1,4 @@
-"""Negative preference optimisation: ascent that weakens as a passage is forgotten.
+"""Negative preference optimisation (NPO): ascent that weakens as a passage is forgotten.
 
 Zhang, Lin, Bai and Mei, "Negative Preference Optimization: From Catastrophic Collapse to Effective
 Unlearning", 2024, arXiv 2404.05868, equation 3.
@@ -24,7 +24,7 @@ from curvfast.steps import frozen
 
 
 def npo_loss(found: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Return −(2/β) · mean log σ(−β · (log π_θ − log π_ref)).
+    """Return the NPO loss −(2/β) · mean log σ(−β · (log π_θ − log π_ref)).
 
     As β → 0 it is (2/β) · log 2 + mean(log π_θ − log π_ref): gradient ascent on the summed loss.
 
@@ -50,10 +50,10 @@ class NPO(Supervised):
     retain: float = 1.0
     """Coefficient of the loss on clean text; 0 is NPO alone, and needs none."""
     learning_rate: float = 1e-5
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     weight_decay: float = 0.01
     epochs: int = 10
-    """Times that every memorized row is seen."""
+    """Passes over the memorized rows."""
     batch_size: int = 32
     """Rows of each set in a step, at most."""
     scored: str = "suffix"
@@ -74,7 +74,7 @@ class NPO(Supervised):
 
     @classmethod
     def for_small_models(cls) -> NPO:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(beta=1.0, retain=5.0, learning_rate=2e-4, epochs=20)
 
     def _balanced(self) -> bool:
@@ -96,7 +96,7 @@ class NPO(Supervised):
 
 
 def reference_log_likelihoods(task: ForgetTask, batch_size: int) -> Tensor:
-    """Return log π_ref of every memorized row, [rows] on the CPU: of the model as it is."""
+    """Return log π_ref of every memorized row under the current model, [rows] on the CPU."""
     with torch.no_grad(), frozen(task.subject.model, False):
         parts = [
             log_likelihoods(task.subject, {}, batch).cpu()

@@ -1,4 +1,4 @@
-"""The base class of all baselines: one ``forget``, checks before it, one report after it."""
+"""Baseline: the base class of all baselines, with their common ``forget``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Losses = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True, eq=False)
 class ForgetTask:
-    """A model, the text to work with, all of it checked, and the options of the call."""
+    """The checked inputs of one call of ``forget``."""
 
     subject: ForgetModel
     memorized: Examples
@@ -35,7 +35,7 @@ class ForgetTask:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a baseline has written, layer by layer, and the losses before each of its steps."""
+    """Result of a baseline's training: changes by layer, and the losses before each step."""
 
     changes: tuple[LayerChange, ...]
     losses: Losses = ((), ())
@@ -43,7 +43,7 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Baseline(ABC):
-    """A method of forgetting, with its hyper-parameters as fields.
+    """Base class of baselines: a method of forgetting with its hyper-parameters as fields.
 
     A subclass implements :meth:`_train`. One that reads text inherits from :class:`Supervised`.
     """
@@ -58,11 +58,11 @@ class Baseline(ABC):
         seed: int = 0,
         progress: bool = True,
     ) -> ForgetReport:
-        """Change the weights of ``layers``, in place, their dtypes kept.
+        """Make a model forget, by changing the weights of ``layers`` in place, in their dtypes.
 
         Everything is checked before the first weight is written, and if the call does not return
         every weight is as it was, bit for bit. Modes, ``requires_grad``, gradients and the global
-        random state are as they were in any case; dropout is off meanwhile.
+        random state are restored in any case; dropout is off during the call.
 
         Args:
             model: A causal language model.
@@ -80,7 +80,7 @@ class Baseline(ABC):
             What changed, and the losses before each step: cross-entropies, whatever the objective.
 
         Raises:
-            InputError: If text is missing or is no text, or a weight is quantised or sharded.
+            InputError: If text is missing or unreadable, or a weight is quantised or sharded.
             LayerNotFound: If ``layers`` matches nothing.
             NonFiniteError: If a loss or a new weight is NaN or infinite.
         """
@@ -112,7 +112,7 @@ Rival = Baseline
 
 
 class Supervised(Baseline):
-    """A baseline that is told what to forget."""
+    """Base class of baselines that read the memorized text."""
 
     scored: str
     """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""

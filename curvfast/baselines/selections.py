@@ -1,4 +1,4 @@
-"""Selections of eigenpairs that ignore curvature."""
+"""RandomPairs: a random selection of eigenpairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subnet: BalancedSubnet without its balance, driven by memorized text alone.
+"""Subnet: BalancedSubnet on memorized text alone.
 
 Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXiv 2410.02159.
 """
@@ -21,11 +21,11 @@ class Subnet(Supervised):
     ratio: float = 0.01
     """Share of each matrix's weights that is dropped, in (0, 1)."""
     learning_rate: float = 0.1
-    """Of SGD, on the scores."""
+    """Learning rate of SGD on the scores."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 5
-    """Times that every memorized row is seen."""
+    """Passes over the memorized rows."""
     batch_size: int = 64
     """Rows in a step, at most."""
     scored: str = "all"
@@ -37,7 +37,7 @@ class Subnet(Supervised):
 
     @classmethod
     def for_small_models(cls) -> Subnet:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(ratio=0.02, learning_rate=3.0, epochs=20)
 
     def _train(self, task: ForgetTask) -> Trained:

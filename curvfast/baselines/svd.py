@@ -1,4 +1,4 @@
-"""Singular vectors of a model's weights, found once for many edits with ``importance="svd"``."""
+"""TruncatedSVD, and the singular vectors of weights as a basis for edits by ``"svd"``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from curvfast.selecting import select
 
 @dataclass(frozen=True)
 class TruncatedSVD(Baseline):
-    """Keeps the largest singular directions of each weight; looks at no text."""
+    """Keeps the largest singular directions of each weight; reads no text."""
 
     fraction: float
     """Share of each layer's rank that is kept, in (0, 1]."""

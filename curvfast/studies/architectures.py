@@ -1,4 +1,4 @@
-"""Whether an edit does to other architectures what it does to a transformer."""
+"""The edit on an LSTM and an MLP-Mixer, beside a Llama and a vision transformer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 MASSES = (0.8, 0.9, 0.95, 0.98, 0.99)
 METHODS = ("kfac", "svd")
 MOST_LEFT = 1 / 3
-"""Of what was memorized, after the edit that the comparison is made at."""
+"""Share of memorization left by the edit at which methods are compared."""
 STATISTICS_TOKENS = 20_000
 HELD_OUT_WINDOWS = 120
 TITLES = {
@@ -53,7 +53,7 @@ class JudgedModel:
     model: nn.Module
     basis: Eigenbasis
     measure: Measure
-    """Gives ``memorized`` and ``quality``, and what else is known."""
+    """Returns ``memorized``, ``quality`` and further figures."""
 
 
 def _measure(ask: StudyConfig) -> Figures:
@@ -99,7 +99,7 @@ def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
     )  # fmt: skip
     ask.say(f"training a small ViT on digits, {vit.noise:.0%} wrong labels (cached)")
     yield "vit", image_subject(trained_vit(vit, split), vit, split)
-    # As many weights as the vision transformer.
+    # As many parameters as the vision transformer.
     mixer = vit if ask.quick else replace(vit, hidden=76, mlp=304)
     ask.say("training an MLP-Mixer on the same digits (cached)")
     yield "mixer", image_subject(trained_mixer(mixer, split), mixer, split)
@@ -113,8 +113,8 @@ def text_subject(
     Args:
         model: It takes ``input_ids`` and returns ``logits``.
         recipe: Tokens of the statistics, and seed.
-        corpus: Lends prose, passages to recite and held-out text.
-        layers: As in :func:`curvfast.collect`.
+        corpus: Source of prose, memorized passages and held-out text.
+        layers: Which linear layers, as in :func:`curvfast.collect`.
 
     Returns:
         The subject; ``memorized`` is the share of passages recited, ``quality`` the perplexity.
@@ -137,8 +137,8 @@ def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Jud
 
     Args:
         model: It takes ``pixel_values`` and returns ``logits``.
-        recipe: Of its training; its seed.
-        split: Lends pictures with wrong labels, fresh ones and those to validate on.
+        recipe: Recipe of its training, with the seed.
+        split: Images with wrong labels, fresh ones and those for validation.
 
     Returns:
         The subject; ``memorized`` is the share of wrong labels kept, ``quality`` the accuracy on
@@ -158,13 +158,13 @@ def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Jud
 
 
 def chosen_mass(run: Figures) -> float:
-    """Return the mildest ρ whose K-FAC edit leaves at most a third of what was memorized.
+    """Return the largest ρ whose K-FAC edit leaves at most a third of the memorization.
 
     Args:
         run: ``base`` and ``sweep`` of one architecture.
 
     Returns:
-        The largest such ρ; the smallest of the sweep if there is none.
+        That ρ; the smallest of the sweep if there is none.
     """
     enough = [
         point["mass"]
@@ -175,7 +175,7 @@ def chosen_mass(run: Figures) -> float:
 
 
 def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
-    # What is chosen on the first seed is judged on the others.
+    # ρ is chosen on the first seed and evaluated on the others.
     judged = list(found[1:] or found)
     head = ["architecture", "ρ", "pairs kept, %", "memorized, %", "K-FAC", "SVD"]
     lines = [[*head, "quality", "K-FAC", "SVD"]]
@@ -196,7 +196,7 @@ def _sweep(runs: Sequence[Figures]) -> Lines:
 
 
 def _cells(runs: Sequence[Figures], mass: float) -> list[str]:
-    """Return pairs kept, and what is memorized and the quality: unedited, by K-FAC, by SVD."""
+    """Return kept pairs, memorization and quality: unedited, by K-FAC, by SVD."""
     points = [next(p for p in run["sweep"] if p["mass"] == mass) for run in runs]
     share = 100 if runs[0]["quality"] == "validation" else 1
     cells = [spread([100 * point["kfac"]["kept_fraction"] for point in points], "{:.0f}")]

@@ -1,4 +1,4 @@
-"""Tells passages known by heart from windows of the same texts never seen, without labels."""
+"""The label-free detector on memorized passages and unseen windows of the same texts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _told(subject: RecitingModel) -> Figures:
     known, unseen = (memorization_scores(model, basis, own.split(ROWS)) for own in texts)
     folds = [_judged(known, unseen, half) for half in (0, 1)]
     totals = [scores.of() for scores in (known, unseen)]
-    # The first half of either set is of speeches, the second of the Bible.
+    # The first half of each set is from speeches, the second from the Bible.
     speeches, bible = (
         [part.tensor_split(2)[number] for part in totals] for number in (0, 1)
     )  # fmt: skip
@@ -77,7 +77,7 @@ def _told(subject: RecitingModel) -> Figures:
 
 
 def _judged(known: TextScores, unseen: TextScores, half: int) -> Figures:
-    """Choose a layer on one half of both sets, and judge it on the other."""
+    """Choose a layer on one half of both sets, and evaluate it on the other."""
     (layer,) = discriminative_layers(_half(known, half), _half(unseen, half), 1)
     other = [_half(scores, 1 - half).of(layer) for scores in (known, unseen)]
     return {"layer": layer, "auc": auc(*other)}
@@ -96,7 +96,7 @@ def _losses(model: Any, rows: Tensor) -> Tensor:
 
 
 def _middle(scores: Tensor) -> int:
-    """Return where the lower median stands: a text neither easy nor hard to tell."""
+    """Return the index of the lower median: a text of medium difficulty."""
     return int(scores.argsort()[(len(scores) - 1) // 2])
 
 

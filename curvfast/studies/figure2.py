@@ -1,4 +1,4 @@
-"""Figure 2: what is known by heart excites flat components more, and curved ones less."""
+"""Figure 2: activation ratios of memorized inputs, by curvature band."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _measure(ask: StudyConfig) -> Figures:
 
 
 def _language(ask: StudyConfig) -> Figures:
-    """Compare passages with windows never seen, where the suffix is predicted and everywhere."""
+    """Compare memorized passages with unseen windows, on suffix positions and on all."""
     subject = demo_lm(ask)
     recipe = subject.recipe
     texts = subject.passages.split(ROWS), subject.controls.split(ROWS)
@@ -48,7 +48,7 @@ def _language(ask: StudyConfig) -> Figures:
 
 
 def _vision(ask: StudyConfig) -> Figures:
-    """Compare training pictures whose wrong label is known by heart with rightly labelled ones."""
+    """Compare training images with memorized wrong labels with rightly labelled ones."""
     own = replace(RECIPES["mnist"], seed=ask.seed)
     recipe = own.quick() if ask.quick else own
     split = vit.split_of(recipe, ask.data)
@@ -108,7 +108,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
 
 
 def _row(curves: Sequence[Figures]) -> list[str]:
-    """Return ratios by band over seeds, and of how many seeds the interval holds no 1."""
+    """Return ratios by band over seeds, and the number of seeds whose interval excludes 1."""
     cells = [_spread(curve["ratio"][band] for curve in curves) for band in range(len(BANDS))]
     below = sum(curve["high"][0] is not None and curve["high"][0] < 1 for curve in curves)
     above = sum(curve["low"][-1] is not None and curve["low"][-1] > 1 for curve in curves)

@@ -1,4 +1,4 @@
-"""Figure 3: which abilities an edit takes, from passages recited to logic."""
+"""Figure 3: the effect of an edit on abilities, from recitation to logic."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _kept(runs: Sequence[Figures]) -> Lines:
 
 
 def _levels(runs: Sequence[Figures]) -> Lines:
-    """Return what was recited and answered, in percent, and perplexity."""
+    """Return recitation and accuracies, in percent, and perplexity."""
     tasks = runs[0]["tasks"]
     names = ["memorization", *(f"{task}.generated" for task in tasks)]
     heads = [task.replace("_", " ") for task in tasks]

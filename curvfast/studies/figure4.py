@@ -1,4 +1,4 @@
-"""Figure 4: do tasks that excite flat components lose more to an edit? With the correlation."""
+"""Figure 4: correlation of tasks' activation of flat components with their loss under an edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEASURES = {
 Coefficient = Callable[[Any, Any], float]
 COEFFICIENTS: dict[str, Coefficient] = {"Pearson": pearson, "Spearman": spearman}
 LEAST = 0.5
-"""Accuracy below which a task is left out: what is only guessed cannot be lost."""
+"""Accuracy below which a task is left out, as chance performance cannot be lost."""
 _MEMORIZATION = "memorization"
 
 
@@ -99,7 +99,7 @@ def _activations(
 
 
 def _known(found: Sequence[Figures]) -> list[str]:
-    """Return the tasks that the unedited model of every seed can."""
+    """Return the tasks that the unedited models of all seeds solve."""
     return [
         name
         for name in found[0]["tasks"]
@@ -114,7 +114,7 @@ def _lost(task: Figures) -> float:
 def _correlation(
     found: Sequence[Figures], key: str, of: Coefficient, names: Sequence[str]
 ) -> tuple[float, float, float] | None:
-    """Return a measure's correlation with what is lost, of means over seeds, and its interval."""
+    """Return a measure's correlation with the loss, of means over seeds, and its interval."""
     value = _mean_correlation(found, key, of, names)
     if value is None:
         return None
@@ -124,7 +124,7 @@ def _correlation(
 def _mean_correlation(
     found: Sequence[Figures], key: str, of: Coefficient, names: Sequence[str]
 ) -> float | None:
-    """Return the correlation of means over seeds; None of two tasks, which lie on any line."""
+    """Return the correlation of means over seeds; None for two tasks, where it is trivial."""
     if len(names) < 3:
         return None
     means = (
@@ -137,7 +137,7 @@ def _mean_correlation(
 def _measured(
     found: Sequence[Figures], key: str, names: Sequence[str]
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Return a measure and what is lost, each by seed and task."""
+    """Return a measure and the loss, each by seed and task."""
     x = [[run["tasks"][name][key] for name in names] for run in found]
     return x, [[_lost(run["tasks"][name]) for name in names] for run in found]
 
@@ -160,7 +160,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
 
 
 def _correlations(found: Sequence[Figures], names: Sequence[str]) -> Lines:
-    """Return each measure's correlation with what is lost, over the tasks named."""
+    """Return each measure's correlation with the loss, over the tasks named."""
     lines = [
         [f"correlation with what is lost, {len(names)} tasks", *COEFFICIENTS]
         + [f"{name}, each seed" for name in COEFFICIENTS]

@@ -1,4 +1,4 @@
-"""Sharp alone, flat together: what is memorized, example by example and for the population."""
+"""Curvature of memorized examples, each by itself and along the population's eigenpairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEASURES = {
     "population": "population's curvature along it",
     "rise": "loss added by removing the pairs",
 }
-"""What is measured of each example; ``population`` is of the direction of its own gradient."""
+"""Measures of each example; ``population`` is the curvature along its own gradient."""
 GROUPS = ("memorized", "seen", "unseen")
 AREAS = ("AUC against seen", "against unseen")
 _DIGITS = "{:.4g}"

@@ -1,4 +1,4 @@
-"""SmolLM2 before and after an edit: passages it recites, sums, facts and logic."""
+"""Figure 3 on SmolLM2: recitation, arithmetic, facts and logic before and after an edit."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _METHODS = ("kfac", "svd")
 
 
 def abilities(ask: StudyConfig) -> Figures:
-    """Edit SmolLM2 by its demo's recipe, and ask it every kind of question before and after.
+    """Measure every ability of SmolLM2 before and after the edit of its demo.
 
     Args:
         ask: Seed of the text curvature is measured on and of the questions.
 
     Returns:
-        Figures as of :func:`curvfast.lab.lm.run`, answers generated alone.
+        Figures as in :func:`curvfast.lab.lm.run`, for generated answers only.
 
     Raises:
         DownloadError: If the model or a text cannot be had.

@@ -1,4 +1,4 @@
-"""Language models that recite: what each recites, and windows of the same texts it never saw."""
+"""RecitingModel: a language model with its memorized passages and unseen controls."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ROWS = 16
 
 @dataclass(frozen=True, eq=False)
 class RecitingModel:
-    """A trained model, its curvature, and texts it knows by heart or has never seen.
+    """A trained model with its eigenbasis, memorized passages and unseen controls.
 
-    Both sets are of the same sources, half speeches, then half Bible, equally long, each text after
-    an end-of-text token; the text curvature is measured on holds none of them.
+    Both sets are from the same sources, half speeches, then half Bible, of equal length, each text
+    after an end-of-text token; curvature is measured on text without them.
     """
 
     recipe: Recipe
-    """Of the text and of the model's size."""
+    """Recipe of the text and of the model's size."""
     model: Any
     basis: Eigenbasis
     corpus: Corpus

@@ -1,4 +1,4 @@
-"""What a study is: figures of one seed, and a table and a picture over seeds."""
+"""Study: figures of one seed, and tables and a picture over seeds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Lines = list[list[str]]
 
 
 class MatplotlibFigure(Protocol):
-    """A figure of matplotlib."""
+    """The interface used of matplotlib's figures."""
 
     def savefig(self, path: Path, /) -> None:
-        """Write it."""
+        """Write the figure to a file."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class StudyConfig:
 
     seed: int
     quick: bool
-    """Whether to cut it to seconds, which proves nothing."""
+    """Whether to run a version of seconds, whose results mean nothing."""
     say: Callable[[str], None]
     """Called with one line before each stage."""
     data: Path | None = None
@@ -34,7 +34,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Study:
-    """One claim, and how it is measured."""
+    """A study of one claim."""
 
     measure: Callable[[StudyConfig], Figures]
     """Returns JSON-able figures of one seed."""
@@ -45,6 +45,6 @@ class Study:
 
 
 def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Return mean ± standard deviation over seeds as text; of one value, the value."""
+    """Format mean ± standard deviation over seeds; a single value without deviation."""
     middle = form.format(mean(values))
     return f"{middle} ± {form.format(stdev(values))}" if len(values) > 1 else middle

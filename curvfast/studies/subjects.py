@@ -1,4 +1,4 @@
-"""The models that studies look at, each with the curvature of its population, by name."""
+"""Trained models of the studies, each with its eigenbasis of curvature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curvfast.studies.study import StudyConfig
 
 @dataclass(frozen=True, eq=False)
 class LabVit:
-    """The lab's vision transformer, which knows wrong labels; curvature as its recipe has it."""
+    """The lab's vision transformer, which memorized wrong labels, with its eigenbasis."""
 
     recipe: VitRecipe
     split: NoisySplit

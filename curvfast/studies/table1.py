@@ -1,4 +1,4 @@
-"""Table 1: what is recited, and at what price, by edits and by a rival told what to forget."""
+"""Table 1: recitation and its cost, for edits and for a supervised baseline."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ EDITS = ("kfac", "svd")
 MASSES = (0.99, 0.98, 0.97, 0.95)
 """ρ of the K-FAC edit, weak to strong; SVD keeps as much of each layer as that edit does."""
 RATIOS = (0.02, 0.04, 0.08)
-"""Shares of weights BalancedSubnet drops, weak to strong; the first is the library's default."""
+"""Shares of weights that BalancedSubnet drops, rising; the first is the library's default."""
 TOLD = {"bsn": ("speeches_first", "bible_first"), "bsn_speeches": ("speeches_first",)}
-"""Passages each BalancedSubnet is told of."""
+"""Sets of passages that each BalancedSubnet is trained to forget."""
 RISE = 0.05
 LABELS = {
     "base": "unedited",
@@ -77,7 +77,7 @@ def _measure(ask: StudyConfig) -> Figures:
 
 
 def _edits(subject: Table1Model, recipe: Recipe) -> tuple[dict[str, list[Figures]], Figures]:
-    """Return a curve for each edit, and how the K-FAC edit at the recipe's ρ stands stress."""
+    """Return a curve for each edit, and the stress test of the K-FAC edit at the recipe's ρ."""
     model = subject.model
     basis, basis_seconds = _timed(
         lambda: collect_from(
@@ -113,7 +113,7 @@ def _share(basis: Eigenbasis, kept: Selection) -> float:
 
 
 def _subnet(subject: Table1Model, rival: BalancedSubnet, told: Sequence[str], seed: int) -> Figures:
-    """Let the rival forget what it is told of, measure, and put the weights back."""
+    """Run the baseline on the given passages, measure, and restore the weights."""
     model = subject.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     passages = [passage for name in told for passage in subject.passages[name]]
