@@ -2,8 +2,8 @@
 
     python benchmarks/tune.py [--dry-run]
 
-Each line gives the wave model's prediction and the measurement: where they differ by much, the
-model has to be corrected.
+Each line gives what the wave model predicted and what was measured: where they differ by much, it
+is the model that has to be mended.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
             finally:
                 tiling.whole_rows, tiling.interpreted = kept
             model = 1e3 * tiling.seconds(candidate, d, rows, arch)
-            # The rate for the model: FLOP/s of whole waves at this time.
+            # What whole waves would do at this time is the rate the model wants.
             rate = model * tiling._RATES[arch, candidate.paired] / found
             best[candidate.paired] = max(best.get(candidate.paired, 0.0), rate)
             sys.stdout.write(f"d={d} {candidate}: model {model:.4f} ms, measured {found:.4f} ms\n")

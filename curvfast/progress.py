@@ -1,4 +1,4 @@
-"""Progress bars: the only module that imports tqdm."""
+"""Progress bars: the one place that knows tqdm."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Bar:
-    """A progress bar, shown on a terminal only, unless it is disabled."""
+    """A counter shown on a terminal; silent elsewhere and when switched off."""
 
     def __init__(self, title: str, total: float | None, unit: str, enabled: bool = True) -> None:
-        """Start a progress bar; with ``total`` None it is a plain counter."""
+        """Start a bar; ``total`` None shows a plain counter."""
         from tqdm.auto import tqdm
 
         # disable=None hides the bar where stderr is not a terminal, so logs stay clean.
@@ -20,13 +20,13 @@ class Bar:
         self._bar = tqdm(total=total, desc=title, unit=unit, disable=off, leave=False)
 
     def advance(self, amount: float, **figures: object) -> None:
-        """Advance by ``amount`` and show ``figures`` beside the bar."""
+        """Move on by ``amount`` and show ``figures`` beside the bar."""
         if figures:
             self._bar.set_postfix(figures, refresh=False)
         self._bar.update(amount)
 
     def close(self) -> None:
-        """Close the bar and clear it from the terminal."""
+        """Take the bar away."""
         self._bar.close()
 
     def __enter__(self) -> Bar:

@@ -142,7 +142,7 @@ def gradient_energies(
                     logits = logits_of(model(**arguments))
                 if not logits.requires_grad:
                     energies.end(len(logits))
-                # Read before the logits may be overwritten, which gives them a new autograd node.
+                # Taken before the logits may be written to: autograd then makes their node anew.
                 edge, count = get_gradient_edge(logits), len(logits)
                 targets = gold_labels(arguments, gold, logits, causal)
                 if labels == "fisher":

@@ -178,7 +178,7 @@ def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -
         name: leading_directions(energies, found[name].pairs, basis[name].shape)
         for name, (energies, _) in spectra.items()
     }
-    # The edit computes the vectors again from the weight as it is then: nothing to compare.
+    # Vectors found anew for the edit are of the weight as it is then: there is nothing to compare.
     return Selection(blocks, "svd", "singular", basis.totals() if known else {})
 
 

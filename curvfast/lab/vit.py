@@ -203,7 +203,7 @@ def learn(model: Any, recipe: VitRecipe, split: NoisySplit) -> Any:
     Args:
         model: Takes ``pixel_values`` and ``labels``, returns an output with ``loss``.
         recipe: Schedule and seed.
-        split: Images and labels.
+        split: Lends pictures and labels.
 
     Returns:
         The model, in eval mode.

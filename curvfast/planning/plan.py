@@ -190,7 +190,7 @@ def _arguments(
         return dict(example_batch(model, batch, seq_len))
     if isinstance(example, Tensor):
         example = {next(iter(inspect.signature(model.forward).parameters)): example}
-    # A mask's values are unknown on the meta device; without a mask all positions are real.
+    # Which positions are real is a matter of values; without a mask, all are.
     return on_meta({k: v for k, v in example.items() if k not in ("labels", "attention_mask")})
 
 

@@ -99,7 +99,7 @@ def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
     )  # fmt: skip
     ask.say(f"training a small ViT on digits, {vit.noise:.0%} wrong labels (cached)")
     yield "vit", image_subject(trained_vit(vit, split), vit, split)
-    # As many parameters as the vision transformer.
+    # As many weights as the vision transformer.
     mixer = vit if ask.quick else replace(vit, hidden=76, mlp=304)
     ask.say("training an MLP-Mixer on the same digits (cached)")
     yield "mixer", image_subject(trained_mixer(mixer, split), mixer, split)

@@ -178,7 +178,7 @@ class Patch:
 
 
 def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOptions]) -> Patch:
-    """Return the edit that :func:`curvfast.edit` would make as a patch; the model stays unchanged.
+    """Return what :func:`curvfast.edit` would do, as a patch; the model stays as it is.
 
     Args:
         model: The model the basis was measured on, in the dtype the patch is meant for.
