@@ -24,7 +24,7 @@ class Counted(Protocol):
 def require_rows(
     layers: Iterable[str], sums: Counted, calls: Mapping[str, Calls], skipped: Mapping[str, int]
 ) -> None:
-    """Make sure that A and G of every layer hold rows, and the same ones.
+    """Check that A and G of every layer hold rows, and the same ones.
 
     Args:
         layers: The chosen layers.

@@ -78,18 +78,13 @@ def predictions(
 
     Unequal texts are padded on the left, under an attention mask, and positions count real tokens.
 
-    Args:
-        model: As of :func:`leading_matches`.
-        prompts: As there.
-        continuations: As there.
-        offset: As there.
-        batch_size: As there.
+    The arguments are those of :func:`leading_matches`.
 
     Yields:
         The predictions for some of them.
 
     Raises:
-        InputError: As of :func:`leading_matches`.
+        InputError: If a text is empty, or positions cannot be moved by ``offset``.
     """
     if any(not len(text) for text in (*prompts, *continuations)):
         raise InputError("a prompt or continuation is empty; give each at least one token")

@@ -66,7 +66,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         Args:
             directory: Folder of the log. A new training appends a new run to an existing log; a
                 resumed one continues the last run.
-            layers: As in :func:`curvfast.collect`.
+            layers: Which linear layers, as in :func:`curvfast.collect`.
             every: Optimizer steps from the beginning of one measurement to that of the next, the
                 first beginning with step 0.
             steps: Optimizer steps of one measurement: enough for more rows than a layer is wide.
@@ -76,10 +76,10 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
                 loss made outside the model (``compute_loss_func=``, ``label_smoothing_factor=``):
                 the factor of that loss, taken as a mean over the ``num_items_in_batch`` that the
                 model is called with, else over its predictions; G is then of that loss.
-            skip_last: As in :func:`curvfast.collect`.
-            rows: As in :func:`curvfast.collect`.
-            rows_per_step: As in :func:`curvfast.collect`: of each batch.
-            sums_device: As in :func:`curvfast.collect`.
+            skip_last: Whether the last real position of each sequence is left out.
+            rows: Row rule, as in :func:`curvfast.collect`.
+            rows_per_step: Share or number of the rows of each batch that are counted.
+            sums_device: Where sums live: ``"same"``, ``"cpu"`` or ``"disk"``.
             seed: Seed of the generator that draws ``rows_per_step``.
 
         Raises:

@@ -87,13 +87,13 @@ def search_layers(
     the search has not used.
 
     Args:
-        model: As in :func:`curvfast.sweep`.
-        basis: As in :func:`curvfast.sweep`.
+        model: The model the basis was measured on, unedited.
+        basis: Eigenbases by layer name.
         mass: Share in (0, 1] of each layer's summed score to keep.
-        importance: As in :func:`curvfast.select`.
+        importance: How pairs are ranked, as in :func:`curvfast.select`.
         candidates: Sets of layers, as ``layers`` of :func:`curvfast.sweep`; None: each layer of the
             basis by itself.
-        evaluate: As in :func:`curvfast.sweep`.
+        evaluate: Measures of an edited model, as in :func:`curvfast.sweep`.
         objective: The metric to minimise, such as ``"strict"``; with a minus sign before it, to
             maximise.
         labels: Description of the labels that ``evaluate`` uses: ``"200 passages known to be
@@ -102,10 +102,10 @@ def search_layers(
             exceeds one, any edit within them is an improvement.
         most: Largest number of candidates to add.
         fraction: Instead of ``mass``: share in [0, 1] of each layer's pairs.
-        corrections: As in :func:`curvfast.select`.
+        corrections: Λ by layer name, for the importances that take them.
         seed: Seed of ``"random"``.
-        out: As in :func:`curvfast.sweep`; it is also of these ``labels``.
-        hold: As in :func:`curvfast.sweep`.
+        out: Log of the edits, as in :func:`curvfast.sweep`; it is also bound to ``labels``.
+        hold: Where C is cached, as in :func:`curvfast.sweep`.
         progress: Whether a bar counts edits (on a terminal only).
 
     Returns:
