@@ -1,4 +1,4 @@
-"""What a batch of collect_from costs: products executed, memory held, time over a plain step.
+"""Cost of a batch of collect_from: products, memory, and time over a plain step.
 
 The model is the one peers are compared on (``peers/cases.py``): Llama, 4 layers, hidden 256, MLP
 1024, batches of 8 × 128, every MLP linear. ``make bench-peers`` holds other libraries against it.

@@ -1,4 +1,4 @@
-"""From factors to edited weights: one ρ, a sweep of them, and collecting as well."""
+"""Benchmarks of edits from factors: one ρ, a sweep, and with the collection."""
 
 from __future__ import annotations
 

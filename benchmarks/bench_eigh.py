@@ -1,4 +1,4 @@
-"""The eigenbasis an edit needs: leading pairs, cold or from an earlier basis, against all."""
+"""Benchmarks of decompositions: leading pairs, cold or warm-started, against all pairs."""
 
 from __future__ import annotations
 

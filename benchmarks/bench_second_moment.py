@@ -1,4 +1,4 @@
-"""One batch into one running sum: one triangle, against every dense way at hand and BLAS's own."""
+"""Benchmarks of the second moment, one triangle, against dense products and BLAS's ``ssyrk``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to keep of one layer: the staircase and arbitrary scores, against sorts and a heap."""
+"""Selection of one layer's pairs: staircases and arbitrary scores, against sorts and a heap."""
 
 from __future__ import annotations
 

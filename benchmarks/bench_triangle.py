@@ -1,4 +1,4 @@
-"""Packed sums in and out of memory: the native core against torch's own copies."""
+"""Packing and unpacking of symmetric sums: the native core against torch's copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Races: functions timed in turns in one run, so a noisy machine slows all alike."""
+"""Races: functions timed in turns in one run, so that noise affects all alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from results import environment, write
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROUNDS = 15
-# Seconds of one race: what takes longer is run fewer times, but five at least.
+# Seconds of one race: slower functions are run fewer times, but at least five.
 BUDGET, FEWEST = 6.0, 5
 _RACES: list[dict[str, Any]] = []
 
@@ -52,7 +52,7 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]
             mine = turn % 4 in (0, 3)
             racer = ours if mine else theirs
             if pause:
-                # The other's threads fall asleep, and its own wake up.
+                # Time for the other's threads to sleep, and for its own to wake up.
                 time.sleep(pause)
                 racer()
             start = time.perf_counter()

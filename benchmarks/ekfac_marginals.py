@@ -1,4 +1,4 @@
-"""How much of what EK-FAC would keep do its marginals, known from one pass, keep?
+"""Quality of the marginals of EK-FAC, measured in one pass, against the full correction.
 
 On the demo's trained model, layer by layer. At mass ρ the correction Λ itself keeps its N largest
 entries. The marginals rᵢ cⱼ / ΣΛ, and K-FAC's λᵢ μⱼ, choose N pairs of their own; their share is

@@ -1,4 +1,4 @@
-"""What a run costs beside its time: matrix products, traffic, tensors alive, resident memory."""
+"""Costs of a run besides time: matrix products, memory traffic, live tensors, resident memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NativeCall:
 
 @contextmanager
 def native_calls() -> Iterator[list[NativeCall]]:
-    """Yield a list that takes down every call of the native second moment in the block."""
+    """Yield a list that records every call of the native second moment in the block."""
     calls: list[NativeCall] = []
     original = _native.add_rows
 
@@ -127,7 +127,7 @@ def traffic(run: Callable[[], Any]) -> tuple[int, int]:
 
 
 def live_bytes(run: Callable[[], Any]) -> int:
-    """Return the most bytes of tensors alive at once that ``run`` made."""
+    """Return the peak of bytes of tensors that ``run`` allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = recorded.profiler.kineto_results.events()
@@ -136,7 +136,7 @@ def live_bytes(run: Callable[[], Any]) -> int:
 
 
 def resident_peak(run: Callable[[], Any]) -> int:
-    """Return by how many bytes the process grew, at most, beyond what it held before (Linux)."""
+    """Return the peak growth of the process's resident memory in bytes (Linux)."""
     process = Path("/proc/self")
     try:
         (process / "clear_refs").write_text("5", encoding="ascii")
@@ -169,7 +169,7 @@ def worst_errors(found: Moments, truth: Moments) -> tuple[float, float]:
 
 
 def worst_trace_error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """Return the largest relative error of a trace, which draws of labels differ little in."""
+    """Return the largest relative error of a trace, which sampled labels change little."""
     errors = [(found[name].trace() / truth[name].trace() - 1).abs() for name in truth]
     return float(torch.stack(errors).double().max())
 

@@ -1,4 +1,4 @@
-"""The published code's steps, written from their description: what curvfast is compared with.
+"""The published code's algorithm, reimplemented from its description, for comparison.
 
 Collector (arXiv 2510.24256, appendix on data collection): hooks hold float32 copies of inputs and
 output gradients, the last position of each sequence dropped from both, until a layer's full
@@ -154,7 +154,7 @@ def project(weight: Tensor, vectors_g: Tensor, vectors_a: Tensor, mask: Tensor) 
 
 
 def edit(weight: Tensor, a: Tensor, g: Tensor, mass: float) -> Tensor:
-    """Return the weight [d_out, d_in] edited at one ρ; everything is computed anew for each."""
+    """Return the weight [d_out, d_in] edited at one ρ, with everything computed from scratch."""
     values_g, vectors_g = eigh(g)
     values_a, vectors_a = eigh(a)
     mask = dense_mask(top_pairs(values_g, values_a, mass), weight.shape)

@@ -1,9 +1,9 @@
-"""Where the time of ``collect_from`` and ``edit`` goes: products, and everything else.
+"""Profile of ``collect_from`` and ``edit``: time in products, and in everything else.
 
     python benchmarks/profile_parts.py --label after     into benchmarks/results/cpu/profile.json
 
-Self time of torch's operations by torch's profiler, and of the native core by its own record; what
-is in neither is Python. Each label's figures stay in the file beside the others'.
+Self time of torch's operations by torch's profiler, and of the native core by its own record; the
+rest is Python. The file keeps the figures of every label.
 """
 
 from __future__ import annotations

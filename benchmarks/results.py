@@ -1,4 +1,4 @@
-"""What every committed figure comes with: machine, versions, commit; written whole or not."""
+"""Writing of benchmark results with machine, versions and commit, atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("numpy", "scipy", "transformers")
 
 
 def environment() -> dict[str, Any]:
-    """Return what a figure depends on beside the code."""
+    """Return the environment of a measurement."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
     done = subprocess.run(
@@ -46,7 +46,7 @@ def _version(name: str) -> str | None:
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON; a run that is cut off leaves the old ones."""
+    """Write results as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How cost grows with rows, features, layers, ρ and ranks: exponents fitted, the theory beside.
+"""Scaling of cost with rows, features, layers, ρ and ranks: fitted exponents beside theory.
 
     python benchmarks/scaling.py            every figure, into benchmarks/results/cpu/scaling.json
     python benchmarks/scaling.py --smoke    tiny sizes, printed only
@@ -80,7 +80,7 @@ def by_layers(smoke: bool) -> dict[str, Any]:
 
 
 def by_mass(smoke: bool) -> dict[str, Any]:
-    """The staircase of 4096 × 11008 by how many pairs it keeps: it should not matter."""
+    """The staircase of 4096 × 11008 by the number of kept pairs, expected constant."""
     shape = (64, 96) if smoke else (4096, 11008)
     g, a = (torch.arange(1, d + 1, dtype=torch.float64) ** -1.0 for d in shape)
     masses = [0.2, 0.5, 0.8, 0.95]

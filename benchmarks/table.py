@@ -104,10 +104,10 @@ def load(path: Path) -> Mapping[str, Any]:
 
 
 def filled(text: str) -> str:
-    """Return a text with the tables it has places for as the runs say.
+    """Return a text with its marked tables filled in from the runs.
 
     Raises:
-        ValueError: If it has a place for a table that there is not.
+        ValueError: If it has a marker of an unknown table.
     """
     studied = tables_studies.tables()
     for name in re.findall(r"<!-- ([a-z0-9-]+) -->", text):

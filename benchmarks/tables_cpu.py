@@ -1,4 +1,4 @@
-"""The tables of what was measured on a CPU, from the JSON in results/cpu."""
+"""Tables of the CPU benchmarks, from the JSON in results/cpu."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def shares(found: Results) -> Lines:
 
 
 def machine(found: Results) -> str:
-    """What it was measured on."""
+    """The machine of the measurements."""
     facts = found["environment"]
     return (
         f"{facts['threads']} threads of {facts['cpu']} ({facts['capability']}), torch "

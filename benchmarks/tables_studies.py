@@ -1,4 +1,4 @@
-"""The tables of the studies, from the JSON of their runs."""
+"""Tables of the studies, from the JSON of their runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RESULTS = Path(__file__).parent / "results" / "studies"
 
 
 def tables(folder: Path = RESULTS) -> dict[str, Lines]:
-    """Return every table of every study that was measured, by a name fit for a marker.
+    """Return every table of every measured study, by the name of its marker.
 
     Args:
-        folder: Holds ``STUDY/seed-N.json``.
+        folder: Folder of ``STUDY/seed-N.json``.
 
     Returns:
-        Rows of cells by ``study-STUDY-TABLE``; studies that were never measured have none.
+        Rows of cells by ``study-STUDY-TABLE``, without unmeasured studies.
     """
     found = {}
     for name, study in STUDIES.items():

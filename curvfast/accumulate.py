@@ -1,4 +1,4 @@
-"""Second moments of layers, summed call by call: float32 sums, integer counts, no division."""
+"""Accumulator: running second moments of layers, as float32 sums and integer counts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Moment:
     rows: int = 0
     members: set[str] = field(default_factory=set)
     spilled: TriangularSum | None = None
-    """What earlier calls summed, in float64, where float32 is spilled."""
+    """The float64 sum of spilled calls, if float32 is spilled."""
     calls: int = 0
     """Calls since the last spill."""
 
     def request(
         self, x: Tensor, rows: Rows, scale: float, weights: Tensor | None = None
     ) -> MomentRequest:
-        """Count the rows of x [..., d] that count; return the call that adds them, weighted."""
+        """Add the rows of x [..., d] that count to the count; return the update that sums them."""
         self.rows += rows.count
         self.calls += 1
         if rows.kept is not None:
@@ -65,22 +65,22 @@ class Moment:
         return total.dense().float()
 
     def release(self) -> None:
-        """Let go of the sum; the count stays."""
+        """Release the sum; the count stays."""
         self.sum = TriangularSum(self.sum.tiles.new_empty(0, self.sum.width), self.sum.d)
         self.spilled = None
 
     def split(self, leaving: set[str]) -> Moment:
-        """Give ``leaving`` a moment of their own that starts from the sum so far."""
+        """Split off ``leaving`` into a separate moment that starts from the sum so far."""
         self.members -= leaving
         spilled = None if self.spilled is None else self.spilled.clone()
         return Moment(self.sum.clone(), self.rows, set(leaving), spilled, self.calls)
 
 
 class Accumulator:
-    """The Kronecker factors of layers in the making, by side: inputs, gradients, and each weighted.
+    """Running sums of layers' Kronecker factors by side: inputs, gradients, and both weighted.
 
     Layers that read one tensor share one A for as long as they always do: when a call shows that a
-    member of a shared moment did not read this tensor, those that did part with a copy. Weighted
+    member of a shared moment did not read this tensor, those that did split off a copy. Weighted
     moments are never shared, since the weights of inputs are of the layer's own gradients.
     """
 
@@ -92,7 +92,7 @@ class Accumulator:
         *,
         overlap: bool = False,
     ) -> None:
-        """Start with nothing allocated; each sum is made when its first rows come."""
+        """Start without sums; each is allocated with its first rows."""
         self._layers = layers
         self._spill_every = spill_every
         self._placement = Placement(place, overlap=overlap)
@@ -104,8 +104,8 @@ class Accumulator:
 
         Args:
             name: One of the readers.
-            batch: Says which rows count.
-            shared: Says who read it.
+            batch: The batch, which determines the counted rows.
+            shared: The record of the layers that read it.
             x: The input.
         """
         rows = batch.rows(name, x.shape[:-1], x.device)
@@ -117,7 +117,7 @@ class Accumulator:
 
         Args:
             name: The layer.
-            batch: Says which rows count.
+            batch: The batch, which determines the counted rows.
             g: The gradient, in the units of the caller's loss.
             unit: What g is multiplied by to be the gradient of the summed loss.
         """
@@ -131,7 +131,7 @@ class Accumulator:
 
         Args:
             name: The layer.
-            batch: Says which rows count.
+            batch: The batch, which determines the counted rows.
             x: The input, [..., d_in].
             g: The gradient of that very call, [..., d_out], in the units of the caller's loss.
             unit: What g is multiplied by to be the gradient of the summed loss.
@@ -143,7 +143,7 @@ class Accumulator:
         self._add(own_g, g, rows, unit * unit, _squared_norms(x))
 
     def flush(self) -> None:
-        """Finish what waits for company; needed before a sum is read."""
+        """Run all pending updates; needed before a sum is read."""
         self._placement.flush()
 
     def _own(self, side: str, name: str, device: torch.device) -> Moment:
@@ -237,7 +237,7 @@ class Accumulator:
         return layer.d_in if side.endswith("inputs") else layer.d_out
 
     def release(self) -> None:
-        """Let go of every sum; the counts stay."""
+        """Release every sum; the counts stay."""
         for moments in self.sides.values():
             for moment in moments.values():
                 moment.release()

@@ -1,10 +1,10 @@
-"""Capture: the inputs and output gradients of linear layers, seen by hooks that change nothing.
+"""Capture: hooks that observe inputs and output gradients of linear layers, and change nothing.
 
-The input a of a layer is handed to autograd's own keeping, and read back when the gradient g of
+The input a of a layer is saved by autograd, and read back when the gradient g of
 that very call arrives. So a and g always belong together: under activation checkpointing,
 re-entrant or not, a is recomputed rather than held, and a forward that is recomputed, or never
 followed by a backward, counts nothing. Only where we drive the passes ourselves, and each forward
-is known to run once and to be followed by its backward, is a counted at once and let go.
+is known to run once and to be followed by its backward, is a counted at once and released.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Arrival:
 
 @dataclass
 class Calls:
-    """How often a layer was seen, for the errors that explain a missing gradient."""
+    """Call counts of a layer, for errors that explain a missing gradient."""
 
     forward: int = 0
     without_grad: int = 0
@@ -74,7 +74,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Start(torch.autograd.Function):
-    """Where the backward of a driven pass ends: a copy, which may be modified in place."""
+    """The node where the backward of a driven pass ends: a copy, which may be modified in place."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _Start(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """What one layer has of one product."""
+    """One layer's part of a product."""
 
     layer: LinearLayer
     rows: slice | Tensor | None
@@ -112,7 +112,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @dataclass
 class _Call:
-    """What the forward of one product leaves for its gradient."""
+    """The state kept from the forward of one product for its gradient."""
 
     pieces: list[_Piece]
     kept: Tensor | None
@@ -133,15 +133,15 @@ class Capture:
         share_inputs: bool,
         driven: bool,
     ) -> None:
-        """Set up; :meth:`attach` registers the hooks.
+        """Store the arguments; :meth:`attach` registers the hooks.
 
         Args:
             layers: Layers by name.
-            current_batch: Tells which batch a forward running now belongs to.
+            current_batch: Returns the batch of the running forward.
             on_arrival: Called with every complete call, in its backward.
             on_input: Called with (layer, batch, shared, x) in the forward of a driven pass; None
                 keeps the input there too, until its gradient arrives.
-            share_inputs: Whether layers that read one tensor are told so.
+            share_inputs: Whether layers that read one tensor share a record of it.
             driven: Whether each forward runs once and its backward follows. Inputs may then be
                 counted in the forward, and an output without gradient becomes the place where the
                 backward ends: nothing below the first layer of a frozen model needs one.
@@ -158,11 +158,11 @@ class Capture:
         self._handles: list[Removable] = []
 
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         self._handles = watch(self._layers.values(), self)
 
     def remove(self) -> None:
-        """Take every hook off."""
+        """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -170,11 +170,11 @@ class Capture:
         self._pending = None
 
     def forget(self) -> None:
-        """Let go of the callbacks: what arrives later counts nothing, and keeps nothing alive."""
+        """Release the callbacks: later gradients count nothing, and keep nothing alive."""
         self._current_batch = self._on_arrival = self._on_input = _nothing_more  # type: ignore[assignment]
 
     def flush(self) -> None:
-        """Count the input last read in a driven pass: its readers are known now."""
+        """Count the last input of a driven pass, whose readers are known now."""
         if self._pending is None:
             return
         (piece, x, version), self._pending = self._pending, None
@@ -186,15 +186,15 @@ class Capture:
         self._count(piece, x)
 
     def idle(self) -> bool:
-        """Say whether the batch of a forward running now is not counted."""
+        """Return whether the batch of the running forward is not counted."""
         return self._current_batch().idle
 
     def rest(self, layer: str) -> None:
-        """Note that a forward routed nothing to an expert."""
+        """Record that a forward routed no token to an expert."""
         self.calls[layer].resting += 1
 
     def see(self, product: Product) -> Tensor:
-        """Note one product; return its output, the start of the graph if nothing before it was."""
+        """Record one product; return its output, which starts the graph if nothing did before."""
         x, y = product.x, product.y
         batch = self._current_batch()
         if batch.idle:
@@ -295,4 +295,4 @@ def _take(x: Tensor, width: int, rows: slice | Tensor) -> Tensor:
 
 
 def _nothing_more(*_: object) -> None:
-    """Take in what arrives after the hooks were removed, and count nothing."""
+    """Ignore what arrives after the hooks were removed."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a collection: two slots that take turns, so that one is always whole."""
+"""Checkpoints of a collection: two slots written alternately, so that one is always complete."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Checkpoint:
-    """A folder with the last two states of one collection."""
+    """A checkpoint folder with the last two states of one collection."""
 
     def __init__(self, directory: str | PathLike[str], identity: Mapping[str, Any]) -> None:
-        """Note where it is.
+        """Store the folder's path; nothing is read or written yet.
 
         Args:
-            directory: Made at the first :meth:`save`.
-            identity: What makes the collection this one, JSON-able: another's state is refused.
+            directory: Created by the first :meth:`save`.
+            identity: JSON-able identity of the collection; the state of another one is refused.
         """
         self._folder = Path(directory)
         self._identity = dict(identity)
         self._next = 0
 
     def load(self) -> State | None:
-        """Return the newest whole state, or None if there is none yet.
+        """Return the newest complete state, or None if there is none yet.
 
-        A damaged state is passed over with a warning, the one before it taken.
+        A damaged state is skipped with a warning, and the one before it is returned.
 
         Raises:
             FormatError: If the folder holds something else, or a newer format.
-            StorageError: If it is of another collection, or no state of it is whole.
+            StorageError: If it is of another collection, or none of its states is complete.
         """
         if not self._folder.exists() or not any(self._folder.iterdir()):
             return None
@@ -84,7 +84,7 @@ class Checkpoint:
             tensors: By key.
 
         Raises:
-            StorageError: If it cannot be written; the state before is whole.
+            StorageError: If it cannot be written; the previous state stays complete.
         """
         storage.write_folder(
             self._folder / _SLOTS[self._next],

@@ -46,12 +46,12 @@ def collect(
         model: The module the loop calls; its ``attention_mask`` and ``labels`` are read from the
             call.
         layers: ``"mlp"``, ``"attention"``, ``"all"``, one or more globs on names, or a predicate.
-            Of a mixture every expert is one: ``model.layers.0.mlp.experts.3.down_proj``.
+            Every expert of a mixture is one layer: ``model.layers.0.mlp.experts.3.down_proj``.
         loss_reduction: ``"mean"`` if the loss is averaged over its labels, ``"sum"`` if summed. G
             is always of the *summed* loss.
         loss_scale: Any further factor of the loss, such as 1/n under gradient accumulation. None
-            reads it off the gradient that arrives at the loss the model returns, whatever the loop
-            makes of that: accumulation, processes, AMP's scale, ``num_items_in_batch``.
+            reads it off the gradient that arrives at the loss the model returns, whatever factors
+            the loop applies: accumulation, processes, AMP's scale, ``num_items_in_batch``.
         grad_scaler: The loop's ``GradScaler``; its scale is divided out, overflowed steps left out.
         skip_last: Whether the last real position of each sequence is left out (no label scores it);
             None means: for causal language models.
@@ -59,15 +59,15 @@ def collect(
             counts, such as the CLS token of a vision transformer. For an expert the shape is that
             of all tokens, and those count that were routed to it too.
         share_inputs: Whether layers fed by one tensor share one A.
-        spill_every: After so many calls of a layer its float32 sum moves into a float64 one: for
+        spill_every: After this many calls of a layer its float32 sum is added to a float64 one: for
             millions of rows, at three times the memory. None keeps float32.
-        rows_per_step: Counts a uniform random subset of each batch's rows, at so much less cost: a
-            share below 1, or a number. The factors stay unbiased. None counts all.
-        every: Counts one in so many calls of the model; the others run as if unwatched.
+        rows_per_step: Counts a uniform random subset of each batch's rows, at lower cost: a share
+            below 1, or a number. The factors stay unbiased. None counts all.
+        every: Counts one in ``every`` calls of the model; the others run unobserved.
         sums_device: ``"same"`` keeps the sums beside the activations, ``"cpu"`` in the host's
             memory, ``"disk"`` in files mapped to memory, in the system's temporary folder (TMPDIR)
             and gone with the process; copies run beside the computation.
-        streams: ``"overlap"`` runs the moments on a CUDA stream of their own, beside the step.
+        streams: ``"overlap"`` runs the moments on a separate CUDA stream, concurrently to the step.
         marginals: Sums Σ‖g‖² a aᵀ and Σ‖a‖² g gᵀ too, for :meth:`Eigenbasis.with_marginals`, at
             more than twice the memory and products: no layer shares these. G's units hold for ‖g‖.
         seed: Seed of the generator that draws ``rows_per_step``.

@@ -1,4 +1,4 @@
-"""Configurations: frozen, validated, and written beside every result."""
+"""CollectConfig: the validated configuration of a collection, saved with every result."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PLACES = ("same", "cpu", "disk")
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """How factors are collected."""
+    """Configuration of a collection: the arguments of :func:`curvfast.collect`."""
 
     layers: str
     """The layers asked for."""
     loss_reduction: str = "mean"
     """Whether the caller's loss is the mean or the sum over its labels."""
     loss_scale: float | None = 1.0
-    """A further factor of the caller's loss; None: read off the loss the model returns."""
+    """A further factor of the caller's loss; None: measured at the loss the model returns."""
     skip_last: bool | None = None
     """Whether a sequence's last real position is left out; None: for causal language models."""
     share_inputs: bool = True
@@ -33,13 +33,13 @@ class CollectConfig:
     rows_per_step: float | None = None
     """Share below 1, or number, of each batch's rows that are counted; None: all."""
     every: int = 1
-    """Every so many calls of the model are counted."""
+    """One in this many calls of the model is counted."""
     sums_device: str = "same"
     """Where sums live: beside the activations, on the "cpu", or on "disk"."""
     streams: str = "one"
     """Whether moments run on the stream of the step, or "overlap" it on another (CUDA)."""
     seed: int = 0
-    """Of the generator that draws ``rows_per_step``."""
+    """Seed of the generator that draws ``rows_per_step``."""
     marginals: bool = False
     """Whether the moments weighted by the other side's squared norms are summed too."""
 

@@ -1,4 +1,4 @@
-"""When to stop: two halves of the batches, compared now and then, layer by layer."""
+"""Stopping rule of a collection: the factors of two halves of the batches are compared."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from curvfast.errors import InputError
 
 @dataclass(frozen=True)
 class Converged:
-    """The rule ``until="converged"``: every layer's halves share so much curvature mass."""
+    """Stopping rule ``until="converged"``: both halves share enough curvature mass per layer."""
 
     shared_mass: float = 0.95
-    """What the kept pairs of one half must hold of the other's curvature, in (0, 1)."""
+    """Share of the other half's curvature that the kept pairs of one half must hold, in (0, 1)."""
     mass: float = 0.6
     """ρ of the kept pairs."""
     first: int = 8
     """Batches before the first comparison."""
     growth: float = 1.5
-    """The next comparison comes after so many times the batches."""
+    """Factor by which the number of batches grows from one comparison to the next."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -40,7 +40,7 @@ class Converged:
             )
 
     def next(self, batches: int) -> int:
-        """Return after how many batches the comparison after this one comes."""
+        """Return the number of batches at which the next comparison is made."""
         return max(self.first, round(self.growth * batches), batches + 2)
 
 
@@ -48,9 +48,9 @@ def compare(rule: Converged, halves: tuple[Factors, Factors], labels: int) -> di
     """Return one point of the convergence curve, JSON-able.
 
     Args:
-        rule: What is asked of every layer.
+        rule: The stopping rule.
         halves: The factors of even and of odd batches.
-        labels: Counted so far.
+        labels: Number of labels counted so far.
 
     Returns:
         ``labels``, ``converged``, ``worst`` (the smallest shared mass), and by layer its shared

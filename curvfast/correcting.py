@@ -48,7 +48,7 @@ def correct(
 ) -> Corrections:
     """Measure Λ, the exact diagonal of the Fisher in a Kronecker-factored eigenbasis (EK-FAC).
 
-    Where K-FAC takes λᵢ μⱼ for the curvature of an eigenpair, this measures it, in a second pass
+    K-FAC approximates the curvature of an eigenpair by λᵢ μⱼ; this measures it, in a second pass
     over data. Source: George et al., arXiv 1806.03884, the scaling S*. Only gradients of
     activations are computed. Modes, ``requires_grad`` and the global random state are as before
     when it returns. :meth:`Eigenbasis.with_marginals` needs no such pass.
@@ -57,30 +57,29 @@ def correct(
     4·(d_out + d_in) bytes a row more, and its input is held until its gradient arrives.
 
     Args:
-        model: The model the basis was measured on; as in :func:`curvfast.collect_from`.
+        model: The model the basis was measured on.
         basis: From :meth:`Factors.eigh`. Of one that holds leading eigenvectors only, the leading
             block of Λ is measured.
-        batches: As in :func:`curvfast.collect_from`.
+        batches: Batches of data, as in :func:`curvfast.collect_from`.
         layers: Which layers of the basis, as in :func:`curvfast.collect`; None means all.
-        labels: As in :func:`curvfast.collect_from`.
+        labels: Sampled or given labels, as in :func:`curvfast.collect_from`.
         tokens: Stop once this many labels were counted; None takes every batch.
         per: What a sample is. ``"position"``: E[(uᵢᵀg)² (vⱼᵀa)²] over counted rows, K-FAC's own
             reading, one product of squares a call. ``"sequence"``: the squared gradient of a whole
             sequence, E[(Σ_t uᵢᵀg_t vⱼᵀa_t)²], as the empirical Fisher of sequences has it; a
-            sequence is a row of the model's input, or where an activation does not flatten that,
+            sequence is a row of the model's input, or, where an activation does not flatten that,
             an entry of its leading dimension. It costs a product for each sequence.
         seed: Seed of the generators that draw labels and rows.
         progress: Whether a bar counts labels (on a terminal only).
-        skip_last: As in :func:`curvfast.collect`.
-        rows: As in :func:`curvfast.collect`.
-        rows_per_step: As in :func:`curvfast.collect`; with ``per="position"`` only.
-        spill_every: As in :func:`curvfast.collect`.
-        keep_mode: As in :func:`curvfast.collect_from`.
-        layers_per_pass: As in :func:`curvfast.collect_from`: the sums and eigenvectors of so many
-            layers are in memory at a time.
-        checkpoint: As in :func:`curvfast.collect_from`.
+        skip_last: Whether the last real position of each sequence is left out.
+        rows: Row rule, as in :func:`curvfast.collect`.
+        rows_per_step: Share or number of rows counted; with ``per="position"`` only.
+        spill_every: Number of calls after which a float32 sum is added to a float64 one.
+        keep_mode: Whether the model stays in its mode, as in :func:`curvfast.collect_from`.
+        layers_per_pass: Number of layers whose sums and eigenvectors are in memory at a time.
+        checkpoint: Folder from which an interrupted call is resumed.
         every: With ``checkpoint``: batches between two states.
-        group: As in :func:`curvfast.collect_from`.
+        group: Process group, as in :func:`curvfast.collect_from`.
 
     Returns:
         The corrections, of the summed loss.
@@ -137,26 +136,14 @@ def collect_corrections(
     seed: int = 0,
     group: Any = "auto",
 ) -> Iterator[Correction]:
-    """Measure Λ as :func:`correct` does, while the caller runs a loop of their own.
+    """Measure Λ as :func:`correct` does, while the caller runs the training loop.
 
     Nothing is changed: no module, attribute, gradient or random number. The basis should be of the
-    weights the loop has: one that trains them further makes it an older model's.
+    weights in the loop: if the loop trains them, the basis becomes that of an older model.
 
-    Args:
-        model: As in :func:`curvfast.collect`.
-        basis: As in :func:`correct`.
-        layers: Which layers of the basis; None means all.
-        per: As in :func:`correct`.
-        loss_reduction: As in :func:`curvfast.collect`.
-        loss_scale: As in :func:`curvfast.collect`.
-        grad_scaler: As in :func:`curvfast.collect`.
-        skip_last: As in :func:`curvfast.collect`.
-        rows: As in :func:`curvfast.collect`.
-        spill_every: As in :func:`curvfast.collect`.
-        rows_per_step: As in :func:`correct`.
-        every: As in :func:`curvfast.collect`.
-        seed: Seed of the generator that draws ``rows_per_step``.
-        group: As in :func:`curvfast.collect`; ranks meet when ``corrections()`` is called.
+    ``basis``, ``layers``, ``per`` and ``rows_per_step`` are documented at :func:`correct`, all
+    other arguments at :func:`curvfast.collect`; with a ``group`` every rank must call
+    ``corrections()``.
 
     Yields:
         The measurement: ``corrections()``, ``coverage()``, ``mask()``, ``labels()``.

@@ -1,4 +1,4 @@
-"""The EK-FAC correction under way: what collect_corrections() yields."""
+"""Correction: a running measurement of the EK-FAC correction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Correction(Measurement):
-    """What :func:`collect_corrections` yields: the measurement under way, and its result."""
+    """A running measurement of the EK-FAC correction, yielded by :func:`collect_corrections`."""
 
     _sums: CorrectionSums
 
@@ -44,7 +44,7 @@ class Correction(Measurement):
     ) -> None:
         """Register the hooks; :func:`collect_corrections` describes the arguments.
 
-        ``layers`` are of the basis. With ``one_of_many``, other passes measure the others.
+        ``layers`` are layers of the basis. With ``one_of_many``, other passes measure the rest.
         """
         self._per = per
         self._bytes = bytes_of(Eigenbasis({name: basis[name] for name in layers}))

@@ -1,4 +1,4 @@
-"""Corrections in the making: rows in the eigenbasis, their products squared and summed."""
+"""Sums of the EK-FAC correction: squared products of rows rotated into the eigenbasis."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from curvfast.rows import Batch, Routed, Rows
 
 @dataclass
 class _Running:
-    """The sum of one layer: float32, and what was spilled of it."""
+    """The running sum of one layer: float32, and the float64 part spilled from it."""
 
     sum: Tensor
     """[k_g, k_a] float32."""
     count: int = 0
     calls: int = 0
-    """Since the last spill."""
+    """Calls since the last spill."""
     spilled: Tensor | None = None
     """[k_g, k_a] float64, where float32 is spilled."""
     batches: WeakSet[Batch] = field(default_factory=WeakSet)
-    """Those that were added, as long as they live."""
+    """Batches that were added, held weakly."""
 
     def spill(self) -> None:
         """Move the float32 sum into float64."""
@@ -40,27 +40,27 @@ class _Running:
         self.calls = 0
 
     def total(self) -> Tensor:
-        """Return the whole sum, float32: of what was never spilled, the sum itself."""
+        """Return the total in float32; if nothing was spilled, the running sum itself."""
         return self.sum if self.spilled is None else (self.spilled + self.sum).float()
 
 
 @dataclass(eq=False)
 class _Projected:
-    """Inputs in the eigenbasis, for the other layers that read them."""
+    """Inputs rotated into the eigenbasis, kept for the other layers that read them."""
 
     of: tuple[SharedInput, Rows, Any]
     rows: Tensor
     """[rows, k_a] float32."""
     readers: int
-    """How many layers have yet to come for them."""
+    """Number of layers that have not used them yet."""
 
     def fits(self, of: tuple[SharedInput, Rows, Any]) -> bool:
-        """Say whether these are the same rows of the same input, in the same eigenvectors."""
+        """Return whether these are the same rows of the same input, rotated by the same vectors."""
         return all(mine is one for mine, one in zip(self.of, of, strict=True))
 
 
 class CorrectionSums:
-    """Sums of squared gradients of layers in their eigenbases."""
+    """Sums of squared per-sample gradients of layers in their eigenbases."""
 
     def __init__(
         self,
@@ -69,13 +69,13 @@ class CorrectionSums:
         per: str,
         spill_every: int | None = None,
     ) -> None:
-        """Start with nothing allocated.
+        """Create empty sums; nothing is allocated yet.
 
         Args:
             layers: The layers, all of them in the basis.
             basis: Their eigenbases; a layer's is read when its first rows come.
             per: What a sample is.
-            spill_every: After how many calls float32 moves into float64; None: never.
+            spill_every: Number of calls after which float32 is added to float64; None: never.
         """
         self._layers, self._basis = layers, basis
         self._per = per
@@ -85,7 +85,7 @@ class CorrectionSums:
         self._last: _Projected | None = None
 
     def add(self, arrival: Arrival, unit: float) -> None:
-        """Add the rows of one call that count; ``unit`` makes g that of the summed loss."""
+        """Add the counted rows of one call; ``unit`` scales g to that of the summed loss."""
         name, g, x = arrival.layer, arrival.g, arrival.x
         assert x is not None
         rows = arrival.batch.rows(name, g.shape[:-1], g.device)
@@ -119,7 +119,7 @@ class CorrectionSums:
         return count, count
 
     def corrections(self) -> dict[str, LayerCorrection]:
-        """Return the correction of every layer with rows; what is added later may show in it."""
+        """Return the correction of every layer with rows; it may share memory with the sums."""
         self._last = None
         return {
             name: LayerCorrection(self._sums[name].total(), self._sums[name].count)
@@ -175,7 +175,7 @@ class CorrectionSums:
             )  # fmt: skip
 
     def release(self) -> None:
-        """Let go of every sum and eigenvector; the counts stay."""
+        """Release every sum and eigenvector; the counts stay."""
         self._vectors.clear()
         for running in self._sums.values():
             running.sum, running.spilled = running.sum.new_empty(0), None
@@ -198,7 +198,7 @@ class CorrectionSums:
         return last.rows
 
     def _held(self, key: Any, read: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """Return eigenvectors where they are needed, read once."""
+        """Return eigenvectors on ``device``, read once."""
         if (key, device) not in self._vectors:
             self._vectors[key, device] = read().to(device, torch.float32)
         return self._vectors[key, device]

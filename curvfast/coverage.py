@@ -1,4 +1,4 @@
-"""Coverage: which parameters of a model the factors describe, and why the others are not."""
+"""Coverage: which parameters of a model have factors, and why the others have none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from curvfast.adapters import LinearLayer, refusal
+from curvfast.adapters import LinearLayer, unsupported_reason
 from curvfast.layers import LEFT_OUT, bare_name, linear_layers
 
 _NOT_CHOSEN = "not chosen by layers="
@@ -16,7 +16,7 @@ _NOT_CHOSEN = "not chosen by layers="
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was measured and what was not."""
+    """Coverage report: the parameters that have factors, and the reasons of those without."""
 
     covered: dict[str, int]
     """Weights with factors: parameter name, or layer name of an expert -> rows counted so far."""
@@ -103,4 +103,4 @@ def _reason(leaf: str, module: nn.Module, layers: list[LinearLayer]) -> str:
         return f"{left_out}: left out unless named in layers=" if left_out else _NOT_CHOSEN
     if leaf.endswith("bias"):
         return "bias: edits leave it untouched"
-    return refusal(module)
+    return unsupported_reason(module)

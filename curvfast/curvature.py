@@ -1,4 +1,4 @@
-"""Kronecker factors under way: what collect() yields."""
+"""Curvature: a running measurement of Kronecker factors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Curvature(Measurement):
-    """What :func:`collect` yields: the measurement under way, and its result."""
+    """A running measurement of Kronecker factors, yielded by :func:`collect`."""
 
     _sums: Sums
 
@@ -88,7 +88,7 @@ class Curvature(Measurement):
         return factors
 
     def halves(self) -> tuple[Factors, Factors]:
-        """Return A and G of each half of the batches; layers without rows lack.
+        """Return A and G of each half of the batches, without layers that got no rows.
 
         With a process group every rank must call this.
         """

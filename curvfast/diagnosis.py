@@ -1,4 +1,4 @@
-"""Why a chosen layer has no factors, or poor ones: the errors and warnings that say so by name."""
+"""Errors and warnings that name chosen layers without factors, or with rank-deficient ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvfast.errors import CoverageError, InputError, NumericalWarning
 
 
 class Counted(Protocol):
-    """Sums that know what was added to them."""
+    """Sums that count their rows."""
 
     def rows(self, name: str) -> tuple[int, int]:
         """Return how many inputs and how many gradients of a layer were summed."""
@@ -24,7 +24,7 @@ class Counted(Protocol):
 def require_rows(
     layers: Iterable[str], sums: Counted, calls: Mapping[str, Calls], skipped: Mapping[str, int]
 ) -> None:
-    """Make sure that A and G of every layer hold rows, and the same ones.
+    """Check that A and G of every layer hold rows, and the same ones.
 
     Args:
         layers: The chosen layers.

@@ -1,7 +1,7 @@
-"""Many processes: the only place that knows torch.distributed.
+"""Collectives over processes: the only module that imports torch.distributed.
 
-Ranks sum on their own and meet when factors are read, or eigendecompositions dealt out. A call that
-does so says it in its docstring; every rank must make it.
+Ranks sum separately and communicate when factors are read or eigendecompositions distributed. A
+call that communicates says so in its docstring; every rank must make it.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def broadcast_(tensor: Tensor, source: int, group: Group) -> None:
 
 
 def deal(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
-    """Return a rank for each job, so that the most loaded rank has little more than its share.
+    """Return the rank of each job, balancing the load of the ranks.
 
-    The largest job first, each to the least loaded rank: at most 4/3 of the best possible
-    (Graham, 1969). The same on every rank.
+    The largest job first, each to the least loaded rank (LPT): at most 4/3 of the optimal maximum
+    (Graham, 1969). The result is the same on every rank.
     """
     load = [0.0] * ranks
     owners = {}
@@ -144,7 +144,7 @@ def write_(tensor: Tensor, whole: Tensor) -> None:
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    """Say whether a model's forward needs every rank, as FSDP2's does."""
+    """Return whether a model's forward needs every rank, as FSDP2's does."""
     return any(_is_sharded(parameter) for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""collect_from(): measure the Kronecker factors where there is no training loop."""
+"""collect_from(): measure Kronecker factors on data, without a training loop."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def collect_from(
         labels: ``"sampled"`` draws them from the model's own distribution (the true Fisher, the
             paper's choice); ``"gold"`` takes the batch's ``labels``, or the next token.
         tokens: Stop once this many labels were counted; None takes every batch.
-        until: ``"converged"``, or :class:`curvfast.Converged` with figures of your own: stop once
+        until: ``"converged"``, or :class:`curvfast.Converged` with other thresholds: stop once
             the two halves of the batches agree on every layer. They are compared at growing
             intervals, each a decomposition of all factors, and need twice the memory; the curve is
             kept in the provenance as "convergence".

@@ -1,4 +1,4 @@
-"""A model driven over data to be measured: pass after pass, each over some of its layers."""
+"""Drive: runs a model over data to measure it, in passes over subsets of its layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Begin = Callable[[dict[str, LinearLayer], bool, bool], M]
 
 @dataclass(frozen=True)
 class Drive:
-    """How a model is driven; :func:`curvfast.collect_from` describes the arguments."""
+    """Options of running a model over data; :func:`curvfast.collect_from` describes them."""
 
     labels: str
     tokens: int | None
@@ -68,7 +68,7 @@ class Drive:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is kept with the result."""
+        """The facts that are saved with the result."""
         return {"labels": self.labels, "seed": self.seed}
 
     def passes(

@@ -1,4 +1,4 @@
-"""What an edit did, layer by layer, and what it was made from."""
+"""Reports of an edit, layer by layer, with its provenance."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from curvfast.tables import aligned
 
 
 def as_json(entry: Any) -> dict[str, Any]:
-    """Return the fields of a layer's entry; None for NaN, which JSON has not."""
+    """Return the fields of a layer's entry; None for NaN, which JSON cannot hold."""
     return {key: None if value != value else value for key, value in asdict(entry).items()}
 
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """What the edit did to one layer."""
+    """The effect of an edit on one layer."""
 
     name: str
     pairs: int
@@ -35,15 +35,15 @@ class LayerEdit:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What :func:`curvfast.edit` did, layer by layer; prints as a table."""
+    """Report of :func:`curvfast.edit`, layer by layer; prints as a table."""
 
     layers: tuple[LayerEdit, ...]
     total_pairs: int
     """All eigenpairs of the edited layers: their number of weights."""
     strength: float = 1.0
-    """α of W + α (W' − W)."""
+    """The α of W + α (W' − W)."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What it was made from, JSON-able: model, rule, factors."""
+    """Provenance, JSON-able: model, rule, factors."""
 
     @property
     def kept_fraction(self) -> float:

@@ -2,7 +2,7 @@
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says before any stack trace; its kind if it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -19,7 +19,7 @@ class ShapeError(CurvfastError, ValueError):
 
 
 class LayerNotFound(CurvfastError, ValueError):
-    """A layer was asked for that is not there, or cannot be used."""
+    """A requested layer does not exist, or cannot be used."""
 
 
 class CoverageError(CurvfastError, RuntimeError):
@@ -63,12 +63,8 @@ class BackendUnavailable(CurvfastError, RuntimeError):
 
 
 class NumericalWarning(UserWarning):
-    """A number is less certain than it looks."""
+    """A result is numerically less accurate than its digits suggest."""
 
 
 class PerformanceWarning(UserWarning):
-    """Something works, and slower than it could."""
-
-
-class BackendWarning(UserWarning):
-    """A backend was passed over."""
+    """A computation runs slower than it could."""

@@ -1,6 +1,6 @@
-"""Which linear layers of a model are meant, by kind, by name or by predicate.
+"""Selection of a model's linear layers by kind, by name or by predicate.
 
-Names are those of ``model.named_modules()`` less the wrappers of ``torch.compile``,
+Names are those of ``model.named_modules()`` without the wrappers of ``torch.compile``,
 ``DistributedDataParallel`` and PEFT, so factors measured on a wrapped model fit the bare one.
 """
 
@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from curvfast.adapters import LinearLayer, layers_of, refusal
+from curvfast.adapters import LinearLayer, layers_of, unsupported_reason
 from curvfast.errors import LayerNotFound
 
 LayerSpec = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -53,16 +53,16 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
 
 
 def refused_modules(model: nn.Module) -> dict[str, str]:
-    """Return every module with parameters of its own that is no linear layer: name -> reason."""
+    """Return every module that itself holds parameters and is no linear layer: name -> reason."""
     return {
-        bare_name(full_name): refusal(module)
+        bare_name(full_name): unsupported_reason(module)
         for full_name, module in model.named_modules()
         if (module._parameters or is_parametrized(module)) and not layers_of("", module)
     }
 
 
 def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
-    """Return the layers that ``spec`` means.
+    """Return the layers that match ``spec``.
 
     Args:
         model: Any module.
@@ -95,14 +95,14 @@ def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
 
 
 def matches(spec: LayerSpec, layer: LinearLayer) -> bool:
-    """Say whether ``spec`` means ``layer``."""
+    """Return whether ``layer`` matches ``spec``."""
     if callable(spec):
         return bool(spec(layer.name, layer.module))
     return matches_name(spec, layer.name, layer.kind)
 
 
 def matches_name(spec: str | Iterable[str], name: str, of_kind: str | None = None) -> bool:
-    """Say whether ``spec`` means a layer of this name, and of this kind or the one it tells."""
+    """Return whether a layer of this name, and of this kind or the name's, matches ``spec``."""
     if isinstance(spec, str):
         found = kind(name) if of_kind is None else of_kind
         if spec == "all":

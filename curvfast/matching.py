@@ -1,4 +1,4 @@
-"""Which layers of a model an eigenbasis describes, and whether it is of this model at all."""
+"""The layers of a model that an eigenbasis describes, after a check that it fits the model."""
 
 from __future__ import annotations
 

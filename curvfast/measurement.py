@@ -1,6 +1,6 @@
-"""A measurement under way: hooks on a model, the batch each call belongs to, and its loss's unit.
+"""Measurement: hooks on a model, the batch of each call, and the unit of its loss.
 
-What is made of the rows is the affair of those who inherit from it.
+Subclasses implement what is summed over the rows.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ OnInput = Callable[[str, Batch | Routed, SharedInput, Tensor], None]
 
 
 class Measurement(ABC):
-    """Rows of linear layers, inputs and gradients together, taken from a model someone runs."""
+    """Base class of measurements: inputs and gradients of linear layers, from a running model."""
 
     _sums: Any
-    """What the rows are added to; can be read, written and restored as a state."""
+    """The interface of sums, whose state can be saved and restored."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Measurement(ABC):
         """Register the hooks; :func:`curvfast.collect` describes the arguments.
 
         With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
-        Batches are dealt to ``parts`` sums in turn.
+        Batches are assigned to ``parts`` sums in turn.
         """
         self._model = model
         self._config = config
@@ -99,7 +99,7 @@ class Measurement(ABC):
         """Return an upper bound for the bytes of all sums."""
 
     def mask(self, mask: Tensor) -> None:
-        """Say which positions of the *next* call of the model are real.
+        """Set which positions of the *next* call of the model are real.
 
         Args:
             mask: Bool or 0/1, [sequences, length]. Overrides ``attention_mask``.
@@ -112,7 +112,7 @@ class Measurement(ABC):
         self._next.mask = mask.detach().bool()
 
     def labels(self, n: int) -> None:
-        """Say over how many labels the mean loss of the *next* call of the model is averaged.
+        """Set the number of labels over which the mean loss of the *next* call averages.
 
         Args:
             n: Number of labels, at least 1.
@@ -129,7 +129,7 @@ class Measurement(ABC):
         self._next.thin = nothing
 
     def resume(self) -> None:
-        """Put the hooks on that :meth:`pause` took off."""
+        """Register the hooks again that :meth:`pause` removed."""
         before = outside_graphs(self._before_forward)
         after = outside_graphs(self._after_forward)
         self._capture.attach()
@@ -139,7 +139,7 @@ class Measurement(ABC):
         ]
 
     def pause(self) -> None:
-        """Take every hook off until :meth:`resume`; the sums stay."""
+        """Remove every hook until :meth:`resume`; the sums stay."""
         self._capture.remove()
         for handle in self._handles:
             handle.remove()
@@ -175,7 +175,7 @@ class Measurement(ABC):
             self._capture.calls[name] = Calls(**calls)
 
     def close(self) -> None:
-        """Take every hook off for good; the sums stay."""
+        """Remove every hook permanently; the sums stay."""
         self._active = False
         self.pause()
         self._capture.forget()

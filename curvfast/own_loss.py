@@ -1,4 +1,4 @@
-"""The loss a model returned: what the loop made of it, read off the gradient that arrives at it.
+"""The scale of a model's returned loss, measured by the gradient that arrives at it.
 
 A loop divides its model's loss by accumulation steps and multiplies it by processes and by AMP's
 scale. The gradient that arrives at that loss is the product of all these factors, exactly, so G can
@@ -25,22 +25,22 @@ _DEPARTURE = 0.05
 
 
 class OwnLosses:
-    """The losses that a model returned while it was measured."""
+    """The losses that a model returned during a measurement."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start without losses."""
         self._sum: Tensor | None = None
         self._labels = 0
 
     def watch(self, batch: Batch, output: Any) -> None:
-        """Note the loss in a model's output, if it has one that can be differentiated."""
+        """Record the loss in a model's output, if it has one that requires grad."""
         named = isinstance(output, Mapping)
         loss = output.get("loss") if named else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
             batch.loss = OwnLoss(loss, output.get("logits") if named else None, batch)
 
     def unit(self, batch: Batch, *, mean: bool) -> float:
-        """Return what a gradient is multiplied by to be of the summed loss.
+        """Return the factor from a gradient to that of the summed loss.
 
         Args:
             batch: What the gradient belongs to.

@@ -1,4 +1,4 @@
-"""One pass over the data: batch after batch, until there is enough, with checkpoints on the way."""
+"""Pass: one pass over the data, until enough labels are counted, with checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from curvfast.steps import run_step
 
 @dataclass
 class Pass:
-    """One pass, and where it stands."""
+    """One pass over the data, and its state."""
 
     model: nn.Module
     measurement: Measurement
@@ -34,7 +34,7 @@ class Pass:
     tokens: int | None
     """Labels to stop at."""
     until: Converged | None
-    """When else to stop."""
+    """The stopping rule, besides ``tokens``."""
     checkpoint: Checkpoint | None
     every: int
     """Batches between two checkpoints."""

@@ -1,4 +1,4 @@
-"""Second moments that wait for company: on a GPU, many small sums are added in one launch."""
+"""PendingMoments: batches small second-moment updates on a GPU into one launch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DEVICES = ("cuda",)
 
 
 class PendingMoments:
-    """Calls of ``second_moment_`` in waiting; each is run once, at the latest by :meth:`flush`."""
+    """A queue of second-moment updates; each is run once, at the latest by :meth:`flush`."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start with an empty queue."""
         self._calls: list[tuple[MomentRequest, int]] = []
         self._bytes = 0
 
     def run(self, request: MomentRequest) -> None:
-        """Run a call now, or keep it until there are enough to share a launch.
+        """Run an update now, or queue it until there are enough to share a launch.
 
         Raises:
             CoverageError: As :meth:`flush`.
@@ -37,10 +37,10 @@ class PendingMoments:
             self.flush()
 
     def flush(self) -> None:
-        """Run every call that waits.
+        """Run every queued update.
 
         Raises:
-            CoverageError: If a tensor was modified while it waited.
+            CoverageError: If a tensor was modified while it was queued.
         """
         calls, self._calls, self._bytes = self._calls, [], 0
         if any(request.x._version != version for request, version in calls):

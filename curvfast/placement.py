@@ -1,4 +1,4 @@
-"""Where running sums live: beside the activations, in the host's memory, or in files mapped to it.
+"""Placement of running sums: on the device of the rows, in host memory, or in memory-mapped files.
 
 A sum away from the device its rows are on is added to in two steps: a scratch sum there takes the
 rows of one call, and is copied over while the next call computes.
@@ -20,14 +20,14 @@ from curvfast.pending import PendingMoments
 
 
 class Placement:
-    """Makes sums where they are wanted, and adds to them there."""
+    """Allocates sums at their place, and adds to them there."""
 
     def __init__(self, place: str = "same", *, overlap: bool = False) -> None:
-        """Start with none.
+        """Choose the place of the sums.
 
         Args:
             place: ``"same"``, ``"cpu"`` or ``"disk"``.
-            overlap: Whether sums on a CUDA device run on a stream of their own.
+            overlap: Whether updates of sums on a CUDA device run on a separate stream.
         """
         self._place = place
         self._overlap = overlap
@@ -46,12 +46,12 @@ class Placement:
         return TriangularSum(_mapped(ops.sum_bytes(d, device) // 4).view(-1, width), d)
 
     def add(self, request: MomentRequest) -> None:
-        """Run one call, now or at the latest at :meth:`flush`."""
+        """Run one update, now or at the latest in :meth:`flush`."""
         with self._aside(request):
             self._run(request)
 
     def flush(self) -> None:
-        """Finish what waits; needed before a sum is read."""
+        """Run all pending updates; needed before a sum is read."""
         with ExitStack() as stack:
             for stream in self._streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
@@ -83,7 +83,7 @@ class Placement:
 
 
 def _mapped(values: int) -> Tensor:
-    """Return float32 zeros in a file of the temporary folder that no name leads to any more."""
+    """Return float32 zeros in an unlinked file of the temporary folder, mapped to memory."""
     with NamedTemporaryFile(prefix="curvfast-sums-") as file:
         # A new file reads as zeros; mapped, it outlives its name, and not the process.
         return torch.from_file(file.name, shared=True, size=values, dtype=torch.float32)
@@ -91,7 +91,7 @@ def _mapped(values: int) -> Tensor:
 
 @dataclass
 class _Copy:
-    """One sum on its way: computed on a device, copied to the host, not yet added."""
+    """A sum in transfer: computed on a device, copied to the host, not yet added."""
 
     scratch: TriangularSum
     host: Tensor
@@ -100,7 +100,7 @@ class _Copy:
 
 
 class CopiedSums:
-    """Adds to sums on another device than their rows'; one copy of each width is on its way."""
+    """Adds to sums on another device than the rows'; one copy per width is in transfer."""
 
     def __init__(self) -> None:
         """Start with none."""
@@ -126,7 +126,7 @@ class CopiedSums:
             copy.done.record(torch.cuda.current_stream(device))
 
     def flush(self) -> None:
-        """Add what is on its way."""
+        """Add the sums in transfer."""
         for copy in self._copies.values():
             self._finish(copy)
 

@@ -1,4 +1,4 @@
-"""Facts about a model and its environment, for the files that results are kept in."""
+"""Facts about a model and its environment, saved with results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def without_ddp(model: nn.Module) -> nn.Module:
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Say whether ``model`` is one of transformers' decoder-only language models.
+    """Return whether ``model`` is one of transformers' decoder-only language models.
 
-    By its class names: transformers need not be loaded for a model that is not its own.
+    Told by class names, so that transformers is not imported for models of other libraries.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
@@ -60,7 +60,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes: curvfast, Python, torch, and transformers if loaded."""
+    """Return the versions of curvfast, Python, torch, and of transformers if it is loaded."""
     found = {
         "curvfast": __version__,
         "python": platform.python_version(),

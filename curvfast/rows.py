@@ -1,4 +1,4 @@
-"""Which rows of a batch count, and how many labels its loss was averaged over.
+"""Batch and Rows: which rows of a batch count, and the number of labels its loss averages over.
 
 The canonical layout is [rows, features]: every leading dimension of an activation is flattened. A
 row counts if it is a real position and, for a causal language model, not the last real position of
@@ -27,13 +27,13 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a flattened activation that count."""
+    """The counted rows of a flattened activation."""
 
     index: Tensor | None
-    """int64 indices, or None where every row counts, or ``kept`` says which."""
+    """int64 indices; None if every row counts, or ``kept`` selects them."""
     count: int
     kept: tuple[int, int, int] | None = None
-    """(sequences, length, first): of each sequence the first so many, a view without a copy."""
+    """(sequences, length, first): the first rows of each sequence, as a view without a copy."""
 
     def take(self, x: Tensor) -> Tensor:
         """Return the rows of x [..., d] that count, [count, d]."""
@@ -44,7 +44,7 @@ class Rows:
         return flat if self.index is None else flat[self.index]
 
     def indices(self, device: torch.device) -> Tensor:
-        """Return where the rows that count stand in the flattened activation, int64 [count]."""
+        """Return the indices of the counted rows in the flattened activation, int64 [count]."""
         if self.kept is not None:
             sequences, length, first = self.kept
             starts = torch.arange(sequences, device=device) * length
@@ -56,7 +56,7 @@ class Rows:
 
 @dataclass(eq=False)
 class Batch:
-    """What one call of the model says about its rows and its loss."""
+    """Mask, shape, labels and loss of one call of the model."""
 
     skip_last: bool
     rule: RowRule | None = None
@@ -65,19 +65,19 @@ class Batch:
     positions: torch.Size | None = None
     """Leading shape [sequences, length] of the model's input, where it is known."""
     labels: int | None = None
-    """Labels the loss was averaged over, where the call tells."""
+    """Number of labels the loss was averaged over, if the call gives it."""
     targets: Tensor | None = None
     """The call's own labels, any shape; -100 where there is none."""
     loss: OwnLoss | None = None
-    """The loss the model returned, where its scale is read off it."""
+    """The loss the model returned, if its scale is measured there."""
     predictions: torch.Size | None = None
     """Leading shape of the model's output, known after its forward."""
     thin: Callable[[Rows, torch.device], Rows] | None = None
-    """Picks the rows to count of those that do; None counts all."""
+    """Row subsampling; None counts all."""
     half: int = 0
-    """Which of the sums it is added to, where there are two."""
+    """Index of the sum it is added to, if there are two."""
     idle: bool = False
-    """Whether nothing of it is counted."""
+    """Whether none of its rows are counted."""
     _rows: dict[tuple[str | None, torch.Size], Rows] = field(default_factory=dict)
     _keep: dict[tuple[str | None, torch.Size], Tensor | None] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Batch:
             return _as_rows(name, self.rule(name, shape), shape, device)
         grid = self._grid(name, shape)
         if grid is not None and self.mask is None and device.type != "cpu":
-            # Unpadded: a view says it all, and no index has to be found on the device.
+            # Unpadded: a view suffices, and no index has to be computed on the device.
             sequences, length = grid[:-1].numel(), grid[-1]
             return Rows(None, sequences * (length - 1), kept=(sequences, length, length - 1))
         return _as_rows(name, self._real(name, shape), shape, device)
@@ -127,7 +127,7 @@ class Batch:
         return self.thin(found, device) if self.thin else found
 
     def sequences(self, shape: torch.Size, rows: Rows, device: torch.device) -> Tensor:
-        """Return to which sequence each row that counts belongs, int64 [count].
+        """Return the sequence of each counted row, int64 [count].
 
         Args:
             shape: Leading shape of the activation.
@@ -137,7 +137,7 @@ class Batch:
         return rows.indices(device) // self.sequence_length(shape)
 
     def sequence_length(self, shape: torch.Size) -> int:
-        """Return how many rows of an activation [*shape, features] are of one sequence.
+        """Return the number of rows of one sequence in an activation [*shape, features].
 
         A sequence is a row of the model's input where the activation flattens that, else one entry
         of the leading dimension.
@@ -148,7 +148,7 @@ class Batch:
         return max(1, grid[1:].numel())
 
     def label_count(self) -> int:
-        """Return how many labels a mean loss of this batch was divided by.
+        """Return the number of labels over which a mean loss of this batch averages.
 
         Raises:
             InputError: If neither the call's labels nor its predictions tell.
@@ -168,7 +168,7 @@ class Batch:
         return max(1, self.labels)
 
     def own_labels(self) -> int | None:
-        """Return how many labels this call was given, where it was given any."""
+        """Return the number of labels passed to this call, or None if there were none."""
         return None if self.targets is None else int((self.targets != IGNORED_LABEL).sum())
 
     def _grid(self, name: str, shape: torch.Size) -> torch.Size | None:
@@ -196,25 +196,25 @@ class Batch:
 
 @dataclass(eq=False)
 class Routed:
-    """The rows of a batch that a router sent to one expert, in one call of it."""
+    """The rows of a batch that were routed to one expert, in one call of it."""
 
     batch: Batch
     positions: Tensor
-    """int64 on the CPU: where in the batch each row stands."""
+    """int64 on the CPU: position of each row in the batch."""
     of: torch.Size
     """Leading shape of all positions."""
     _rows: Rows | None = None
 
     @property
     def half(self) -> int:
-        """As of the batch."""
+        """Index of the sum that the batch is added to."""
         return self.batch.half
 
     def label_count(self) -> int:
-        """As of the batch.
+        """Return the number of labels over which a mean loss of the batch averages.
 
         Raises:
-            InputError: As of the batch.
+            InputError: If neither the call's labels nor its predictions tell.
         """
         return self.batch.label_count()
 
@@ -229,7 +229,7 @@ class Routed:
         return self._rows
 
     def sequences(self, shape: torch.Size, rows: Rows, device: torch.device) -> Tensor:
-        """As of the batch, by where each row stood before it was routed."""
+        """Return the sequence of each counted row, int64 [count], by its unrouted position."""
         positions = self.positions.to(device)[rows.indices(device)]
         return positions // self.batch.sequence_length(self.of)
 
@@ -241,7 +241,7 @@ def drop_last(real: Tensor) -> Tensor:
 
 
 def read_call(batch: Batch, arguments: Mapping[str, Any]) -> None:
-    """Take mask, positions and label count from the arguments the model is called with.
+    """Read mask, positions and label count from the arguments of a model's call.
 
     Raises:
         ShapeError: If ``attention_mask`` is not [sequences, length].

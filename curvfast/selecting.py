@@ -1,4 +1,4 @@
-"""select(): what to keep of a model's layers; and whether a selection goes with a basis."""
+"""select(): selection by an importance; and checks that a selection fits a basis."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def select(
 
 
 def require_fit(chosen: Mapping[str, LinearLayer], basis: Eigenbasis, selection: Kept) -> None:
-    """Make sure that a selection has ``chosen`` layers, of their shapes, and is of this basis.
+    """Check that a selection has the ``chosen`` layers, in their shapes, and is of this basis.
 
     Raises:
         BasisMismatch: If it is of another model or basis.
         InputError: If it needs more than the leading eigenpairs the basis holds.
-        LayerNotFound: If it says nothing about a layer.
+        LayerNotFound: If it lacks a layer.
     """
     frame = frame_of(selection, basis)
     if basis.frame == "singular" and frame == "curvature":
@@ -114,7 +114,7 @@ def require_fit(chosen: Mapping[str, LinearLayer], basis: Eigenbasis, selection:
 
 
 def frame_of(selection: Kept, basis: Eigenbasis) -> Frame:
-    """Return what a selection's pairs are of: what it says, or else the vectors of the basis."""
+    """Return the frame of a selection's pairs, by default that of the basis."""
     return selection.frame if isinstance(selection, Selection) else basis.frame
 
 

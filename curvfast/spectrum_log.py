@@ -1,4 +1,4 @@
-"""The spectrum log: how the curvature of each layer changes while a network is trained.
+"""The spectrum log: the curvature spectrum of each layer over the course of a training.
 
 One line of JSON a measurement, only ever appended: ``{"kind", "version", "run", "step", "steps",
 "processes", "loss", "fractions", "layers": {name: {"rows", "d_out", "d_in", "trace_g", …}}}``.
@@ -33,10 +33,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerRecord(CurvatureSpectrum):
-    """The spectrum of one layer, and how many rows it was measured on."""
+    """The curvature spectrum of one layer, and the number of rows it was measured on."""
 
     rows: int
-    """Fewer than d_out or d_in mean a spectrum that lacks rank."""
+    """Fewer than d_out or d_in give a rank-deficient spectrum."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class SpectrumRecord:
     step: int
     """Optimizer steps taken when the measurement began."""
     steps: int
-    """Optimizer steps it lasted."""
+    """Optimizer steps that the measurement lasted."""
     loss: float | None
-    """Mean loss per label meanwhile, where the model returns its loss."""
+    """Mean loss per label during the measurement, where the model returns its loss."""
     fractions: tuple[float, ...]
     """Shares of all pairs at which each layer's ``mass`` is given."""
     layers: Mapping[str, LayerRecord]
-    """By name."""
+    """By layer name."""
     processes: int = 1
     """How many processes trained; the rows are those of the first."""
 
@@ -77,13 +77,13 @@ def measure(
     """Describe the spectra of ``factors``, from eigenvalues alone.
 
     Args:
-        factors: What was measured.
-        run: As of :class:`SpectrumRecord`, like the arguments below.
-        step: When it began.
-        steps: How long it lasted.
-        loss: Meanwhile; what is not finite is left out.
-        fractions: Where the mass curves are taken.
-        processes: That trained.
+        factors: The measured factors.
+        run: Name of the training; a resumed one continues under its name.
+        step: Optimizer steps taken when the measurement began.
+        steps: Optimizer steps that it lasted.
+        loss: Mean loss per label during it; left out if it is not finite.
+        fractions: Shares of all pairs at which the mass curves are evaluated.
+        processes: Number of processes that trained.
 
     Returns:
         The record.
@@ -121,8 +121,8 @@ def append(directory: str | PathLike[str], record: SpectrumRecord) -> None:
 def read_log(directory: str | PathLike[str], run: str | None = None) -> list[SpectrumRecord]:
     """Read a spectrum log.
 
-    Where a run was resumed from before its last measurement, what it measured again takes the place
-    of what it had measured from there on. A line that a killed run left unfinished is passed over.
+    Where a run was resumed from before its last measurement, its repeated measurements replace the
+    earlier ones from that step on. An unfinished line, left by a killed run, is skipped.
 
     Args:
         directory: The folder, or its file.

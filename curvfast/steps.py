@@ -1,4 +1,4 @@
-"""One batch through a frozen model: forward, labels, and the gradients of activations alone."""
+"""One measured batch of a frozen model: forward, labels, and activation gradients."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_step(
 
 @contextmanager
 def frozen(model: nn.Module, keep_mode: bool) -> Iterator[bool]:
-    """Freeze the parameters for a while.
+    """Freeze the parameters inside the block.
 
     Args:
         model: Its modes and ``requires_grad`` are as before afterwards.

@@ -1,4 +1,4 @@
-"""The sums of a measurement: one set, or two that take turns so that each can judge the other."""
+"""Sums of a measurement: one set, or two for alternating batches, to be compared."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ class Sums:
         ]
 
     def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
-        """As of :class:`Accumulator`, to the part the batch belongs to."""
+        """See :class:`Accumulator`; the rows are added to the part of the batch."""
         self.parts[batch.half].add_input(name, batch, shared, x)
 
     def add_gradient(self, name: str, batch: Batch | Routed, g: Tensor, unit: float) -> None:
-        """As of :class:`Accumulator`, to the part the batch belongs to."""
+        """See :class:`Accumulator`; the rows are added to the part of the batch."""
         self.parts[batch.half].add_gradient(name, batch, g, unit)
 
     def add_weighted(
         self, name: str, batch: Batch | Routed, x: Tensor, g: Tensor, unit: float
     ) -> None:
-        """As of :class:`Accumulator`, to the part the batch belongs to."""
+        """See :class:`Accumulator`; the rows are added to the part of the batch."""
         self.parts[batch.half].add_weighted(name, batch, x, g, unit)
 
     def rows(self, name: str) -> tuple[int, int]:
-        """Return how many inputs and how many gradients of a layer were summed."""
+        """Return the numbers of summed inputs and gradients of a layer."""
         a, g = (self._moments(side, name) for side in ("inputs", "gradients"))
         return sum(m.rows for m in a), sum(m.rows for m in g)
 
@@ -113,7 +113,7 @@ class Sums:
             distributed.add_((moment.spilled or moment.sum).tiles, group)
 
     def release(self) -> None:
-        """Let go of every sum; the counts stay."""
+        """Release every sum; the counts stay."""
         for part in self.parts:
             part.release()
 

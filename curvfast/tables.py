@@ -1,4 +1,4 @@
-"""Tables of text."""
+"""Formatting of text tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return cells in columns, the first ``left`` of them aligned left and the others right."""
+    """Return cells as columns, the first ``left`` of them left-justified, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,4 +1,4 @@
-"""Counting a random part of each batch's rows: the same for A and G, unbiased, at less cost."""
+"""Row subsampling: a random subset of each batch's rows, the same for A and G, unbiased."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from curvfast.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class Thinning:
-    """Draws rows without replacement, with a generator of its own on the CPU."""
+    """Row subsampling without replacement, with its own generator on the CPU."""
 
     part: float
     """Share of a batch's rows below 1, or a number of rows."""
@@ -44,5 +44,5 @@ class Thinning:
 
 
 def nothing(rows: Rows, device: torch.device) -> Rows:
-    """Return no row at all."""
+    """Return an empty set of rows."""
     return Rows(torch.empty(0, dtype=torch.int64, device=device), 0)

@@ -10,7 +10,7 @@ import torch
 
 from curvfast.demo import corpus as texts
 from curvfast.demo import smollm, tasks
-from curvfast.demo.texts import Document
+from curvfast.demo.texts import NamedText
 from curvfast.evals.memorization import Passage
 from curvfast.hf.small import new_llama, train_tokenizer
 from curvfast.lab import vit
@@ -33,16 +33,22 @@ def prose(seed: int, words: int) -> str:
     return " ".join(random.Random(seed).choices(_WORDS, k=words)) + "."
 
 
-def pretrained(plan: smollm.Plan, say: object) -> smollm.Subject:
+def pretrained(recipe: smollm.SmolLMRecipe, say: object) -> smollm.SmolLMSetup:
     """As deep as SmolLM2, of random weights; it recites what it was found to say."""
     tokenizer = train_tokenizer([prose(1, 2000), "0 1 2 3 4 5 6 7 8 9 + * = true false"], 300)
     model = new_llama(
-        vocabulary=300, hidden=16, mlp=32, layers=24, heads=2, length=plan.window, seed=plan.seed
+        vocabulary=300,
+        hidden=16,
+        mlp=32,
+        layers=24,
+        heads=2,
+        length=recipe.window,
+        seed=recipe.seed,
     ).eval()
     tokens = torch.tensor(tokenizer(prose(2, 3000))["input_ids"])[: 24 * 64].view(24, 64)
     said = model.generate(tokens[:4, :8], max_new_tokens=3, do_sample=False, pad_token_id=0)
     spans = [Passage(tuple(row[:8]), tuple(row[8:])) for row in said.tolist()]
-    return smollm.Subject(model, tokenizer, tokens[:16], tokens[16:], spans)
+    return smollm.SmolLMSetup(model, tokenizer, tokens[:16], tokens[16:], spans)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -50,7 +56,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("CURVFAST_CACHE", str(cache))
     monkeypatch.setattr(vit, "mnist", pictures)
     monkeypatch.setattr(vit, "fashion", lambda folder: pictures())
-    speeches = [Document(str(i), prose(i, 900)) for i in range(40)]
+    speeches = [NamedText(str(i), prose(i, 900)) for i in range(40)]
     monkeypatch.setattr(texts, "speeches", lambda: speeches)
     monkeypatch.setattr(texts, "bible", lambda: prose(99, 2000))
     monkeypatch.setattr(smollm, "gather", pretrained)

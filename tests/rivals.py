@@ -20,6 +20,8 @@ from curvfast.baselines import (
     Subnet,
 )
 from curvfast.baselines.examples import IGNORED_LABEL
+from curvfast.baselines.rival import ForgetTask
+from curvfast.baselines.subject import choose
 
 MASKING = [
     BalancedSubnet(ratio=0.03, epochs=2, batch_size=3),
@@ -57,6 +59,14 @@ def state(model: Model) -> dict[str, torch.Tensor]:
 
 def same(model: Model, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def begin(
+    model: Model, memorized: Any, clean: Any, layers: Any, *, scored: str, balanced: bool
+) -> ForgetTask:
+    """What a supervised rival works on."""
+    rival = BalancedSubnet(scored=scored, clean_weight=0.5 if balanced else 0)
+    return ForgetTask(choose(model, layers), *rival._read(memorized, clean))
 
 
 def forget(rival: Any, model: Model, seed: int = 0, layers: Any = "mlp") -> Any:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import curvfast
-from curvfast.analysis import auc, heat_map, telling_layers, token_scores
+from curvfast.analysis import auc, discriminative_layers, heat_map, telling_layers, token_scores
 from curvfast.analysis.bands import band_ends, row_energies
 from curvfast.analysis.detector import TextScores
 from curvfast.analysis.resampling import draws, interval
@@ -398,18 +398,20 @@ def test_layers_are_chosen_by_what_they_tell_apart() -> None:
     names = ("a", "b", "c")
     clean = TextScores(names, torch.tensor([[0.0, 0.5, 0.9], [0.2, 0.5, 0.8]]), 0.6)
     known = TextScores(names, torch.tensor([[0.1, 0.5, 0.95], [0.3, 0.5, 0.99]]), 0.6)
-    assert telling_layers(known, clean, 2) == ("c", "a")
-    assert known.of(telling_layers(known, clean, 1)).tolist() == pytest.approx([0.95, 0.99])
+    assert discriminative_layers(known, clean, 2) == ("c", "a")
+    assert known.of(discriminative_layers(known, clean, 1)).tolist() == pytest.approx([0.95, 0.99])
     unrouted = TextScores(("a", "b"), torch.tensor([[0.25, math.nan]]), 0.6)
     assert unrouted.of().tolist() == [0.25]
     high = torch.tensor([[0.9, 0.3, math.nan], [0.1, math.nan, 0.9]])
     low = torch.tensor([[0.5, math.nan, math.nan], [0.4, 0.2, math.nan]])
     sets = (TextScores(names, shares, 0.6) for shares in (high, low))
     # b is told by the one text of each that reached it, c by none, a no better than by chance.
-    assert telling_layers(*sets, 3) == ("b", "a", "c")
+    assert discriminative_layers(*sets, 3) == ("b", "a", "c")
     for count in (0, 4):
         with pytest.raises(InputError, match="count="):
-            telling_layers(known, clean, count)
+            discriminative_layers(known, clean, count)
+    with pytest.warns(DeprecationWarning, match="discriminative_layers"):
+        assert telling_layers(known, clean, 2) == ("c", "a")
     with pytest.raises(LayerNotFound):
         known.of("d*")
 

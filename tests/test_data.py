@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import curvfast
 from curvfast.data import TokenBatches, files, rows, text_batches
 from curvfast.data.mixture import mixed
-from curvfast.data.packing import collate, pack
+from curvfast.data.packing import collate, pack_sequences
 from curvfast.data.shuffle import own_generator, shuffled
 from curvfast.errors import InputError
 from curvfast.hf.small import new_llama, train_tokenizer
@@ -104,12 +104,12 @@ class TestPacking:
         for join in (True, False):
             read: list[list[int]] = []
             reading = (read.append(text) or text for text in texts)
-            pieces = pack(reading, length, 1, join=join)
+            pieces = pack_sequences(reading, length, 1, join=join)
             for i, piece in enumerate(pieces):
                 rest = read[-1][len(read[-1]) - piece.rest :]
                 unread = texts[len(read) :]
-                after = [p.tokens for p in pack([rest, *unread], length, 1, join=join)]
-                every = [p.tokens for p in pack(texts, length, 1, join=join)]
+                after = [p.tokens for p in pack_sequences([rest, *unread], length, 1, join=join)]
+                every = [p.tokens for p in pack_sequences(texts, length, 1, join=join)]
                 assert after == every[i + 1 :]
 
     def test_padding_is_on_the_right_and_masked(self) -> None:

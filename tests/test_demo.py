@@ -117,7 +117,7 @@ def test_recitation_falls_and_perplexity_stays(seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_pretrained_model_forgets_what_it_recites() -> None:
-    found = smollm.run(smollm.Plan().quick(), None, lambda line: None)
+    found = smollm.run(smollm.SmolLMRecipe().quick(), None, lambda line: None)
     assert set(found["base"]) == MEASURES | TASKS == set(found["kfac"])
     assert found["base"]["strict"] >= 0.95
     assert found["kfac"]["strict"] <= 0.30

@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack as modes
 
 import curvfast
-from curvfast.adapters import refusal
+from curvfast.adapters import unsupported_reason
 from curvfast.errors import CoverageError, InputError, LayerNotFound, NumericalWarning
 from curvfast.layers import linear_layers, select
 
@@ -436,7 +436,9 @@ class TestRefusedMixtures:
         from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
         config = Llama4TextConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
-        assert "Llama4TextExperts: experts that are not" in refusal(Llama4TextExperts(config))
+        assert "Llama4TextExperts: experts that are not" in unsupported_reason(
+            Llama4TextExperts(config)
+        )
 
 
 @quiet

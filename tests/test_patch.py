@@ -71,8 +71,8 @@ def test_any_bits_lead_to_any_others_and_back(dtype: Any, n: int, data: Any) -> 
     """NaN with payloads, infinities and both zeros are bits like all others."""
     before, after = (data.draw(stn.arrays(dtype, n)) for _ in range(2))
     change = difference.difference(before, after)
-    planes = difference.pack(change)
-    found = difference.unpack(planes, n)
+    planes = difference.compress(change)
+    found = difference.decompress(planes, n)
     assert change.dtype == found.dtype == dtype
     assert np.array_equal(found, change)
     assert np.array_equal(difference.forward(before, found), after)
@@ -99,7 +99,7 @@ def test_small_changes_take_little(dtype: torch.dtype) -> None:
     for change in (0.0, 1e-4, 1e-2, 0.3):
         near = (weight + change * 0.02 * torch.randn_like(weight)).to(dtype)
         pair = difference.bits_of(weight.to(dtype)), difference.bits_of(near)
-        planes = difference.pack(difference.difference(*pair))
+        planes = difference.compress(difference.difference(*pair))
         sizes.append(sum(map(len, planes)) / near.nbytes)
     assert sizes[0] < 0.01
     assert sizes == sorted(sizes)
@@ -110,11 +110,11 @@ def test_small_changes_take_little(dtype: torch.dtype) -> None:
 
 
 def test_damaged_planes_are_noticed() -> None:
-    planes = difference.pack(np.arange(1000, dtype=np.uint16))
+    planes = difference.compress(np.arange(1000, dtype=np.uint16))
     short = zlib.compress(b"x")
     for wrong in ([planes[0], planes[1][:-3]], [planes[0][:-1], planes[1]], [planes[0], short]):
         with pytest.raises(StorageError, match="damaged"):
-            difference.unpack(wrong, 1000)
+            difference.decompress(wrong, 1000)
 
 
 def test_no_more_is_inflated_than_there_should_be() -> None:
@@ -122,7 +122,7 @@ def test_no_more_is_inflated_than_there_should_be() -> None:
     planes = [zlib.compress(bytes(1 << 26)), bytes(1000)]
     tracemalloc.start()
     with pytest.raises(StorageError, match="damaged"):
-        difference.unpack(planes, 1000)
+        difference.decompress(planes, 1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20

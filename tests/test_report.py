@@ -30,7 +30,15 @@ from curvfast.report.page.curvature import (
     sampled,
     save_curvature,
 )
-from curvfast.report.page.document import Document, Drawing, Part, Picture, Table, Text, sections
+from curvfast.report.page.document import (
+    Drawing,
+    Picture,
+    ReportPage,
+    ReportPart,
+    Table,
+    Text,
+    sections,
+)
 from curvfast.report.page.folder import read_folder
 from curvfast.report.page.inline import dark, inline
 from curvfast.report.page.recitals import Continuation, marked, read_passages, save_passages
@@ -501,8 +509,8 @@ def test_colours_of_lines_follow_the_page_and_rasters_keep_theirs() -> None:
     assert f"--c0b6e4f: #{dark('0b6e4f')};" in page
 
 
-def page_of(*blocks: Any) -> Document:
-    return Document("d", (Part("p", "s", sections(("t", blocks))),))
+def page_of(*blocks: Any) -> ReportPage:
+    return ReportPage("d", (ReportPart("p", "s", sections(("t", blocks))),))
 
 
 def _luminance(colour: str) -> float:

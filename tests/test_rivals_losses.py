@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rivals import (
     Model,
+    begin,
     forget,
     likelihoods,
     losses_of,
@@ -33,7 +34,6 @@ from curvfast.baselines.draws import balanced_steps, generators
 from curvfast.baselines.examples import IGNORED_LABEL, collate, read_examples
 from curvfast.baselines.masks import initial_scores, straight_through, without_smallest
 from curvfast.baselines.npo import npo_loss
-from curvfast.baselines.rival import begin
 from curvfast.baselines.subject import choose
 from curvfast.baselines.trial import Term, gradients, log_likelihoods, mean_loss
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rivals import (
     SUPERVISED,
     Model,
+    begin,
     forget,
     kind,
     likelihoods,
@@ -26,7 +27,6 @@ from rivals import (
 from curvfast import Passage
 from curvfast.baselines.draws import balanced_steps, generators
 from curvfast.baselines.examples import IGNORED_LABEL, collate, read_examples
-from curvfast.baselines.rival import begin
 from curvfast.baselines.trial import log_likelihoods
 
 

@@ -15,6 +15,7 @@ from rivals import (
     MASKING,
     MOVING,
     Model,
+    begin,
     forget,
     kind,
     passages,
@@ -28,7 +29,6 @@ from curvfast.baselines import (
     Greedy,
 )
 from curvfast.baselines.examples import collate, read_examples
-from curvfast.baselines.rival import begin
 from curvfast.baselines.trial import Term, gradients, log_likelihoods, mean_loss
 
 

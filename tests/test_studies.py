@@ -16,7 +16,7 @@ from curvfast.errors import InputError, StorageError
 from curvfast.studies import pretrained, runs
 from curvfast.studies.catalogue import STUDIES
 from curvfast.studies.names import NAMES
-from curvfast.studies.study import Ask, Study, spread
+from curvfast.studies.study import Study, StudyConfig, spread
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,11 +27,11 @@ def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Ask]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
     """A study that measures its seed, and what it was asked for."""
-    asks: list[Ask] = []
+    asks: list[StudyConfig] = []
 
-    def measure(ask: Ask) -> dict[str, Any]:
+    def measure(ask: StudyConfig) -> dict[str, Any]:
         asks.append(ask)
         return {"tenfold": 10 * ask.seed}
 
@@ -80,7 +80,7 @@ def test_table_2_is_of_each_recipe_and_its_seed(tmp_path: Path) -> None:
     assert kfac[1] == f"{100 * found[0]['overfit']['kfac']['memorized']:.1f}"
 
 
-def test_a_seed_on_disk_is_not_measured_again(asked: list[Ask], tmp_path: Path) -> None:
+def test_a_seed_on_disk_is_not_measured_again(asked: list[StudyConfig], tmp_path: Path) -> None:
     assert run(tmp_path, 0, 1) == [{"tenfold": 0}, {"tenfold": 10}]
     assert run(tmp_path, 1, 2) == [{"tenfold": 10}, {"tenfold": 20}]
     assert [ask.seed for ask in asked] == [0, 1, 2]
@@ -88,7 +88,9 @@ def test_a_seed_on_disk_is_not_measured_again(asked: list[Ask], tmp_path: Path) 
     assert asked[-1].seed == 1
 
 
-def test_a_quick_run_is_never_taken_for_a_full_one(asked: list[Ask], tmp_path: Path) -> None:
+def test_a_quick_run_is_never_taken_for_a_full_one(
+    asked: list[StudyConfig], tmp_path: Path
+) -> None:
     run(tmp_path, 0, quick=True)
     run(tmp_path, 0)
     assert [ask.quick for ask in asked] == [True, False]
@@ -97,11 +99,11 @@ def test_a_quick_run_is_never_taken_for_a_full_one(asked: list[Ask], tmp_path: P
 
 
 def test_a_killed_run_keeps_the_seeds_it_measured(
-    asked: list[Ask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: list[StudyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = STUDIES["figure3"]
 
-    def dies(ask: Ask) -> dict[str, Any]:
+    def dies(ask: StudyConfig) -> dict[str, Any]:
         if ask.seed == 1:
             raise KeyboardInterrupt
         return whole.measure(ask)
@@ -118,7 +120,7 @@ def test_a_killed_run_keeps_the_seeds_it_measured(
     "content", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99, "figures": {}}']
 )
 def test_a_file_that_is_no_study_is_refused_and_left(
-    content: str, asked: list[Ask], tmp_path: Path
+    content: str, asked: list[StudyConfig], tmp_path: Path
 ) -> None:
     path = tmp_path / "figure3" / "seed-0.json"
     path.parent.mkdir()
@@ -136,7 +138,7 @@ def test_seeds_are_one_or_more_each_once(seeds: tuple[int, ...], tmp_path: Path)
 
 
 def test_all_studies_run_one_after_another(
-    asked: list[Ask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    asked: list[StudyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for name in NAMES:
@@ -151,7 +153,9 @@ def test_spread_is_mean_and_sample_standard_deviation() -> None:
     assert spread([0.25]) == "0.25"
 
 
-def test_tables_of_a_page_are_of_every_seed_in_order(asked: list[Ask], tmp_path: Path) -> None:
+def test_tables_of_a_page_are_of_every_seed_in_order(
+    asked: list[StudyConfig], tmp_path: Path
+) -> None:
     import tables_studies
 
     assert not tables_studies.tables(tmp_path)
@@ -176,7 +180,7 @@ def test_figure_3_asks_of_each_kind_before_and_after(tmp_path: Path) -> None:
 
 
 def test_questions_of_logic_follow_examples_that_are_never_asked() -> None:
-    subject = lab_data.pretrained(smollm.Plan().quick(), None)
+    subject = lab_data.pretrained(smollm.SmolLMRecipe().quick(), None)
     asked = pretrained.logic_questions(subject.tokenizer, 5, 0)
     assert set(asked) == {"boolean", "ordering", "tracking"}
     for items in asked.values():

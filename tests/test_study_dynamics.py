@@ -24,7 +24,7 @@ from curvfast.errors import InputError
 from curvfast.lab import snapshots as kept
 from curvfast.lab.snapshots import restored, snapshots
 from curvfast.studies import dynamics
-from curvfast.studies.study import rounded
+from curvfast.studies.rounding import to_six_digits
 
 PNG = b"\x89PNG\r\n\x1a\n"
 RECIPE = Recipe(seed=3).quick()
@@ -123,7 +123,7 @@ def test_figures_are_of_every_moment(found: dict[str, Any], corpus: Corpus) -> N
         model = restored(RECIPE, weights[step])
         point = found["checkpoints"][step]
         again = evaluate(model, passages=corpus.passages(), text=corpus.held_out.split(16))
-        assert point["base"] == rounded(again.to_dict())
+        assert point["base"] == to_six_digits(again.to_dict())
         alone = evaluate(model, text=dynamics.with_start(corpus.canaries).split(16))
         assert point["planted_perplexity"] == pytest.approx(alone.perplexity, rel=1e-5)
     for point in found["checkpoints"]:
@@ -189,4 +189,8 @@ def test_equal_sets_of_texts_are_not_told_apart_and_order_matters(corpus: Corpus
 
 def test_numbers_are_cut_to_six_digits_wherever_they_stand() -> None:
     value = {"a": [1 / 3, 7, {"b": 1234567.8}], "c": True, "d": ("x", 2.0)}
-    assert rounded(value) == {"a": [0.333333, 7, {"b": 1234570.0}], "c": True, "d": ["x", 2.0]}
+    assert to_six_digits(value) == {
+        "a": [0.333333, 7, {"b": 1234570.0}],
+        "c": True,
+        "d": ["x", 2.0],
+    }

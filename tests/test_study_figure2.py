@@ -18,8 +18,8 @@ from curvfast.lab import vit
 from curvfast.lab.vit_recipe import RECIPES
 from curvfast.report.activations import activations, short
 from curvfast.studies import figure2
-from curvfast.studies.rounding import rounded
-from curvfast.studies.study import Ask
+from curvfast.studies.rounding import to_four_decimals
+from curvfast.studies.study import StudyConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
 COMPARED = ["language, suffix", "language, passage", "vision, all", "vision, cls"]
@@ -66,7 +66,7 @@ def test_language_is_compared_where_the_suffix_is_predicted(
 
     monkeypatch.setattr(figure2, "_ratios", ratios)
     recipe = Recipe().quick()
-    found = figure2._language(Ask(0, True, lambda line: None))
+    found = figure2._language(StudyConfig(0, True, lambda line: None))
     assert list(found) == COMPARED[:2]
     corpus = texts.load_corpus(recipe)
     for (known, clean, rows), first in zip(seen, (recipe.prefix, 1), strict=True):
@@ -97,7 +97,7 @@ def test_pictures_compared_are_those_learnt_with_a_wrong_label_and_with_a_right_
     given = torch.where(learnt, split.given, (split.given + 1) % 10)
     monkeypatch.setattr(vit, "classify", lambda model, images: given)
     monkeypatch.setattr(figure2, "_ratios", ratios)
-    found = figure2._vision(Ask(0, True, lambda line: None))
+    found = figure2._vision(StudyConfig(0, True, lambda line: None))
     assert list(found) == COMPARED[2:]
     for known, clean, _ in seen:
         assert torch.equal(known, split.train.pixels[learnt & split.noisy])
@@ -144,7 +144,7 @@ def test_the_picture_shows_one_curve_for_layers_that_read_one_tensor() -> None:
 
 
 def test_figures_are_kept_to_four_decimals() -> None:
-    assert rounded({"a": [1 / 3, float("nan")], "b": (2, "c")}) == {
+    assert to_four_decimals({"a": [1 / 3, float("nan")], "b": (2, "c")}) == {
         "a": [0.3333, None],
         "b": [2, "c"],
     }

@@ -18,11 +18,11 @@ from curvfast.lab.lessons import corpus_of, trained_lm
 from curvfast.lab.lm import lm_basis
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.studies import figure4
-from curvfast.studies.counting import Counted
-from curvfast.studies.study import Ask
+from curvfast.studies.counting import CountedPassages
+from curvfast.studies.study import StudyConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
-ASK = Ask(0, True, lambda line: None)
+ASK = StudyConfig(0, True, lambda line: None)
 
 # A prose of fifteen words excites few directions: the others are rounding.
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
@@ -70,7 +70,7 @@ def test_accuracy_after_is_that_of_the_edited_model_and_the_edit_is_undone(
 
 def test_positions_counted_are_those_that_predict_the_answer_or_all_but_the_first() -> None:
     passages = [Passage((0, 5, 6), (7,)), Passage((0, 5), (6, 7, 8))]
-    counted = Counted()
+    counted = CountedPassages()
     (batch,) = counted.batches(passages, whole=False)
     assert batch["input_ids"].tolist() == [[0, 5, 6, 7, 0], [0, 5, 6, 7, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -81,7 +81,7 @@ def test_positions_counted_are_those_that_predict_the_answer_or_all_but_the_firs
 
 def test_each_batch_is_counted_by_its_own_positions() -> None:
     passages = [Passage((0,) * (1 + number % 3), (1, 1)) for number in range(40)]
-    counted, starts = Counted(), []
+    counted, starts = CountedPassages(), []
     for _ in counted.batches(passages, whole=False):
         starts += counted("any", torch.Size([])).long().argmax(1).tolist()
     assert starts == [number % 3 for number in range(40)]

@@ -12,12 +12,12 @@ import torch
 from curvfast.cli import main
 from curvfast.rows import IGNORED_LABEL
 from curvfast.studies import examples, inversion
-from curvfast.studies.study import Ask
+from curvfast.studies.study import StudyConfig
 
 # Factors of models cut to seconds lack rank, which is of no matter here.
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
-ASK = Ask(0, True, lambda line: None)
+ASK = StudyConfig(0, True, lambda line: None)
 GROUPS = ["memorized", "seen", "unseen"]
 
 

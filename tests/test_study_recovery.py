@@ -13,7 +13,7 @@ import torch
 from curvfast.cli import main
 from curvfast.lab.lm import KINDS
 from curvfast.studies import recovery
-from curvfast.studies.study import Ask
+from curvfast.studies.study import StudyConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
@@ -77,7 +77,7 @@ def test_each_arm_starts_from_the_unedited_weights_and_learns_the_same_sums(
     names = [task.name for task in recovery.tasks_of(recovery.LmRecipe().quick())]
     monkeypatch.setattr(recovery, "lesson_batches", spying)
     monkeypatch.setattr(recovery, "relearn", relearn)
-    recovery.STUDY.measure(Ask(0, True, lambda line: None))
+    recovery.STUDY.measure(StudyConfig(0, True, lambda line: None))
     assert tasks == [{"arithmetic"}] * 3
     assert all(torch.equal(lessons[0], other) for other in lessons[1:])
     base, *edits = starts

@@ -21,7 +21,7 @@ from curvfast.demo.recipe import Recipe
 from curvfast.evals.memorization import Passage
 from curvfast.studies import recital, table1
 from curvfast.studies.matching import at_perplexity
-from curvfast.studies.recital import Recital, quarters
+from curvfast.studies.recital import Table1Model, quarters
 
 # Rounding on a text of fifteen words is not what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
@@ -37,7 +37,7 @@ def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def subject() -> Recital:
+def subject() -> Table1Model:
     return recital.recital(Recipe().quick())
 
 
@@ -105,7 +105,7 @@ def test_scripture_holds_nothing_that_passages_are_drawn_of(
 
 
 def test_a_rival_is_told_its_passages_alone_and_weights_are_put_back(
-    subject: Recital, monkeypatch: pytest.MonkeyPatch
+    subject: Table1Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = weights(subject.model)
     seen: list[Any] = []
@@ -128,16 +128,16 @@ def test_a_rival_is_told_its_passages_alone_and_weights_are_put_back(
 
 
 def test_edits_put_weights_back_and_stress_the_reported_one(
-    subject: Recital, monkeypatch: pytest.MonkeyPatch
+    subject: Table1Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = weights(subject.model)
     changed = []
 
-    def stressed(self: Recital) -> dict[str, Any]:
+    def stressed(self: Table1Model) -> dict[str, Any]:
         changed.append(not same(before, weights(self.model)))
         return {"called": len(changed)}
 
-    monkeypatch.setattr(Recital, "stressed", stressed)
+    monkeypatch.setattr(Table1Model, "stressed", stressed)
     _, found = table1._edits(subject, Recipe().quick())
     assert found == {"called": 1}
     assert changed == [True]
@@ -145,7 +145,7 @@ def test_edits_put_weights_back_and_stress_the_reported_one(
 
 
 def test_any_prompt_counts_the_best_of_each_passage(
-    subject: Recital, monkeypatch: pytest.MonkeyPatch
+    subject: Table1Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
 

@@ -1,1 +1,1 @@
-"""Ways to forget, compared at the perplexity they cost, on passages named to them and on others."""
+"""Comparison of methods of forgetting at equal perplexity, on seen and unseen passages."""

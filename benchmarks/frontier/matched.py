@@ -1,4 +1,4 @@
-"""Methods at one perplexity: what each recites there, interpolated along its strengths."""
+"""Comparison of methods at equal perplexity, interpolated along their strengths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Matched:
     values: Mapping[str, float]
     """:data:`MEASURES`, and ``cpu_seconds`` of the next stronger change measured."""
     rise: float
-    """By which share perplexity has risen there."""
+    """Relative rise of perplexity there."""
     reached: bool
     """Whether that is the share asked for; otherwise this is the strongest change measured, or the
     weakest where that costs far more already."""
@@ -69,7 +69,7 @@ def _rise(base: Point, point: Point) -> float:
 
 
 def over_seeds(found: Sequence[Matched], measure: str) -> tuple[float, float | None]:
-    """Return the mean of a measure and its standard deviation, None of a single seed."""
+    """Return the mean of a measure and its standard deviation, None for a single seed."""
     values = [one.values[measure] for one in found]
     return mean(values), stdev(values) if len(values) > 1 else None
 

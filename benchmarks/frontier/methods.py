@@ -1,4 +1,4 @@
-"""Every way to forget that is compared, by name, and its strengths, weak to strong.
+"""The compared methods of forgetting by name, with their strengths, weak to strong.
 
 A new one is one entry in :data:`METHODS`.
 """
@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvfast import edit, select
-from curvfast.baselines import NPO, BalancedSubnet, Durable, GradientAscent, Greedy, Rival, Subnet
+from curvfast.baselines import (
+    NPO,
+    BalancedSubnet,
+    Baseline,
+    Durable,
+    GradientAscent,
+    Greedy,
+    Subnet,
+)
 from curvfast.core.importance import Importance
 from curvfast.core.selection import Selection
 from frontier.settings import Setting
@@ -20,7 +28,7 @@ Change = Callable[[Setting, float], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to forget at several strengths."""
+    """A method of forgetting at several strengths."""
 
     name: str
     label: str
@@ -29,7 +37,7 @@ class Method:
     strengths: tuple[float, ...]
     """Weak to strong."""
     needs: tuple[str, ...] = ()
-    """Which preparations of the setting are part of its cost."""
+    """Preparations of the setting that are part of its cost."""
     supervised: bool = False
     """Whether it is given passages."""
 
@@ -68,8 +76,8 @@ def _share(setting: Setting, kept: Selection) -> float:
     return sum(kept.pairs.values()) / total
 
 
-def forget_by(make: Callable[[float], Rival]) -> Change:
-    """Let a rival forget the seen half; ``make`` gives it its strength."""
+def forget_by(make: Callable[[float], Baseline]) -> Change:
+    """Change the model by a baseline on the seen half; ``make`` creates it for a strength."""
 
     def change(setting: Setting, strength: float) -> dict[str, Any]:
         report = make(strength).forget(
@@ -82,7 +90,7 @@ def forget_by(make: Callable[[float], Rival]) -> Change:
     return change
 
 
-# Λ is measured in the eigenbasis, which it needs as well.
+# Λ is measured in the eigenbasis, so it needs that too.
 _CORRECTED = ("basis", "corrections")
 _MASSES = (0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85)
 
@@ -146,7 +154,7 @@ _TRAINED = (
     ),
 )  # fmt: skip
 
-# What the spans stand in is ordinary text: of them only the span is to go.
+# The context of spans is ordinary text: only the span is to be forgotten.
 _PRETRAINED = (
     Method("kfac", "**K-FAC**, λμ", edit_by("kfac"), (0.98, 0.95, 0.9, 0.8), ("basis",)),
     Method("ekfac", "EK-FAC, Λ", edit_by("ekfac"), (0.98, 0.95, 0.9, 0.8), _CORRECTED),

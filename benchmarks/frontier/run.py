@@ -1,4 +1,4 @@
-"""Measures every method at every strength, and goes on where an earlier run was cut off.
+"""Measures every method at every strength; an interrupted run is resumed.
 
     python -m frontier.run lm --seed 0                 into benchmarks/results/frontier
     python -m frontier.run smollm --only kfac svd      two methods of the pretrained model
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def opened(path: Path, setting: Setting) -> dict[str, Any]:
-    """Return an earlier run's results to go on with, or new ones with the unedited model's.
+    """Return an earlier run's results to continue, or new ones with the unedited model's.
 
     Raises:
         SystemExit: If the earlier run was of another setting.
@@ -58,7 +58,7 @@ def opened(path: Path, setting: Setting) -> dict[str, Any]:
         **setting.facts, "seen": len(setting.seen), "unseen": len(setting.unseen),
         "clean_rows": sum(len(batch["input_ids"]) for batch in setting.clean),
     }  # fmt: skip
-    # As JSON has it: tuples are lists.
+    # JSON has lists for tuples.
     facts = json.loads(json.dumps(facts))
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -72,13 +72,13 @@ def opened(path: Path, setting: Setting) -> dict[str, Any]:
 
 
 def measured(setting: Setting, method: Method, strength: float) -> dict[str, Any]:
-    """Change the model, measure it, and put its weights back."""
+    """Change the model, measure it, and restore its weights."""
     before = {name: value.clone() for name, value in setting.model.state_dict().items()}
     earlier = sum(setting.spent.values())
     started = time.process_time()
     try:
         facts = method.change(setting, strength)
-        # Preparations that other methods share count once each, whoever made them.
+        # Each needed preparation counts, also if another method made it.
         own = time.process_time() - started - (sum(setting.spent.values()) - earlier)
         seconds = own + sum(setting.spent[need] for need in method.needs)
         return {**setting.measures(), "cpu_seconds": seconds, **facts}

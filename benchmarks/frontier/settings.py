@@ -1,4 +1,4 @@
-"""What methods are compared on: a model, what it recites in two halves, and ordinary text."""
+"""Settings of the comparison: a model, its recited passages in two halves, and clean text."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ _ROWS = 16
 
 @dataclasses.dataclass(eq=False)
 class Setting:
-    """A model that recites, and the texts to change it by and to measure it on."""
+    """A setting: a reciting model, and the texts for changing and measuring it."""
 
     name: str
     seed: int
     facts: dict[str, Any]
-    """What the figures depend on, JSON-able."""
+    """The facts that the figures depend on, JSON-able."""
     model: nn.Module
     layers: LayerSpec
     """The layers that may change."""
     seen: Sequence[Passage]
-    """Passages that supervised methods are told to forget."""
+    """Passages that supervised methods are given to forget."""
     unseen: Sequence[Passage]
-    """Passages that are told to nobody."""
+    """Passages that no method is given."""
     text: Sequence[Tensor]
-    """Windows for perplexity, of documents that nothing is trained or measured on."""
+    """Windows for perplexity, of documents not used for training or curvature."""
     statistics: Batches
-    """What curvature is measured on; it holds none of the passages."""
+    """Text for measuring curvature, without the passages."""
     tokens: int
-    """How many of its positions count."""
+    """Number of its counted positions."""
     clean: Batches
-    """The part of it that supervised methods are to keep."""
+    """The part of it that supervised methods are given to retain."""
 
     def __post_init__(self) -> None:
         self.spent: dict[str, float] = {}
-        """CPU seconds that each preparation took."""
+        """CPU seconds of each preparation."""
 
     @cached_property
     def basis(self) -> Eigenbasis:
@@ -75,7 +75,7 @@ class Setting:
         return self._prepared("singular", lambda: svd_basis(self.model, names))
 
     def measures(self) -> dict[str, float]:
-        """Return what the model recites of either half, and its perplexity."""
+        """Return recitation of both halves, and perplexity."""
         found = {}
         for half, passages in (("seen", self.seen), ("unseen", self.unseen)):
             scores = memorization(self.model, passages)
@@ -103,7 +103,7 @@ class Setting:
 
 
 def trained(seed: int, quick: bool) -> Setting:
-    """The demo's own Llama and the 64 passages planted in it."""
+    """The demo's Llama and the 64 passages planted in it."""
     recipe = Recipe(seed=seed)
     recipe = recipe.quick() if quick else recipe
     corpus = load_corpus(recipe)
@@ -125,7 +125,7 @@ def trained(seed: int, quick: bool) -> Setting:
 
 
 def pretrained(seed: int, quick: bool) -> Setting:
-    """SmolLM2-135M and what it recites of the King James Bible."""
+    """SmolLM2-135M and the spans it recites of the King James Bible."""
     plan = smollm.Plan(seed=seed)
     plan = plan.quick() if quick else plan
     subject = smollm.gather(plan, lambda line: print(line, file=sys.stderr, flush=True))
@@ -147,7 +147,7 @@ def pretrained(seed: int, quick: bool) -> Setting:
 
 
 def halves(passages: Sequence[Passage]) -> tuple[list[Passage], list[Passage]]:
-    """Deal passages out in turns, so that both halves are of all sources."""
+    """Split passages alternately, so that both halves are from all sources."""
     return list(passages[::2]), list(passages[1::2])
 
 
@@ -156,6 +156,6 @@ SETTINGS: dict[str, Callable[[int, bool], Setting]] = {"lm": trained, "smollm": 
 
 @torch.no_grad()
 def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put weights back."""
+    """Restore weights."""
     for name, value in model.state_dict().items():
         value.copy_(state[name])

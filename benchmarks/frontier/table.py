@@ -1,4 +1,4 @@
-"""The tables of a comparison, from the JSON of its runs."""
+"""Tables of the comparison, from the JSON of its runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def runs(setting: str, folder: Path = RESULTS) -> list[Run]:
 
 
 def recited(found: Sequence[Run]) -> Lines:
-    """What is recited word for word, of either half, at each perplexity."""
+    """Strict recitation of both halves at each perplexity."""
     head = ["recited word for word, %"]
     head += [f"{rise:+.0%}, {half}" for rise in RISES for half in _HALVES]
 
@@ -41,7 +41,7 @@ def recited(found: Sequence[Run]) -> Lines:
 
 
 def detailed(found: Sequence[Run]) -> Lines:
-    """Every measure at one perplexity, and what the change cost."""
+    """Every measure at one perplexity, and the cost of the change."""
     head = [f"perplexity {DETAILED:+.0%}", "nearly recited, seen, %", "unseen", "distance, seen"]
     head += ["unseen", "CPU seconds"]
 

@@ -43,27 +43,27 @@ ABSENT = {
 
 @dataclass(frozen=True)
 class Fit:
-    """A peer at the starting line."""
+    """A prepared peer: its fit, and the conversion of its result."""
 
     run: Callable[[], Any]
-    """Measures everything, from nothing, each time it is called."""
+    """Measures all factors from scratch at each call."""
     sums: Callable[[Any], Moments]
-    """What ``run`` returned -> (Σ a aᵀ, Σ g gᵀ) of each layer, g of the summed loss."""
+    """Result of ``run`` -> (Σ a aᵀ, Σ g gᵀ) of each layer, g of the summed loss."""
 
 
 class Peer(Protocol):
-    """What a module of this package has."""
+    """The interface of a peer's module."""
 
     PACKAGE: str | None
-    """The distribution to ask the version of; None where it is part of this repository."""
+    """The distribution whose version is recorded; None if it is part of this repository."""
     CONVENTION: str
-    """What has to be undone for plain sums."""
+    """The convention that has to be undone for plain sums."""
     POSITIONS: str
-    """How it comes to count the positions that have a label."""
+    """How the positions with a label are selected."""
 
     @staticmethod
     def prepare(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Fit:
-        """Get ready to measure ``layers`` of ``model``, which the peer may change."""
+        """Prepare a fit of ``layers`` of ``model``, which the peer may change."""
 
 
 DROPPED = "drops the last of each sequence"
@@ -107,7 +107,7 @@ class Flat(nn.Module):
 
 
 def flatten_rows(model: nn.Module, layers: Sequence[str]) -> None:
-    """Let the parents of ``layers`` see [rows, features], for peers that take no sequences."""
+    """Flatten the inputs of the parents of ``layers`` to [rows, features]."""
     for parent in {model.get_submodule(name.rpartition(".")[0]) for name in layers}:
         parent.forward = _flattening(parent)
 

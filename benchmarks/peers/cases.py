@@ -1,4 +1,4 @@
-"""What peers are compared on: a model, its batches, its layers."""
+"""Cases of the comparison with peers: a model, its batches, its layers."""
 
 from __future__ import annotations
 

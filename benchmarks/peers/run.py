@@ -1,4 +1,4 @@
-"""Every peer against curvfast, in turns, each in a process of its own: ``make bench-peers``.
+"""Benchmark of every peer against curvfast, in turns, in separate processes: ``make bench-peers``.
 
     python -m peers.run                every case, into benchmarks/results/cpu/peers.json
     python -m peers.run --smoke        curvfast and the official steps alone, tiny, one round
@@ -83,7 +83,7 @@ def compared(name: str, case: Case, peers: Sequence[str], rounds: int) -> list[R
             worker.ask("first")
             worker.row["status"] = verdict(worker.row, case)
         for turn in range(rounds):
-            # There and back: nobody always follows the same one, or runs first.
+            # Forwards and backwards, so that no peer always follows the same one, or runs first.
             for worker in workers if turn % 2 == 0 else reversed(workers):
                 worker.ask("go")
         for worker in workers:
@@ -98,7 +98,7 @@ def verdict(row: Row, case: Case) -> str:
     Raises:
         RuntimeError: If it is curvfast itself, or the official steps, that is not ok.
     """
-    # An error that is NaN is not within anything.
+    # A NaN error fails every comparison.
     right = (
         row.get("error_a", math.nan) <= TOLERANCE
         and row.get("error_g", math.nan) <= (DRAW_TOLERANCE if case.sampled else TOLERANCE)
@@ -110,7 +110,7 @@ def verdict(row: Row, case: Case) -> str:
 
 
 class Remote:
-    """A ``peers.worker`` seen from here; what it answers goes into ``row``."""
+    """The client of a ``peers.worker``; answers are stored in ``row``."""
 
     def __init__(self, peer: str, name: str, case: Case, folder: Path) -> None:
         self.row: Row = {"peer": peer, "status": "ok"}
@@ -132,18 +132,18 @@ class Remote:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Its standard input ends, and so does it.
+        # The worker exits when its standard input ends.
         self._process.communicate()
 
     def ask(self, command: str) -> None:
-        """Have a command done and take the answer, of a peer that is ok."""
+        """Send a command and store the answer, if the peer has not failed."""
         if self.row["status"] == "ok":
             self._process.stdin.write(f"{command}\n")
             self._process.stdin.flush()
             self.listen()
 
     def listen(self) -> None:
-        """Take the next answer."""
+        """Store the next answer."""
         line = self._process.stdout.readline()
         last = self._log.read_text(encoding="utf-8").strip().splitlines()[-1:]
         answer = json.loads(line) if line else {"failed": f"the process ended: {last}"}

@@ -1,4 +1,4 @@
-"""One peer in a process of its own, doing what it is told: ``python -m peers.worker``.
+"""Worker process of one peer: ``python -m peers.worker``.
 
 It reads commands from standard input, a line each, and answers each by a line of JSON.
 """
@@ -38,7 +38,7 @@ class Worker:
     def start(self) -> Answer:
         """Import the peer and give it a model and data."""
         model, batches = self._case.model(), self._case.data()
-        # What any process does once is none of the peer's memory.
+        # One-time work of any process must not count as the peer's memory.
         small = batches[0]["input_ids"][:1, :8]
         model(input_ids=small, use_cache=False).logits.sum().backward()
         model.zero_grad()
@@ -51,7 +51,7 @@ class Worker:
         }  # fmt: skip
 
     def first(self) -> Answer:
-        """Fit once: what that added to the memory of the process, and how wrong it is."""
+        """Fit once; answer the added memory of the process, and the errors."""
         found = []
         grown = measure.resident_peak(lambda: found.append(self.fit.run()))
         stored = load_file(self._truth)
@@ -65,7 +65,7 @@ class Worker:
         return {"resident_peak_bytes": grown, "error_a": a, "error_g": g}
 
     def go(self) -> Answer:
-        """Fit once more, against the clock."""
+        """Fit once more; answer the time."""
         start = time.perf_counter()
         found = self.fit.run()
         seconds = time.perf_counter() - start
@@ -73,7 +73,7 @@ class Worker:
         return {"seconds": seconds}
 
     def count(self) -> Answer:
-        """Count what does not depend on the clock."""
+        """Answer the counts that do not depend on time."""
         moved, operations = measure.traffic(self.fit.run)
         return {
             "flop_per_batch": measure.products(self.fit.run) / self._case.batches,
@@ -84,7 +84,7 @@ class Worker:
 
 
 def answered(command: Callable[[], Answer]) -> Answer:
-    """Return what a command returns, or how it failed."""
+    """Return the answer of a command, or its error."""
     try:
         return command()
     except Exception as error:
@@ -102,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     case = dataclasses.replace(CASES[options.case], batches=options.batches)
     worker = Worker(options.peer, case, options.truth)
-    # Peers print and log to standard output, which the answers keep for themselves.
+    # Peers print and log to standard output, which is reserved for answers.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         for command in itertools.chain(["start"], sys.stdin):

@@ -1,4 +1,4 @@
-"""Families of layers: which modules are linear maps, and how their calls are seen."""
+"""Layer families: which modules are linear maps, and how their calls are observed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from curvfast.adapters.experts import ExpertLayer, expert_layers
 from curvfast.adapters.layer import LinearLayer, Observer, Part, Product, Removable, outside_graphs
 from curvfast.adapters.linear import linear_layer, watch_module
 from curvfast.adapters.patches import patch_layer
-from curvfast.adapters.refusals import refusal
+from curvfast.adapters.refusals import unsupported_reason
 from curvfast.adapters.routing import watch_experts
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "Removable",
     "layers_of",
     "outside_graphs",
-    "refusal",
+    "unsupported_reason",
     "watch",
 ]
 
@@ -33,14 +33,14 @@ def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
 
 
 def watch(layers: Iterable[LinearLayer], observer: Observer) -> list[Removable]:
-    """Show every product of the layers to ``observer``, by hooks on their modules.
+    """Register hooks that pass every product of the layers to ``observer``.
 
     Args:
         layers: The chosen layers.
-        observer: Is shown each product in its forward.
+        observer: Called with each product in its forward.
 
     Returns:
-        What takes the hooks off.
+        Handles that remove the hooks.
     """
     handles: list[Removable] = []
     mixtures: dict[int, list[ExpertLayer]] = {}

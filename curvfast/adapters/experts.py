@@ -1,7 +1,7 @@
-"""Experts of a mixture, stacked in 3-D parameters of one module as transformers stores them.
+"""Experts of a mixture, stacked in 3-D parameters of one module, as in transformers.
 
 Each slice is a layer, ``<module>.<expert>.<parameter>``, and only tokens routed to the expert are
-its rows. The module is told by what transformers gives every class of its experts interface.
+its rows. The module is recognised by the attributes of transformers' experts interface.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def expert_layers(name: str, module: nn.Module) -> list[LinearLayer]:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Return why experts of a mixture are not supported, if they are not."""
+    """Return the reason why experts of a mixture are not supported, or None."""
     stacked = _stacked(module)
     if not stacked:
         return None

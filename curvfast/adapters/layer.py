@@ -1,4 +1,4 @@
-"""What layers of every family have in common: a linear map, and its calls as they are seen."""
+"""The common interface of all layer families: a linear map, and the observation of its calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LinearLayer:
     leaf: str = "weight"
     """The module's name for the parameter."""
     kind: str = "other"
-    """``"mlp"``, ``"attention"``, or what is left out unless it is named."""
+    """``"mlp"``, ``"attention"``, or a kind that is left out unless the layer is named."""
     unwritable: str | None = None
     """Why the weight cannot be edited, if it cannot."""
 
@@ -42,7 +42,7 @@ class LinearLayer:
 
     @property
     def reading(self) -> Any:
-        """How inputs are read; layers that read one tensor alike share one A."""
+        """How inputs are turned into rows; layers that read one tensor alike share one A."""
         return None
 
     def stored(self) -> Tensor:
@@ -76,7 +76,7 @@ class LinearLayer:
         return (new.T if self.transposed else new).reshape(stored.shape).to(stored.dtype)
 
     def require_writable(self) -> None:
-        """Make sure that the weight can be edited.
+        """Check that the weight can be edited.
 
         Raises:
             InputError: If it cannot.
@@ -85,11 +85,11 @@ class LinearLayer:
             raise InputError(f"layer {self.name!r} cannot be edited: {self.unwritable}")
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Return the rows of what the module reads, [..., d_in]."""
+        """Return the module's input as rows, [..., d_in]."""
         return x
 
     def gradients(self, g: Tensor) -> Tensor:
-        """Return the rows of the gradient of what the module returns, [..., d_out]."""
+        """Return the gradient of the module's output as rows, [..., d_out]."""
         return g
 
 
@@ -116,27 +116,27 @@ class Product:
 
 
 class Observer(Protocol):
-    """Who is shown the calls of layers."""
+    """An observer of the calls of layers."""
 
     def idle(self) -> bool:
-        """Say, at the start of a forward, whether nothing of it is to be shown."""
+        """Return, at the start of a forward, whether its products need not be observed."""
 
     def see(self, product: Product) -> Tensor:
-        """Take note of a product; return the y to go on with."""
+        """Record a product; return the y that the forward continues with."""
 
     def rest(self, layer: str) -> None:
-        """Take note that a forward of an expert's module routed nothing to it."""
+        """Record that a forward of an expert's module routed no token to it."""
 
 
 class Removable(Protocol):
-    """A hook that can be taken off."""
+    """A hook that can be removed."""
 
     def remove(self) -> None:
-        """Take it off."""
+        """Remove the hook."""
 
 
 def why_no_weight(module: nn.Module) -> str | None:
-    """Return why ``module`` has no parameter ``weight`` to speak of, if it has none."""
+    """Return the reason why ``module`` has no usable parameter ``weight``, or None."""
     weight = module._parameters.get("weight")
     if weight is None:
         return PARAMETRISED
@@ -146,7 +146,7 @@ def why_no_weight(module: nn.Module) -> str | None:
 
 
 def why_unwritable(weight: nn.Parameter, shape: tuple[int, ...]) -> str | None:
-    """Return why a weight that should be stored as ``shape`` cannot be edited, if it cannot."""
+    """Return the reason why a weight, expected in ``shape``, cannot be edited, or None."""
     foreign = type(weight.data).__module__.startswith("torchao")
     if tuple(weight.shape) == shape and weight.dtype in _PLAIN and not foreign:
         return None
@@ -158,6 +158,6 @@ def why_unwritable(weight: nn.Parameter, shape: tuple[int, ...]) -> str | None:
 
 
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``hook``, kept out of compiled graphs where there can be any."""
+    """Return ``hook``, excluded from compiled graphs if the compiler is in use."""
     # torch.compiler.disable loads the compiler, tens of megabytes, so only beside a compiled model.
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook

@@ -1,4 +1,4 @@
-"""Modules that are one linear map: nn.Linear and its quantised kin, and Conv1D of transformers."""
+"""Modules that are one linear map: nn.Linear, its quantised subclasses, transformers' Conv1D."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def linear_layer(name: str, module: nn.Module) -> list[LinearLayer]:
         return []
     if isinstance(module, nn.Linear):
         d_in, d_out = module.in_features, module.out_features
-        # A quantised subclass packs its weight, yet what goes in and comes out is as ever.
+        # A quantised subclass packs its weight, but maps inputs to outputs as nn.Linear does.
         refusal = why_unwritable(weight, (d_out, d_in))
         return [LinearLayer(name, module, d_in, d_out, unwritable=refusal)]
     if any(f"{c.__module__}.{c.__name__}" == _CONV1D for c in type(module).__mro__):
@@ -40,7 +40,7 @@ def linear_layer(name: str, module: nn.Module) -> list[LinearLayer]:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Return why a module of this family is not supported, if it is not."""
+    """Return the reason why a module of this family is not supported, or None."""
     if not isinstance(module, nn.Linear):
         return None
     if isinstance(module, _NEVER_CALLED):
@@ -49,7 +49,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def watch_module(layer: LinearLayer, observer: Observer) -> Removable:
-    """Show every call of a module that is one layer to ``observer``."""
+    """Register a hook that passes every call of a single-layer module to ``observer``."""
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))

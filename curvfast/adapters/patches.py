@@ -1,4 +1,4 @@
-"""Patch embeddings: convolutions whose patches neither overlap nor are padded.
+"""Patch embeddings: convolutions with stride equal to the kernel size and no padding.
 
 Such a convolution is one linear map on each patch: W is the kernel [d_out, channels · height ·
 width], and a row is a patch, flattened in that order.
@@ -17,7 +17,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class PatchLayer(LinearLayer):
-    """A patch embedding, its rows being patches."""
+    """A patch embedding as a linear layer: each patch is a row."""
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -26,7 +26,7 @@ class PatchLayer(LinearLayer):
 
     @property
     def reading(self) -> tuple[int, ...]:
-        """Two convolutions read an image alike if their patches are of one size."""
+        """The patch size: convolutions of one patch size read an image alike."""
         return self.kernel
 
     def matrix(self) -> Tensor:
@@ -64,7 +64,7 @@ def patch_layer(name: str, module: nn.Module) -> list[LinearLayer]:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Return why a convolution is not supported, if it is not."""
+    """Return the reason why a convolution is not supported, or None."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return None
     if not isinstance(module, _CONVOLUTIONS):

@@ -1,4 +1,4 @@
-"""Why the parameters of a module have no factors, by the module's family."""
+"""Reasons why the parameters of a module have no factors, by the module's family."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from curvfast.adapters import experts, linear, patches
 from curvfast.adapters.layer import PARAMETRISED
 
 
-def refusal(module: nn.Module) -> str:
-    """Return why the parameters that ``module`` itself holds have no factors."""
+def unsupported_reason(module: nn.Module) -> str:
+    """Return the reason why the parameters that ``module`` itself holds have no factors."""
     known = linear.why_not(module) or patches.why_not(module) or experts.why_not(module)
     if known:
         return known

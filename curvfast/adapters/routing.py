@@ -1,10 +1,10 @@
-"""Which tokens each expert of a mixture multiplied, seen while its module runs.
+"""Observation of the products of a mixture's experts, and of the tokens routed to each.
 
 The module's forward is watched by a torch function mode that calls every function unchanged. Two
 series of numbers travel along: whatever picks rows of the tokens picks the same of their positions,
-and whatever picks slices of a stacked weight picks the same of the experts. So a product of both
-tells whose it is under each of transformers' experts implementations. At the end the products are
-held against the routing: if one escaped, or was misread, nothing is measured wrongly but refused.
+and whatever picks slices of a stacked weight picks the same of the experts. So each product can be
+assigned to its expert under all of transformers' experts implementations. At the end the products
+are compared with the routing: if one was missed or misread, an error is raised.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _Groups = Sequence[tuple[int, slice | Tensor]]
 
 @dataclass
 class _Weights:
-    """What the weight in a product is: a slice, a pick of slices, or the whole stack."""
+    """The weight operand of a product: a slice, some slices, or the whole stack."""
 
     leaf: str
     experts: int | Tensor | None
 
 
 class Routing(TorchFunctionMode):
-    """Watches one forward of an experts module."""
+    """A torch function mode that observes one forward of an experts module."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Routing(TorchFunctionMode):
         routing: Tensor,
         observer: Observer,
     ) -> None:
-        """Take what the forward is called with.
+        """Store the arguments of the forward.
 
         Args:
             layers: The chosen layers, by parameter and expert.
@@ -84,7 +84,7 @@ class Routing(TorchFunctionMode):
         return y
 
     def finish(self) -> None:
-        """Make sure that the products seen are those of the routing; tell who had none.
+        """Check that the observed products are those of the routing; report experts without tokens.
 
         Raises:
             CoverageError: If they are not.
@@ -123,7 +123,7 @@ class Routing(TorchFunctionMode):
                     experts = func(numbers, *args[1:], **kwargs).cpu()
                     self._picked.append((weakref.ref(picked), leaf, experts))
         except (IndexError, RuntimeError):
-            # Picked along another axis too: what comes of it is not understood, and refused later.
+            # Picked along another axis too: the result is not understood, and refused later.
             self._positions = None
 
     def _multiplied(self, args: Any, kwargs: Any, y: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class Routing(TorchFunctionMode):
 
 
 def _groups(experts: int | Tensor | None, operands: list[Tensor]) -> _Groups:
-    """Return the rows of a product that each expert has, given what its weight is."""
+    """Return each expert's rows of a product, given its weight operand."""
     if isinstance(experts, int):
         return [(experts, slice(None))]
     if experts is not None:
@@ -192,7 +192,7 @@ def _between(ends: list[int]) -> list[tuple[int, slice]]:
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    """Say whether one tensor is the other, or a view of all its rows."""
+    """Return whether one tensor is the other, or a view of all its rows."""
     return (
         one.data_ptr() == two.data_ptr()
         and one.numel() == two.numel()
@@ -236,13 +236,13 @@ class _Watch:
             running.finish()
 
     def abandon(self) -> None:
-        """Stop watching; a forward that a KeyboardInterrupt ended did not."""
+        """Leave the mode, which a forward that a KeyboardInterrupt ended did not."""
         if self.running is not None:
             self.running.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.running = None
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self.abandon()
         for handle in self.handles:
             handle.remove()

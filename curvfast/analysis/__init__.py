@@ -1,12 +1,13 @@
-"""What memorization looks like from inside: which components texts excite, and which are known.
+"""Analyses of memorization: activation ratios, detection, mining, stress tests, sharpness.
 
-Everything here leaves the model as it was: modes, gradients, random state.
+All of them leave the model as it was: modes, gradients, random state.
 """
 
 from curvfast.analysis.correlation import correlation_interval as correlation_interval
 from curvfast.analysis.correlation import pearson as pearson
 from curvfast.analysis.correlation import spearman as spearman
 from curvfast.analysis.detector import TextScores as TextScores
+from curvfast.analysis.detector import discriminative_layers as discriminative_layers
 from curvfast.analysis.detector import memorization_scores as memorization_scores
 from curvfast.analysis.detector import telling_layers as telling_layers
 from curvfast.analysis.examples import example_losses as example_losses

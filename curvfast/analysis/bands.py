@@ -15,11 +15,11 @@ ORDERS = ("index", "mass")
 
 
 def check_bands(bands: Sequence[float], by: str) -> None:
-    """Make sure that bands can be formed.
+    """Check the ends of bands.
 
     Args:
-        bands: Upper ends, as of :func:`band_ends`.
-        by: As there.
+        bands: Upper ends, rising within (0, 1].
+        by: ``"index"`` or ``"mass"``, see :func:`band_ends`.
 
     Raises:
         InputError: If they do not rise within (0, 1], or ``by`` is unknown.
@@ -50,7 +50,7 @@ def band_ends(values: Tensor, bands: Sequence[float], by: str = "index") -> list
         return [round(share * d) for share in bands]
     reached = values.double().cumsum(0)
     wanted = torch.tensor(bands, dtype=torch.float64, device=values.device) * reached[-1]
-    # Less a rounding error: 0.3 of ten equal values is reached by the third.
+    # With a tolerance for rounding: 0.3 of ten equal values is reached by the third.
     ends = torch.searchsorted(reached, wanted * (1 - 1e-12)) + 1
     return [
         d if share >= 1 else min(int(end), d)
@@ -65,7 +65,7 @@ def row_energies(x: Tensor, vectors: Tensor, ends: Sequence[int], *, layer: str)
         x: Rows, [rows, d], any float dtype.
         vectors: U, [d, known], orthonormal columns by descending eigenvalue; fewer than d suffice
             where all that is not known lies in a last band that ends at d.
-        ends: Where each band ends, as of :func:`band_ends`.
+        ends: Ends of the bands, from :func:`band_ends`.
         layer: Name of the layer, for messages.
 
     Returns:
@@ -83,7 +83,7 @@ def row_energies(x: Tensor, vectors: Tensor, ends: Sequence[int], *, layer: str)
             f"the basis of layer {layer!r} holds the leading {known} of {d} eigenvectors, and "
             f"bands that end at {list(ends)} need more: decompose without mass=, or pass wider ones"
         )
-    # A first band of no width, so that there is one where all but the rest is asked for.
+    # An empty first band, so that there is one even if only the remainder is wanted.
     leading = ops.band_energies(x, vectors, [0, *inner])[:, 1:]
     rest = x.float().square().sum(1) - leading.sum(1)
     return torch.cat([leading, rest.clamp_min(0)[:, None]], dim=1)

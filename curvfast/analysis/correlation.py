@@ -1,4 +1,4 @@
-"""How far two measures go together, and how sure that is of few items."""
+"""Correlation coefficients, with bootstrap intervals over runs and items."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pearson(x: Any, y: Any) -> float:
         y: Likewise.
 
     Returns:
-        In [-1, 1]; NaN if either holds one value only, again and again.
+        In [-1, 1]; NaN if either is constant.
 
     Raises:
         InputError: If the two are not as many numbers, at least two, or some are not finite.
@@ -27,7 +27,7 @@ def pearson(x: Any, y: Any) -> float:
     one, two = _pair(x, y)
     if np.ptp(one) == 0 or np.ptp(two) == 0:
         return float("nan")
-    # Scaled, so that no square leaves the range of floats.
+    # Scaled, so that no square overflows.
     one, two = ((v - v.mean()) / np.ptp(v) for v in (one, two))
     return float(np.clip(one @ two / np.sqrt((one @ one) * (two @ two)), -1, 1))
 
@@ -40,10 +40,10 @@ def spearman(x: Any, y: Any) -> float:
         y: Likewise.
 
     Returns:
-        In [-1, 1]; NaN if either holds one value only, again and again.
+        In [-1, 1]; NaN if either is constant.
 
     Raises:
-        InputError: As of :func:`pearson`.
+        InputError: If the two are not as many numbers, at least two, or some are not finite.
     """
     one, two = _pair(x, y)
     return pearson(ranks(one), ranks(two))
@@ -68,15 +68,15 @@ def correlation_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the correlation of means over runs.
 
-    Runs and items are both drawn again with replacement: runs to average over, items to correlate.
+    Runs and items are both resampled with replacement: runs to average over, items to correlate.
 
     Args:
         x: Values, [runs, items].
         y: Likewise.
         of: :func:`pearson` or :func:`spearman`.
-        samples: Resamples; those that leave no spread are left out.
-        confidence: Of the interval.
-        seed: Seed of the generator that draws.
+        samples: Number of resamples; constant ones are left out.
+        confidence: Confidence level of the interval.
+        seed: Seed of the resampling.
 
     Returns:
         Lower and upper end; NaN where no resample has a correlation.

@@ -1,7 +1,8 @@
-"""Tells memorized text without labels: by the share of input energy in the flattest components."""
+"""Detection of memorized text by the share of input energy in the flattest components."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,13 @@ FLATTEST = 0.6
 
 @dataclass(frozen=True, eq=False)
 class TextScores:
-    """The share of input energy in the flattest components, by text and layer."""
+    """Memorization scores: the share of input energy in the flattest components."""
 
     layers: tuple[str, ...]
     shares: Tensor
     """float64 [texts, layers], in [0, 1]; NaN for an expert that no token of a text went to."""
     flattest: float
-    """Which share of the components counts as flat."""
+    """Share of the components that counts as flat."""
 
     def of(self, layers: str | Iterable[str] | None = None) -> Tensor:
         """Return one score a text: the mean over layers.
@@ -88,9 +89,9 @@ def memorization_scores(
         batches: As in :func:`curvfast.collect_from`; each row is one text.
         layers: Which layers of the basis, as in :func:`curvfast.collect`; None means all.
         flattest: Share of the components that counts as flat, in (0, 1).
-        tokens: How a share is made of tokens: ``"mean"`` of each token's share; ``"energy"``, flat
-            energy over all energy of the text, which one massive activation may decide;
-            ``"last"``, that of the last token that counts.
+        tokens: How tokens are combined: ``"mean"`` of each token's share; ``"energy"``, flat energy
+            over all energy of the text, which one massive activation may dominate; ``"last"``,
+            the share of the last counted token.
         rows: As in :func:`curvfast.collect`.
         skip_last: As in :func:`curvfast.collect`.
         progress: Whether a bar counts texts (on a terminal only).
@@ -127,11 +128,11 @@ def memorization_scores(
     return TextScores(tuple(chosen), columns, flattest)
 
 
-def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tuple[str, ...]:
-    """Return the layers whose shares tell two known sets apart best, the best first.
+def discriminative_layers(memorized: TextScores, clean: TextScores, count: int) -> tuple[str, ...]:
+    """Return the layers whose shares separate two known sets best (by AUC), the best first.
 
-    What is chosen here must be judged on other texts. Of an expert the texts count that reached it;
-    one that no text of a set reached tells nothing.
+    The chosen layers must be evaluated on other texts. For an expert only the texts routed to it
+    count; one without texts of a set has an AUC of 0.5.
 
     Args:
         memorized: Scores of texts known to be memorized.
@@ -139,7 +140,7 @@ def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tupl
         count: How many layers.
 
     Returns:
-        Their names, to be passed to :meth:`TextScores.of`; equals stay in the order of the model.
+        Their names, to be passed to :meth:`TextScores.of`; ties stay in the order of the model.
 
     Raises:
         InputError: If the layers differ, or there are fewer.
@@ -156,6 +157,14 @@ def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tupl
     return tuple(sorted(areas, key=lambda name: -areas[name])[:count])
 
 
+def telling_layers(memorized: TextScores, clean: TextScores, count: int) -> tuple[str, ...]:
+    """Return :func:`discriminative_layers`, of which this is the earlier, deprecated name."""
+    warnings.warn(
+        "telling_layers is now called discriminative_layers", DeprecationWarning, stacklevel=2
+    )
+    return discriminative_layers(memorized, clean, count)
+
+
 def _told_apart(memorized: Tensor, clean: Tensor) -> float:
     """Return the AUC of one layer's shares, NaN left out; 0.5 where that leaves a set empty."""
     high, low = (shares[~shares.isnan()] for shares in (memorized, clean))
@@ -166,7 +175,7 @@ class FlatEnergy:
     """The energy of a layer's inputs in its flattest components."""
 
     def __init__(self, basis: Eigenbasis, flattest: float) -> None:
-        """Note the basis.
+        """Set the basis and the share.
 
         Args:
             basis: Eigenbases by layer name.

@@ -1,4 +1,4 @@
-"""The loss of each example of a batch by itself, and the model that gives it, run undisturbed."""
+"""Per-example losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def example_losses(
     Modes, gradients and the global random state are as before.
 
     Args:
-        model: As in :func:`curvfast.collect_from`; in eval mode meanwhile.
+        model: The model, as in :func:`curvfast.collect_from`; in eval mode meanwhile.
         batches: As in :func:`curvfast.collect_from`, an example being an entry of the leading
             dimension. ``labels`` may be missing for causal language models: the next tokens are.
         skip_last: As in :func:`curvfast.collect`.
@@ -82,17 +82,17 @@ def mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def split_labels(model: nn.Module, batch: Any) -> tuple[dict[str, Any], Tensor | None]:
-    """Return what the model is called with, without labels, and the labels.
+    """Return the model's arguments without labels, and the labels.
 
     Raises:
-        InputError: If the batch is of no use.
+        InputError: If the batch is no mapping or tensor the model can be called with.
     """
     arguments = model_arguments(model, batch, next(model.parameters()).device)
     return arguments, arguments.pop("labels", None)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Return batches of examples as one.
+    """Concatenate batches of examples.
 
     Raises:
         InputError: If there is none.

@@ -1,4 +1,4 @@
-"""Where the gradient of each example lies: in the pairs that an edit keeps, or in flat ones."""
+"""gradient_energies(): each example's squared gradient in kept and in removed eigenpairs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = ("gold", "fisher")
 
 @dataclass(frozen=True, eq=False)
 class GradientEnergies:
-    """The squared gradient of each example with respect to each weight, by where it lies.
+    """Squared gradient of each example with respect to each weight, split by kept eigenpairs.
 
     C = U_Gᵀ (∂L/∂W) U_A is the gradient in the eigenbasis of the population's curvature.
     """
@@ -41,7 +41,7 @@ class GradientEnergies:
     """‖C‖² = ‖∂L/∂W‖², float64 [examples, layers]; with labels ``"fisher"`` the trace of the
     example's own Fisher block: how sharp its loss is in the weight."""
     flat: Tensor
-    """Of that, in pairs that are not kept; float64 [examples, layers]."""
+    """The part of it in pairs that are not kept; float64 [examples, layers]."""
     curved: Tensor
     """Σ C_ij² λᵢ μⱼ, float64 [examples, layers]."""
 
@@ -57,7 +57,7 @@ class GradientEnergies:
         """Return the population's curvature along each example's gradient, [examples].
 
         The Rayleigh quotient Σ C_ij² λᵢμⱼ / Σ C_ij² over all layers: how much the loss of the
-        *population* bends where this example pulls. It needs no choice of what is kept.
+        *population* curves along this example's gradient. It does not depend on the kept pairs.
         """
         return _over(self.curved.sum(1), self.energy.sum(1))
 
@@ -87,20 +87,20 @@ def gradient_energies(
         model: The model the basis was measured on; in eval mode meanwhile. No example may see
             another of its batch.
         basis: Its eigenbases, complete.
-        kept: What an edit keeps of them, as of :meth:`Eigenbasis.keep`.
+        kept: The selection of an edit, as from :meth:`Eigenbasis.keep`.
         batches: As in :func:`curvfast.analysis.input_curvature`: an example is an entry of the
             leading dimension, and positions whose label is -100 add nothing to its loss.
         layers: Which layers of the basis, as in :func:`curvfast.collect`; None means all.
-        labels: ``"fisher"``: E over labels drawn from the model's prediction, what an example whose
-            loss is 0 has, too. ``"gold"``: the gradient of the labels as they are.
-        draws: With ``"fisher"``: over how many draws the squared gradient is averaged. A label that
-            is hardly ever drawn may hold most of an example's Fisher, so no label is: the gradient
+        labels: ``"fisher"``: E over labels drawn from the model's prediction, which is not 0 where
+            the loss is. ``"gold"``: the gradient of the given labels.
+        draws: With ``"fisher"``: number of draws over which the squared gradient is averaged. A
+            rare label may hold most of an example's Fisher, so no label is drawn: the gradient
             √p∘z - p (√p·z) with random signs z has the same second moment diag(p) - ppᵀ as
             p - onehot(y). Source: Martens, Sutskever and Swersky, arXiv 1206.6464.
-        per: ``"sequence"``: C is the gradient of the whole example. ``"position"``: in place of
-            C_ij² stands the sum over its positions of (uᵢᵀg)² (vⱼᵀa)², K-FAC's own reading: were
-            g and a independent, the population would have 1 - ρ of its energy in the pairs that an
-            edit at ρ removes, and it has more.
+        per: ``"sequence"``: C is the gradient of the whole example. ``"position"``: C_ij² is
+            replaced by the sum over its positions of (uᵢᵀg)² (vⱼᵀa)², as in K-FAC: if g and a were
+            independent, the population would have 1 - ρ of its energy in the pairs that an edit
+            at ρ removes; it has more.
         seed: Seed of the signs.
         rows: As in :func:`curvfast.collect`.
         skip_last: As in :func:`curvfast.collect`.
@@ -156,7 +156,7 @@ def gradient_energies(
 
 
 class _Energies:
-    """The energies of the examples of one batch, layer by layer, as gradients arrive."""
+    """Accumulates the energies of one batch's examples, layer by layer, as gradients arrive."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Energies:
         rule: RowRule | None,
         causal: bool,
     ) -> None:
-        """Note what is watched.
+        """Set the layers to observe.
 
         Raises:
             InputError: If a basis holds leading eigenvectors only, or ``kept`` is of another frame.
@@ -187,7 +187,7 @@ class _Energies:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep hooks on the layers."""
+        """Register hooks on the layers for the block."""
         capture = Capture(
             self._layers, lambda: self._batch, self._arrive, None, share_inputs=False, driven=True
         )
@@ -250,14 +250,14 @@ class _Energies:
 
 
 class _Pairs:
-    """The eigenpairs of one layer, where they are needed."""
+    """The eigenpairs of one layer, cached on their device."""
 
     def __init__(self, basis: Eigenbasis, kept: Selection, name: str) -> None:
         self._basis, self._removed = basis[name], ~kept[name].dense()
         self._moved: tuple[Tensor, ...] | None = None
 
     def rotated(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows of gradients and of inputs in the eigenbasis, float32."""
+        """Return rows of gradients and of inputs rotated into the eigenbasis, float32."""
         u_g, u_a, *_ = self._on(g.device)
         return project_rows(g, u_g), project_rows(x, u_a)
 
@@ -276,5 +276,5 @@ class _Pairs:
 
 
 def _over(part: Tensor, whole: Tensor) -> Tensor:
-    """Return part over whole, 0 where there is nothing."""
+    """Return part over whole, 0 where the whole is 0."""
     return part / whole.clamp_min(torch.finfo(whole.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Where in a passage it looks memorized: a score for every token, and a page that shows them."""
+"""Memorization scores of single tokens, and their HTML heat map."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def token_scores(
     *,
     flattest: float = FLATTEST,
 ) -> Tensor:
-    """Score every token of a batch as :func:`memorization_scores` does texts.
+    """Score every token of a batch, as :func:`memorization_scores` does texts.
 
     Args:
         model: The model the basis was measured on.
@@ -88,16 +88,16 @@ def heat_map(
     low: float | None = None,
     high: float | None = None,
 ) -> str:
-    """Return a passage as HTML, each token on a ground that is the redder the higher its score.
+    """Return a heat map of a passage as HTML: the higher a token's score, the redder it is.
 
     Args:
         pieces: The text of each token.
-        scores: A score for each; NaN leaves a token bare.
+        scores: A score for each; NaN leaves a token uncoloured.
         low: Score without colour; None takes the least.
         high: Score of full colour; None takes the greatest.
 
     Returns:
-        One ``<div>`` of ``<span>`` elements, escaped, whose titles tell the scores.
+        One ``<div>`` of escaped ``<span>`` elements, whose titles hold the scores.
 
     Raises:
         InputError: If there are not as many scores as pieces.

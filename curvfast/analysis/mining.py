@@ -1,4 +1,4 @@
-"""mine(): the passages of a corpus that a model already knows word for word."""
+"""mine(): search of a corpus for passages that a model recites."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from curvfast.errors import InputError
 from curvfast.evals.memorization import Passage
 from curvfast.progress import Bar
 
-# A token is guessed right by chance about every third time: four in a row seldom are.
+# About a third of tokens are predicted by chance, four in a row rarely.
 _HEAD, _GROWTH = 4, 4
 
 
 @dataclass(frozen=True)
 class Mined:
-    """A passage that is recited."""
+    """A recited passage and where it was found."""
 
     passage: Passage
     text: int
     """Number of the text it was first found in."""
     start: int
-    """Where in that text its prefix begins."""
+    """Position in that text at which its prefix begins."""
     before: tuple[int, ...]
-    """What stands before it there."""
+    """The tokens before it there."""
     occurrences: int
-    """How many windows of the corpus hold it."""
+    """Number of windows of the corpus that hold it."""
 
 
 @dataclass(frozen=True)
 class MiningReport:
-    """What :func:`mine` found, and what it looked at."""
+    """Report of :func:`mine`: recited passages, and counts of the windows searched."""
 
     found: tuple[Mined, ...]
     """In the order of the corpus, each once."""
     windows: int
-    """Windows looked at, repeated ones and copies included."""
+    """Windows searched, repeated ones and copies included."""
     distinct: int
-    """Windows that are not the same as one before."""
+    """Distinct windows."""
     copies: int
-    """Of those, left out because the suffix copies what stands before it."""
+    """Distinct windows left out because the suffix copies the text before it."""
     forwarded: int
-    """Tokens the model was run on; without stages it would have been every window's."""
+    """Tokens the model was run on; without stages it would be all tokens of distinct windows."""
 
     @property
     def passages(self) -> list[Passage]:
@@ -85,12 +85,12 @@ def mine(
     batch_size: int = 32,
     progress: bool = True,
 ) -> MiningReport:
-    """Find what a causal language model recites: windows whose suffix it predicts token by token.
+    """Find passages that a causal language model recites: windows whose suffix it predicts.
 
-    A window is recited if the likeliest token is the true one at every position of its suffix, all
-    before it in the window given; greedy decoding then writes the same. Four tokens of each suffix
-    are tried first, only survivors further, so most windows cost little more than their prefix.
-    Repeated windows are looked at once: 16 bytes and a count are held for each distinct one.
+    A window is recited if the likeliest token is the true one at every position of its suffix,
+    given all before it in the window; greedy decoding then writes the same. Four tokens of each
+    suffix are tested first and only survivors further, so most windows cost little more than their
+    prefix. Repeated windows are tested once: 16 bytes and a count are held for each distinct one.
     Source: arXiv 2510.24256, section on data.
 
     Args:
@@ -99,15 +99,15 @@ def mine(
         prefix: Tokens of the prompt.
         suffix: Tokens that must follow.
         stride: Tokens between the starts of two windows of a text; None sets them end to end.
-        opening: Token ids put before each prefix and kept in it, such as BOS.
-        context: So many tokens before each window are kept with it, for :func:`stress`.
-        copies: Whether suffixes that repeat what stands before them with some period are taken too;
-            they are copied rather than recalled.
+        opening: Token ids prepended to each prefix, such as BOS.
+        context: Number of tokens before each window to keep with it, for :func:`stress`.
+        copies: Whether to include suffixes that repeat the text before them with some period, which
+            are copied from the prompt rather than recalled.
         batch_size: Windows at a time.
         progress: Whether a bar counts windows (on a terminal only).
 
     Returns:
-        Each recited passage once, and what was looked at.
+        Each recited passage once, and counts of the windows searched.
 
     Raises:
         InputError: If an argument is out of range, or no text is as long as a window.
@@ -162,7 +162,7 @@ def mine(
 
 
 def repeats(tokens: Sequence[int], prefix: int) -> bool:
-    """Say whether all after ``prefix`` repeats, with one period, what stands before it.
+    """Return whether the tokens after ``prefix`` repeat those before it with one period.
 
     Args:
         tokens: A window.
@@ -176,7 +176,7 @@ def repeats(tokens: Sequence[int], prefix: int) -> bool:
 
 
 def _stages(suffix: int) -> list[int]:
-    """Return how much of the suffix is tried at each stage, the last being all of it."""
+    """Return the number of suffix tokens tested at each stage; the last is all of them."""
     lengths = []
     length = _HEAD
     while length < suffix:

@@ -1,4 +1,4 @@
-"""How far an edit reorders what a model expects: nDCG against the unedited model's ranking."""
+"""nDCG of an edited model's token ranking against that of the unedited model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def top_tokens(
     Args:
         model: A model with logits; in eval mode meanwhile.
         batches: As in :func:`curvfast.collect_from`.
-        k: How many.
+        k: Number of tokens.
 
     Returns:
         int64 [positions, k], on the CPU.
@@ -59,8 +59,8 @@ def ndcg(baseline: Tensor, found: Tensor) -> Tensor:
     it 0.668: relevance follows the baseline's rank, not the edited model's (arXiv 2510.24256).
 
     Args:
-        baseline: What :func:`top_tokens` gave *before* the edit, [positions, k].
-        found: What it gives after, [positions, k].
+        baseline: :func:`top_tokens` *before* the edit, [positions, k].
+        found: :func:`top_tokens` after it, [positions, k].
 
     Returns:
         float64 [positions], in [0, 1].
@@ -76,6 +76,6 @@ def ndcg(baseline: Tensor, found: Tensor) -> Tensor:
     k = baseline.shape[1]
     relevance = torch.arange(k, 0, -1, dtype=torch.float64)
     discount = 1 / torch.arange(2, k + 2, dtype=torch.float64).log2()
-    # [positions, rank found, rank of the baseline]
+    # [positions, found rank, baseline rank]
     same = (found[:, :, None] == baseline[:, None, :]).double()
     return ((same @ relevance) @ discount) / (relevance @ discount)

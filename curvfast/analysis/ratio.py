@@ -1,4 +1,4 @@
-"""activation_ratio(): which components some texts excite more than others, layer by layer."""
+"""activation_ratio(): activation of bands of components by two sets of texts, layer by layer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TOKENS = ("mean", "rms", "last")
 
 @dataclass(frozen=True, eq=False)
 class ActivationRatio:
-    """How strongly texts A excite bands of components, relative to texts B."""
+    """Activation ratios of texts A over texts B, by layer and band, with intervals."""
 
     layers: tuple[str, ...]
     bands: tuple[float, ...]
-    """Where each band ends; it begins where the one before ends."""
+    """Upper ends of the bands; each begins where the one before ends."""
     ratio: Tensor
     """float64 [layers, bands]; NaN where a band holds no component."""
     low: Tensor
@@ -91,14 +91,14 @@ def activation_ratio(
 
     With U_b the eigenvectors of A in band b and a the inputs of a layer, the ratio is ‖U_bᵀ a‖ over
     texts A, divided by ‖U_bᵀ a‖ over texts B. Memorized text lies above 1 in the last, flattest
-    band, and below 1 in the first. Tokens weigh alike, so neither batches nor padding nor
-    order move it. Source: arXiv 2510.24256, Figures 2 and 4. Forward only; modes, gradients and the
-    global random state are as before.
+    band, and below 1 in the first. All tokens have equal weight, so the result does not depend on
+    batches, padding or order. Source: arXiv 2510.24256, Figures 2 and 4. Forward only; modes,
+    gradients and the global random state are as before.
 
     Args:
         model: The model the basis was measured on.
-        basis: Its eigenbases, by layer name; leading eigenvectors suffice if they reach to where
-            the last band begins.
+        basis: Its eigenbases, by layer name; leading eigenvectors suffice if they reach the start
+            of the last band.
         texts_a: Batches as in :func:`curvfast.collect_from`; each row is one text.
         texts_b: Likewise.
         layers: Which layers of the basis, as in :func:`curvfast.collect`; None means all.
@@ -106,13 +106,13 @@ def activation_ratio(
         by: ``"index"``: ends are shares of the number of components, as in the paper; ``"mass"``:
             of the curvature mass Σμ they hold.
         side: ``"inputs"`` in the eigenvectors of A, or ``"outputs"``, bias included, in those of G.
-        tokens: How a norm over texts is made of tokens: ``"mean"`` of ‖U_bᵀ a‖ over all tokens;
-            ``"rms"``, the root of the mean of its square, which one massive activation may decide;
-            ``"last"``, the mean over the last token that counts of each text.
+        tokens: How token norms are averaged: ``"mean"`` of ‖U_bᵀ a‖ over all tokens; ``"rms"``, its
+            root mean square, which one massive activation may dominate; ``"last"``, the mean over
+            the last counted token of each text.
         rows: As in :func:`curvfast.collect`.
         skip_last: As in :func:`curvfast.collect`.
         samples: Bootstrap resamples of both sets of texts; 0 gives no interval.
-        confidence: Of the percentile interval.
+        confidence: Confidence level of the percentile interval.
         seed: Seed of the generator that draws them.
         progress: Whether a bar counts texts (on a terminal only).
 
@@ -141,7 +141,7 @@ def activation_ratio(
 
     def norms(name: str, x: Tensor) -> Tensor:
         energies = row_energies(x, vectors.of(name, x.device), ends[name], layer=name)
-        # The count rides along as a last column.
+        # The last column counts rows.
         return nn.functional.pad(energies if tokens == "rms" else energies.sqrt(), (0, 1), value=1)
 
     measure = partial(

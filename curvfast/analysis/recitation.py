@@ -1,7 +1,7 @@
-"""How far a model recites: the likeliest token held against the true one, all before it given.
+"""Length of recitation: the likeliest token compared with the true one under teacher forcing.
 
-Up to the first miss the true text is what greedy decoding would have written itself, so the leading
-run of hits is as long as what is recited, at the price of one forward (rounding aside).
+Up to the first mismatch greedy decoding would have written the true text, so the leading run of
+matches is the length of the recitation, at the cost of one forward (up to rounding).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The predictions for some continuations, aligned at their ends."""
+    """Predictions for a batch of continuations, aligned at their ends."""
 
     chosen: list[int]
-    """Which ones."""
+    """Indices of the continuations."""
     logits: Tensor
-    """[continuations, longest, vocabulary]: what is predicted for ``targets``."""
+    """[continuations, longest, vocabulary]: predictions of ``targets``."""
     targets: Tensor
-    """int64 [continuations, longest]; of a shorter one only the last tokens are its own."""
+    """int64 [continuations, longest]; a shorter continuation has only the last entries."""
 
 
 def leading_matches(
@@ -41,7 +41,7 @@ def leading_matches(
     offset: int = 0,
     batch_size: int = 32,
 ) -> list[int]:
-    """Return how many tokens of each continuation a model recites before its first miss.
+    """Return the number of tokens of each continuation recited before the first mismatch.
 
     Args:
         model: A causal language model of transformers; in eval mode meanwhile.
@@ -74,23 +74,18 @@ def predictions(
     offset: int = 0,
     batch_size: int = 32,
 ) -> Iterator[Scored]:
-    """Yield what a model predicts for continuations, batch by batch, by length.
+    """Yield a model's predictions for continuations, batch by batch, sorted by length.
 
     Unequal texts are padded on the left, under an attention mask, and positions count real tokens;
     of a model that takes no positions only equal texts are read together.
 
-    Args:
-        model: As of :func:`leading_matches`.
-        prompts: As there.
-        continuations: As there.
-        offset: As there.
-        batch_size: As there.
+    The arguments are those of :func:`leading_matches`.
 
     Yields:
         The predictions for some of them.
 
     Raises:
-        InputError: As of :func:`leading_matches`.
+        InputError: If a text is empty, or positions cannot be moved by ``offset``.
     """
     if any(not len(text) for text in (*prompts, *continuations)):
         raise InputError("a prompt or continuation is empty; give each at least one token")

@@ -1,4 +1,4 @@
-"""Percentile bootstrap of a ratio of means; texts are drawn, since tokens of one text are alike."""
+"""Percentile bootstrap over texts, since tokens of one text are dependent."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def pooled(sums: Floats, counts: Floats, weights: Floats | None = None) -> Floats:
-    """Return Σ w sums / Σ w counts.
+    """Return the pooled means Σ w sums / Σ w counts.
 
     Args:
         sums: [texts, width].
         counts: [texts, width].
-        weights: How often each text is taken, [samples, texts]; None takes each once.
+        weights: Multiplicity of each text, [samples, texts]; None takes each once.
 
     Returns:
         [samples, width], or [width]; NaN where nothing was counted.

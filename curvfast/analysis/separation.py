@@ -1,4 +1,4 @@
-"""How well a score tells two sets apart."""
+"""AUC: how well a score separates two sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from curvfast.errors import InputError
 
 
 def auc(positives: Any, negatives: Any) -> float:
-    """Return the area under the ROC curve: the chance that a positive scores above a negative.
+    """Return the area under the ROC curve: the probability that a positive outscores a negative.
 
     A tie counts one half, so equal scores give 0.5 and the order of either list plays no part
     (the Mann-Whitney statistic over the number of pairs).

@@ -1,4 +1,4 @@
-"""Input-loss curvature: how sharply the loss of each example bends around its own input."""
+"""Input-loss curvature: the squared Hessian norm of each example's loss in its input."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _TOKENS = "input_ids"
 
 @dataclass(frozen=True, eq=False)
 class InputCurvature:
-    """How sharp the loss of each example is around its input."""
+    """Estimated input-loss curvature of each example."""
 
     curvature: Tensor
     """float64 [examples]: the estimate of tr(H²) = ‖H‖², H the Hessian of the example's loss with
     respect to its input. In nats² over the input's unit to the fourth."""
     loss: Tensor
-    """float64 [examples]: its mean cross-entropy in nats, where the input is left as it is."""
+    """float64 [examples]: mean cross-entropy in nats at the unperturbed input."""
 
 
 def input_curvature(
@@ -56,8 +56,8 @@ def input_curvature(
     x the embeddings of its tokens where a batch holds ``input_ids``, else its pixels, or whatever
     floats the batch holds.
 
-    A certain prediction is flat to all orders: where the loss is near 0 the curvature is too,
-    however near the walls are. A larger ``h`` looks that far. Modes, gradients and the global
+    A confident prediction is flat to all orders: where the loss is near 0 the curvature is too,
+    however near a steep region is. A larger ``h`` probes that far. Modes, gradients and the global
     random state are as before, and no parameter gets a gradient; 1 + ``probes`` forwards and
     backwards a batch, and one forward.
 
@@ -68,8 +68,8 @@ def input_curvature(
             language model, which predicts the next tokens. -100 is no label: so the loss may be of
             part of a text.
         probes: n, at least 1.
-        h: How far a probe goes in every entry of the input, positive, in its units. Gradients of
-            float32 models differ by rounding over a much smaller one.
+        h: Step of a probe in every entry of the input, positive, in its units. For a much smaller
+            one, rounding dominates the gradient differences of float32 models.
         seed: Seed of the signs.
         skip_last: As in :func:`curvfast.collect`.
         progress: Whether a bar counts examples (on a terminal only).
@@ -111,8 +111,8 @@ def squared_curvature(
         gradient: ∇L.
         x: [examples, ...], float.
         probes: n.
-        h: The step.
-        generator: Draws the signs, on the CPU.
+        h: The step size.
+        generator: Generator of the signs, on the CPU.
 
     Returns:
         float64 [examples]. Of a quadratic loss ½ xᵀQx a probe gives ‖Qv‖² for any ``h``, and their
@@ -169,7 +169,7 @@ def _entered(
 
 
 def _replaced(current: list[Tensor]) -> Tensor:
-    """Return what the embedding is to return, once a forward."""
+    """Return the tensor that replaces the embedding's output, once a forward."""
     if not current:
         raise InputError(
             "the model calls its input embedding twice in one forward (encoder and decoder share "
@@ -179,7 +179,7 @@ def _replaced(current: list[Tensor]) -> Tensor:
 
 
 def _entrance(arguments: Mapping[str, Any]) -> str:
-    """Return which argument of the model is its input."""
+    """Return the name of the model's input argument."""
     if isinstance(arguments.get(_TOKENS), Tensor):
         return _TOKENS
     floats = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Whether a passage is recited only from one place: its prompt moved, lengthened, or renumbered."""
+"""Stress test of recitation: prompts shifted, lengthened, or with offset positions."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from curvfast.evals.memorization import Passage
 from curvfast.tables import aligned
 
 AS_IS = "as is"
-# Shares of the largest logit; rotations of large angles are rounded more than sums.
+# Tolerances relative to the largest logit; rotary angles of large positions round more.
 _ROUNDING = 1e-3
 _EPSILONS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class StressReport:
-    """How far passages are recited from each variant of their prompts."""
+    """Recited lengths of passages for each variant of their prompts."""
 
     variants: tuple[str, ...]
     """``"as is"`` first."""
     lengths: Tensor
-    """int64 [passages, variants]: tokens recited before the first miss."""
+    """int64 [passages, variants]: tokens recited before the first mismatch."""
     possible: Tensor
-    """int64 [passages, variants]: tokens there were to recite."""
+    """int64 [passages, variants]: length of the text to recite."""
     offset_change: dict[int, float]
     """For each offset: the largest change of a logit, over the largest logit."""
     rounding: float
-    """A change up to this is rounding, for the dtype of the model."""
+    """Largest change that counts as rounding, for the dtype of the model."""
 
     @property
     def longest(self) -> Tensor:
@@ -42,7 +42,7 @@ class StressReport:
 
     @property
     def offsets_are_void(self) -> bool:
-        """Whether offsets changed nothing but rounding: positions then enter only relatively."""
+        """Whether offsets changed logits by rounding only: the positions are then relative."""
         return bool(self.offset_change) and max(self.offset_change.values()) <= self.rounding
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sums over the tokens of each text, layer by layer: the one state of a forward-only analysis."""
+"""Per-text sums over tokens, layer by layer: the accumulator of all forward-only analyses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curvfast.progress import Bar
 from curvfast.rows import RowRule
 
 Values = Callable[[str, Tensor], Tensor]
-"""(layer name, rows [count, d]) -> [count, width]: what is summed of each row."""
+"""(layer name, rows [count, d]) -> [count, width]: the values to sum over rows."""
 
 
 def text_sums(
@@ -36,16 +36,16 @@ def text_sums(
     """Sum values over the rows of each text.
 
     Args:
-        model: As of :func:`watching`.
-        layers: As of :func:`watching`.
-        batches: As of :func:`curvfast.collect_from`.
-        values: What is summed.
-        last: Whether only the last row that counts of each text is (of an expert: the last that was
-            routed to it).
-        outputs: As of :func:`watching`.
-        rows: As of :func:`watching`.
-        skip_last: As of :func:`watching`.
-        title: What the bar says.
+        model: The model; its modes and ``requires_grad`` are restored.
+        layers: Layers by name.
+        batches: Batches, as in :func:`curvfast.collect_from`.
+        values: Computes the values to sum.
+        last: Whether only the last counted row of each text is summed (of an expert: the last that
+            was routed to it).
+        outputs: Whether rows are the layers' outputs, bias included, instead of their inputs.
+        rows: Row rule, as in :func:`curvfast.collect`.
+        skip_last: Whether the last real position of each text is left out; None: for causal models.
+        title: Title of the progress bar.
         progress: Whether a bar counts texts (on a terminal only).
 
     Returns:
@@ -86,22 +86,22 @@ def text_sums(
 
 
 def readers(basis: Eigenbasis, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each layer, the first of those that share its A: all of them read one tensor."""
+    """Return, for each layer, the first of the layers that share its A, and so read one tensor."""
     first: dict[Hashable, str] = {}
     return {name: first.setdefault(basis[name].key_a, name) for name in names}
 
 
 class Vectors:
-    """Eigenvectors where they are needed; moved there once, unless they are kept on disk."""
+    """A cache of eigenvectors on their device; those of a lazy basis are read at each use."""
 
     def __init__(self, basis: Eigenbasis, *, of_outputs: bool) -> None:
-        """Note whose eigenvectors are wanted: those of A, or of G for outputs."""
+        """Choose the side: eigenvectors of A, or of G for outputs."""
         self._basis = basis
         self._leaf = "vectors_g" if of_outputs else "vectors_a"
         self._moved: dict[str, Tensor] = {}
 
     def of(self, layer: str, device: torch.device) -> Tensor:
-        """Return those of a layer, float32 [d, known]."""
+        """Return a layer's eigenvectors, float32 [d, known]."""
         known = self._moved.get(layer)
         if known is None or known.device != device:
             basis = self._basis[layer]

@@ -1,4 +1,4 @@
-"""Forward passes in which the rows of layers are seen; the model is as before when they end."""
+"""Observed forward passes: the activations of chosen layers, with the model restored after."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from curvfast.steps import frozen, model_arguments
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """The rows of one layer that count, in one call of it."""
+    """The counted rows of one call of a layer."""
 
     layer: str
     rows: Tensor
     """[count, d], in the dtype of the activation."""
     texts: Tensor
-    """int64 [count]: of which text of the batch each row is."""
+    """int64 [count]: index of each row's text in the batch."""
     positions: Tensor
-    """int64 [count]: where in its text it stands."""
+    """int64 [count]: position of each row in its text."""
     shape: tuple[int, int]
-    """(texts, positions of each) of the batch."""
+    """(texts, positions per text) of the batch."""
 
 
 Run = Callable[[Any], int]
@@ -49,18 +49,18 @@ def watching(
     rows: RowRule | None = None,
     skip_last: bool | None = None,
 ) -> Iterator[Run]:
-    """Show the inputs or outputs of layers to ``on_rows``, in forwards in eval mode.
+    """Observe the inputs or outputs of layers in forwards in eval mode.
 
     Args:
         model: Its modes and ``requires_grad`` are as before afterwards.
         layers: Layers by name.
-        on_rows: Called in the forward with every call of a layer; nothing is kept for it.
-        outputs: Whether what the layers return is shown, bias included, not what they read.
+        on_rows: Called with the rows of every call of a layer, inside the forward.
+        outputs: Whether rows are the layers' outputs, bias included, instead of their inputs.
         rows: As in :func:`curvfast.collect`.
         skip_last: As in :func:`curvfast.collect`.
 
     Yields:
-        What runs the model on one batch, a batch being as in :func:`curvfast.collect_from`.
+        A function that runs the model on one batch, as in :func:`curvfast.collect_from`.
     """
     skip = is_causal_lm(model) if skip_last is None else skip_last
     observer = _Observer(layers, on_rows, outputs)
@@ -95,7 +95,7 @@ def _run(
 
 
 class _Observer:
-    """Shows the products of layers while a batch runs."""
+    """Passes the rows of observed products on while a batch runs."""
 
     def __init__(
         self, layers: Mapping[str, LinearLayer], on_rows: Callable[[Seen], None], outputs: bool
@@ -107,7 +107,7 @@ class _Observer:
         return self.current is None
 
     def rest(self, layer: str) -> None:
-        """An expert without tokens shows none."""
+        """Ignore an expert without tokens."""
 
     def see(self, product: Product) -> Tensor:
         if self.current is not None:

@@ -1,7 +1,7 @@
-"""Comparisons: other ways to make a model forget, behind one call and with one report.
+"""Baselines: other methods of making a model forget, behind one call and with one report.
 
 ``BalancedSubnet(ratio=0.01).forget(model, memorized, clean)``, and so for every one of
-:data:`RIVALS`; :class:`Rival` says what holds for all.
+:data:`RIVALS`; :meth:`Baseline.forget` documents the call.
 """
 
 from curvfast.baselines.balanced_subnet import BalancedSubnet
@@ -10,7 +10,7 @@ from curvfast.baselines.gradient_ascent import GradientAscent
 from curvfast.baselines.greedy import Greedy
 from curvfast.baselines.npo import NPO
 from curvfast.baselines.report import ForgetReport, LayerChange
-from curvfast.baselines.rival import Rival
+from curvfast.baselines.rival import Baseline, Rival
 from curvfast.baselines.selections import RandomPairs
 from curvfast.baselines.subnet import Subnet
 from curvfast.baselines.svd import TruncatedSVD
@@ -19,6 +19,7 @@ __all__ = [
     "NPO",
     "RIVALS",
     "BalancedSubnet",
+    "Baseline",
     "Durable",
     "ForgetReport",
     "GradientAscent",
@@ -30,7 +31,7 @@ __all__ = [
     "TruncatedSVD",
 ]
 
-RIVALS: tuple[type[Rival], ...] = (
+RIVALS: tuple[type[Baseline], ...] = (
     BalancedSubnet, Subnet, Durable, Greedy, GradientAscent, NPO, TruncatedSVD, RandomPairs,
 )  # fmt: skip
-"""Every rival there is; the first six look at what is memorized."""
+"""Every baseline; the first six are supervised: they read what is memorized."""

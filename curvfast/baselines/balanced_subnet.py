@@ -1,14 +1,11 @@
-"""BalancedSubnet: learn which few weights to drop for memorized text to go and other text to stay.
+"""BalancedSubnet: learnt pruning masks that remove memorized text and preserve clean text.
 
 Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXiv 2410.02159.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 from curvfast.baselines.checks import (
     check_clean_weight,
@@ -20,30 +17,30 @@ from curvfast.baselines.checks import (
 from curvfast.baselines.descent import descend
 from curvfast.baselines.draws import balanced_steps, generators
 from curvfast.baselines.masks import MaskedWeights
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import begin, finish
-from curvfast.layers import LayerSpec
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 
 
 @dataclass(frozen=True)
-class BalancedSubnet:
+class BalancedSubnet(Supervised):
     """Drops the weights of smallest learnt |score|; loss −(1 − w) · CE(memorized) + w · CE(clean).
 
     The defaults are those of the paper's code, which tunes the ratio for each model. The paper
     masks the up and down projections of every MLP: ``layers=["*.up_proj", "*.down_proj"]`` where
     there is a gate too.
+
+    Exactly round(ratio · weights) of each layer become zero; all others stay, bit for bit.
     """
 
     ratio: float = 0.01
     """Share of each matrix's weights that is dropped, in (0, 1)."""
     clean_weight: float = 0.05
-    """w, in [0, 1); 0 is Subnet, and needs no clean text."""
+    """w, in [0, 1); 0 is Subnet, and reads no clean text."""
     learning_rate: float = 0.1
-    """Of SGD, on the scores."""
+    """Learning rate of SGD on the scores."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 5
-    """Times that every row of the larger set is seen."""
+    """Passes over the larger set."""
     batch_size: int = 32
     """Rows of each set in a step, at most: the paper draws 64 of both together."""
     scored: str = "all"
@@ -60,57 +57,33 @@ class BalancedSubnet:
 
     @classmethod
     def original(cls) -> BalancedSubnet:
-        """Return the hyper-parameters of the paper's code."""
+        """Return the preset of the paper's code."""
         return cls()
 
     @classmethod
     def kfac_paper(cls) -> BalancedSubnet:
-        """Return those of the comparison in arXiv 2510.24256, on OLMo-2-7B."""
+        """Return the preset of the comparison in arXiv 2510.24256, on OLMo-2-7B."""
         return cls(ratio=0.0015, clean_weight=0.7, learning_rate=0.3)
 
     @classmethod
     def for_small_models(cls) -> BalancedSubnet:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(ratio=0.02, clean_weight=0.5, learning_rate=3.0, epochs=10)
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Learn the masks and zero what they drop, as :class:`~.rival.Rival` says.
+    def _balanced(self) -> bool:
+        return self.clean_weight > 0
 
-        Exactly round(ratio · weights) of each layer become zero; all others stay, bit for bit.
-
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: As there; not needed if ``clean_weight`` is 0.
-            layers: As there.
-            seed: As there.
-            progress: As there.
-
-        Returns:
-            What changed, and the losses on the way.
-        """
-        balanced = self.clean_weight > 0
-        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+    def _train(self, task: ForgetTask) -> Trained:
         form = MaskedWeights(
             task.subject,
             dropped(self.ratio, task.subject.weights()),
-            generators(seed)[0],
+            generators(task.seed)[0],
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
         steps = balanced_steps(
-            task, self.batch_size, seed, forget=self.clean_weight - 1, keep=self.clean_weight
+            task, self.batch_size, task.seed, forget=self.clean_weight - 1, keep=self.clean_weight
         )
         rounds = -(-max(len(task.memorized), len(task.clean)) // self.batch_size)
-        losses = descend(task.subject, form, steps, self.epochs * rounds, progress=progress)
-        return finish(self, asdict(self), task, form.weights(), losses)
+        return descend(task, form, steps, self.epochs * rounds)

@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters, made when a rival is."""
+"""Checks of hyper-parameters, made when a baseline is created."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from curvfast.errors import InputError
 
 
 def check_ratio(ratio: float) -> None:
-    """Make sure that ``ratio`` is a share.
+    """Check that ``ratio`` is a share.
 
     Raises:
         InputError: If it is not between 0 and 1.
@@ -21,10 +21,10 @@ def check_ratio(ratio: float) -> None:
 
 
 def check_clean_weight(clean_weight: float) -> None:
-    """Make sure that memorized text has a say.
+    """Check that the weight of memorized text is positive.
 
     Raises:
-        InputError: If it has none.
+        InputError: If it is not.
     """
     if not 0 <= clean_weight < 1:
         raise InputError(
@@ -33,7 +33,7 @@ def check_clean_weight(clean_weight: float) -> None:
 
 
 def check_reading(batch_size: int, scored: str) -> None:
-    """Make sure that rows can be drawn.
+    """Check the batch size and the choice of scored tokens.
 
     Raises:
         InputError: If one is out of range.
@@ -45,12 +45,12 @@ def check_reading(batch_size: int, scored: str) -> None:
 
 
 def check_training(epochs: int, learning_rate: float, **others: float) -> None:
-    """Make sure that an optimiser can run.
+    """Check the hyper-parameters of an optimiser.
 
     Args:
         epochs: Positive.
         learning_rate: Positive and finite.
-        others: By name, what must be finite and not negative.
+        others: Further hyper-parameters by name, finite and not negative.
 
     Raises:
         InputError: If one is out of range.
@@ -65,10 +65,10 @@ def check_training(epochs: int, learning_rate: float, **others: float) -> None:
 
 
 def dropped(ratio: float, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return how many of each layer's weights the share ``ratio`` is, to the nearest.
+    """Return round(ratio · weights) of each layer.
 
     Raises:
-        InputError: If it is none of some layer's.
+        InputError: If it is 0 for a layer.
     """
     counts = {name: round(ratio * weight.numel()) for name, weight in weights.items()}
     for name, count in counts.items():

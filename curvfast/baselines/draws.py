@@ -1,4 +1,4 @@
-"""The loss of each step of a supervised rival: rows of both sets, in an order of its seed alone."""
+"""Loss terms of each step of a supervised baseline: batches of both sets in a seeded order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from curvfast.baselines.examples import drawn
-from curvfast.baselines.rival import Task
+from curvfast.baselines.rival import ForgetTask
 from curvfast.baselines.trial import Objective, Term, mean_loss
 
 
@@ -20,7 +20,7 @@ def generators(seed: int) -> tuple[torch.Generator, torch.Generator, torch.Gener
 
 
 def balanced_steps(
-    task: Task,
+    task: ForgetTask,
     size: int,
     seed: int,
     *,
@@ -28,18 +28,18 @@ def balanced_steps(
     keep: float,
     objective: Objective = mean_loss,
 ) -> Iterator[list[Term]]:
-    """Yield for ever: ``forget`` · objective(memorized) + ``keep`` · mean cross-entropy(clean).
+    """Yield steps without end: ``forget`` · objective(memorized) + ``keep`` · mean loss(clean).
 
-    Each step has rows of both sets, so neither mean is ever over nothing; the smaller set comes
-    round more often.
+    Each step has rows of both sets, so neither mean is empty; the smaller set is repeated more
+    often.
 
     Args:
-        task: What to draw from.
+        task: The examples to draw from.
         size: Rows of each set in a step, at most.
         seed: Seed of the order.
         forget: Coefficient of the memorized rows' objective.
         keep: Coefficient of the clean rows' loss, where there are any.
-        objective: The per-sample mean cross-entropy, or something else.
+        objective: Objective of the memorized rows, by default the per-sample mean cross-entropy.
     """
     _, order, clean_order = generators(seed)
     clean = drawn(task.clean, size, clean_order) if task.clean else None

@@ -1,4 +1,4 @@
-"""Durable: zero the weights with the largest gradients on memorized text, in one go.
+"""Durable: zero the weights with the largest gradients on memorized text, in one step.
 
 A baseline of Sakarvadia et al., ICLR 2025, arXiv 2410.02159; first of Zhang et al., "Neurotoxin:
 Durable Backdoors in Federated Learning", 2022.
@@ -6,29 +6,27 @@ Durable Backdoors in Federated Learning", 2022.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 from curvfast.baselines.checks import check_ratio, check_reading, dropped
 from curvfast.baselines.examples import in_order
 from curvfast.baselines.masks import without_smallest
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import begin, finish
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 from curvfast.baselines.trial import Term, gradients, mean_loss
-from curvfast.layers import LayerSpec
 from curvfast.steps import frozen
 
 
 @dataclass(frozen=True)
-class Durable:
-    """Zeroes the share ``ratio`` of each matrix where |∂ CE(memorized) / ∂W| is largest."""
+class Durable(Supervised):
+    """Zeroes the share ``ratio`` of each matrix where |∂ CE(memorized) / ∂W| is largest.
+
+    Exactly round(ratio · weights) of each layer become zero; nothing is random.
+    """
 
     ratio: float = 0.01
     """Share of each matrix's weights that is zeroed, in (0, 1)."""
     batch_size: int = 64
-    """Rows at a time; their gradients are added up."""
+    """Rows at a time; gradients are accumulated."""
     scored: str = "all"
     """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""
 
@@ -39,33 +37,10 @@ class Durable:
 
     @classmethod
     def for_small_models(cls) -> Durable:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(ratio=0.035)
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Zero the weights, as :class:`~.rival.Rival` says.
-
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: Not looked at.
-            layers: As there.
-            seed: Not looked at: nothing is random.
-            progress: Not looked at.
-
-        Returns:
-            What changed: exactly round(ratio · weights) of each layer are zero.
-        """
-        task = begin(model, memorized, None, layers, scored=self.scored, balanced=False)
+    def _train(self, task: ForgetTask) -> Trained:
         weights = task.subject.weights()
         counts = dropped(self.ratio, weights)
         everything = len(task.memorized)
@@ -80,4 +55,4 @@ class Durable:
             name: without_smallest(weight, -found[name].abs(), counts[name])
             for name, weight in weights.items()
         }
-        return finish(self, asdict(self), task, new, ((loss,), ()))
+        return Trained(task.subject.commit(new), ((loss,), ()))

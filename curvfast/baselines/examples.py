@@ -1,4 +1,4 @@
-"""Token sequences to forget or to keep: read from whatever holds them, drawn in padded batches."""
+"""Reading of token sequences to forget or to retain, and padded batches of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORED = ("all", "suffix")
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One sequence without padding, on the CPU."""
+    """One token sequence without padding, on the CPU."""
 
     tokens: Tensor
     """int64 [length]."""
@@ -28,10 +28,10 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Sequences padded on the right."""
+    """A batch of sequences, padded on the right."""
 
     rows: Tensor
-    """int64 [rows]: which examples these are."""
+    """int64 [rows]: indices of the examples."""
     tokens: Tensor
     """int64 [rows, length]."""
     mask: Tensor
@@ -52,7 +52,7 @@ def read_examples(source: Any, name: str, scored: str = "all") -> tuple[Example,
         source: Sequences, each a passage (with ``prefix`` and ``suffix``), a sequence of token ids
             or an int tensor [length]; or batches, each an int tensor [rows, length] or a mapping
             with ``input_ids`` and, where there are, ``attention_mask`` and ``labels``.
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
         scored: ``"all"``: every token but a sequence's first is to be predicted; ``"suffix"``: of a
             passage only its suffix. Sequences without a prefix are all suffix.
 
@@ -78,7 +78,7 @@ def read_examples(source: Any, name: str, scored: str = "all") -> tuple[Example,
 
 
 def collate(examples: Sequence[Example], rows: Tensor) -> TokenBatch:
-    """Return the examples of the numbers ``rows``, int64 [rows], padded to the longest of them."""
+    """Return the examples at the indices ``rows``, int64 [rows], padded to the longest of them."""
     chosen = [examples[row] for row in rows.tolist()]
     tokens = pad_sequence([example.tokens for example in chosen], batch_first=True)
     targets = pad_sequence(
@@ -97,7 +97,7 @@ def in_order(examples: Sequence[Example], size: int) -> Iterator[TokenBatch]:
 def drawn(
     examples: Sequence[Example], size: int, generator: torch.Generator
 ) -> Iterator[TokenBatch]:
-    """Yield batches of at most ``size`` for ever: round by round every example, reshuffled."""
+    """Yield endless batches of at most ``size``: every example once an epoch, reshuffled each."""
     while True:
         for rows in torch.randperm(len(examples), generator=generator).split(size):
             yield collate(examples, rows)

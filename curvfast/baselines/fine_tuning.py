@@ -1,4 +1,4 @@
-"""Weights that move freely, by AdamW."""
+"""Trial weights fine-tuned by AdamW."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvfast.baselines.subject import Subject, wide
+from curvfast.baselines.subject import ForgetModel, wide
 
 
 class FreeWeights:
-    """Copies in float32 that AdamW moves, rounded to the layers' dtypes when used.
+    """Float32 copies of the weights, trained by AdamW, and rounded to the layers' dtypes when used.
 
     They take 16 bytes a weight.
     """
 
-    def __init__(self, subject: Subject, *, learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, subject: ForgetModel, *, learning_rate: float, weight_decay: float) -> None:
         """Start from the model's own weights."""
         own = subject.weights()
         self._dtypes = {name: weight.dtype for name, weight in own.items()}
@@ -29,7 +29,7 @@ class FreeWeights:
         """Return the copies in the stored dtypes."""
         return {name: copy.to(self._dtypes[name]) for name, copy in self._copies.items()}
 
-    def move(self, found: Mapping[str, Tensor]) -> None:
+    def step(self, found: Mapping[str, Tensor]) -> None:
         """Take a step of AdamW."""
         for name, copy in self._copies.items():
             copy.grad = found[name]

@@ -1,4 +1,4 @@
-"""Gradient ascent on memorized text, and descent on ordinary text to hold the rest in place.
+"""Gradient ascent on memorized text, with descent on clean text to preserve other abilities.
 
 Ascent: Jang et al., "Knowledge Unlearning for Mitigating Privacy Risks in Language Models", arXiv
 2210.01504. With descent, as "gradient difference": Maini et al., "TOFU", arXiv 2401.06121.
@@ -6,36 +6,31 @@ Ascent: Jang et al., "Knowledge Unlearning for Mitigating Privacy Risks in Langu
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 from curvfast.baselines.checks import check_reading, check_training
 from curvfast.baselines.descent import descend
 from curvfast.baselines.draws import balanced_steps
 from curvfast.baselines.fine_tuning import FreeWeights
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import begin, finish
-from curvfast.layers import LayerSpec
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 
 
 @dataclass(frozen=True)
-class GradientAscent:
+class GradientAscent(Supervised):
     """Fine-tunes by −CE(memorized) + retain · CE(clean); the first has no lower bound.
 
     The defaults are TOFU's, for models of 7B parameters, all of which it fine-tunes:
-    ``layers="all"`` comes closest. There is nothing it converges to: what it gives depends on when
-    it stops, which must be chosen for each model.
+    ``layers="all"`` comes closest. It does not converge: the result depends on the number of steps,
+    which must be chosen for each model.
     """
 
     retain: float = 1.0
     """Coefficient of the loss on clean text; 0 is ascent alone, and needs none."""
     learning_rate: float = 1e-5
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     weight_decay: float = 0.01
     epochs: int = 5
-    """Times that every memorized row is seen."""
+    """Passes over the memorized rows."""
     batch_size: int = 32
     """Rows of each set in a step, at most."""
     scored: str = "all"
@@ -48,35 +43,12 @@ class GradientAscent:
             self.epochs, self.learning_rate, retain=self.retain, weight_decay=self.weight_decay
         )
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Fine-tune a copy of the weights and write it, as :class:`~.rival.Rival` says.
+    def _balanced(self) -> bool:
+        return self.retain > 0
 
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: As there; not needed if ``retain`` is 0.
-            layers: As there.
-            seed: As there.
-            progress: As there.
-
-        Returns:
-            What changed, and the losses on the way.
-        """
-        balanced = self.retain > 0
-        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+    def _train(self, task: ForgetTask) -> Trained:
         form = FreeWeights(
             task.subject, learning_rate=self.learning_rate, weight_decay=self.weight_decay
         )
-        steps = balanced_steps(task, self.batch_size, seed, forget=-1.0, keep=self.retain)
-        count = self.epochs * -(-len(task.memorized) // self.batch_size)
-        losses = descend(task.subject, form, steps, count, progress=progress)
-        return finish(self, asdict(self), task, form.weights(), losses)
+        steps = balanced_steps(task, self.batch_size, task.seed, forget=-1.0, keep=self.retain)
+        return descend(task, form, steps, self.epochs * -(-len(task.memorized) // self.batch_size))

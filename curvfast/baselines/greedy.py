@@ -1,4 +1,4 @@
-"""Greedy: zero, one by one, the weight whose removal promises most; exact about its order and slow.
+"""Greedy: zero, one by one, the weight with the largest first-order gain; slow.
 
 Maini et al., "Can Neural Network Memorization Be Localized?", 2023, arXiv 2307.09542; for language
 models Sakarvadia et al., ICLR 2025, arXiv 2410.02159.
@@ -7,25 +7,22 @@ models Sakarvadia et al., ICLR 2025, arXiv 2410.02159.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvfast.baselines.checks import check_clean_weight, check_ratio, check_reading
 from curvfast.baselines.descent import descend
 from curvfast.baselines.draws import balanced_steps
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import begin, finish
-from curvfast.baselines.subject import Subject
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
+from curvfast.baselines.subject import ForgetModel
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """Zeroes where w · ∂L/∂w is largest, of all layers, again and again.
+class Greedy(Supervised):
+    """Zeroes the weights with the largest w · ∂L/∂w over all layers, recomputed after each step.
 
     L = −(1 − w) · CE(memorized) + w · CE(clean); to first order, zeroing a weight lowers L by
     w · ∂L/∂w. Where no weight would lower it, nothing is zeroed.
@@ -54,47 +51,25 @@ class Greedy:
         if self.at_once < 1:
             raise InputError(f"at_once={self.at_once}: pass a positive number of weights")
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Zero the weights, as :class:`~.rival.Rival` says.
+    def _balanced(self) -> bool:
+        return self.clean_weight > 0
 
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: As there; needed unless ``clean_weight`` is 0.
-            layers: As there.
-            seed: As there.
-            progress: As there.
-
-        Returns:
-            What changed: at most round(ratio · weights) of all layers together.
-        """
-        balanced = self.clean_weight > 0
-        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+    def _train(self, task: ForgetTask) -> Trained:
         total = sum(weight.numel() for weight in task.subject.weights().values())
         count = round(self.ratio * total)
         if not count:
             raise InputError(f"ratio={self.ratio} of {total} weights is none; raise it")
         form = ZeroedWeights(task.subject, count, self.at_once)
         steps = balanced_steps(
-            task, self.batch_size, seed, forget=self.clean_weight - 1, keep=self.clean_weight
+            task, self.batch_size, task.seed, forget=self.clean_weight - 1, keep=self.clean_weight
         )
-        losses = descend(task.subject, form, steps, -(-count // self.at_once), progress=progress)
-        return finish(self, asdict(self), task, form.weights(), losses)
+        return descend(task, form, steps, -(-count // self.at_once))
 
 
 class ZeroedWeights:
-    """The model's weights, of which every step zeroes the most promising."""
+    """Trial weights of which every step zeroes those with the largest first-order gain."""
 
-    def __init__(self, subject: Subject, count: int, at_once: int) -> None:
+    def __init__(self, subject: ForgetModel, count: int, at_once: int) -> None:
         """Start from the model's own weights; zero at most ``count``, ``at_once`` a step."""
         self._weights = {name: weight.clone() for name, weight in subject.weights().items()}
         self._left = count
@@ -104,7 +79,7 @@ class ZeroedWeights:
         """Return the weights."""
         return self._weights
 
-    def move(self, found: Mapping[str, Tensor]) -> None:
+    def step(self, found: Mapping[str, Tensor]) -> None:
         """Zero where w · ∂L/∂w is largest and positive, over all layers."""
         weights = self._weights.values()
         device = next(iter(found.values())).device

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvfast.baselines.subject import Subject, wide
+from curvfast.baselines.subject import ForgetModel, wide
 
 
 def initial_scores(shape: torch.Size, d_in: int, generator: torch.Generator) -> Tensor:
@@ -44,7 +44,7 @@ class MaskedWeights:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ForgetModel,
         counts: Mapping[str, int],
         generator: torch.Generator,
         *,
@@ -55,9 +55,9 @@ class MaskedWeights:
         """Draw the scores.
 
         Args:
-            subject: Whose weights.
-            counts: How many to drop of each layer.
-            generator: Draws the scores, on the CPU: the same for every device.
+            subject: The model.
+            counts: Number of weights to drop in each layer.
+            generator: Generator of the scores, on the CPU: the same for every device.
             learning_rate: Of SGD.
             momentum: Of SGD.
             weight_decay: Of SGD.
@@ -81,7 +81,7 @@ class MaskedWeights:
             for name, weight in self._frozen.items()
         }
 
-    def move(self, found: Mapping[str, Tensor]) -> None:
+    def step(self, found: Mapping[str, Tensor]) -> None:
         """Take a step of SGD along the straight-through gradient."""
         for name, scores in self._scores.items():
             scores.grad = straight_through(found[name], self._frozen[name], scores)

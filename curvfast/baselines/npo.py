@@ -1,4 +1,4 @@
-"""Negative preference optimisation: ascent that weakens as a passage is forgotten.
+"""Negative preference optimisation (NPO): ascent that weakens as a passage is forgotten.
 
 Zhang, Lin, Bai and Mei, "Negative Preference Optimization: From Catastrophic Collapse to Effective
 Unlearning", 2024, arXiv 2404.05868, equation 3.
@@ -6,11 +6,10 @@ Unlearning", 2024, arXiv 2404.05868, equation 3.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from curvfast.baselines.checks import check_reading, check_training
@@ -18,16 +17,14 @@ from curvfast.baselines.descent import descend
 from curvfast.baselines.draws import balanced_steps
 from curvfast.baselines.examples import TokenBatch, in_order
 from curvfast.baselines.fine_tuning import FreeWeights
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.rival import Task, begin, finish
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 from curvfast.baselines.trial import log_likelihoods
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec
 from curvfast.steps import frozen
 
 
 def npo_loss(found: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Return −(2/β) · mean log σ(−β · (log π_θ − log π_ref)).
+    """Return the NPO loss −(2/β) · mean log σ(−β · (log π_θ − log π_ref)).
 
     As β → 0 it is (2/β) · log 2 + mean(log π_θ − log π_ref): gradient ascent on the summed loss.
 
@@ -40,7 +37,7 @@ def npo_loss(found: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NPO:
+class NPO(Supervised):
     """Fine-tunes by the NPO loss of memorized text + retain · CE(clean).
 
     π is the likelihood of a passage's suffix given its prefix, π_ref that of the model as it was.
@@ -53,10 +50,10 @@ class NPO:
     retain: float = 1.0
     """Coefficient of the loss on clean text; 0 is NPO alone, and needs none."""
     learning_rate: float = 1e-5
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     weight_decay: float = 0.01
     epochs: int = 10
-    """Times that every memorized row is seen."""
+    """Passes over the memorized rows."""
     batch_size: int = 32
     """Rows of each set in a step, at most."""
     scored: str = "suffix"
@@ -77,34 +74,13 @@ class NPO:
 
     @classmethod
     def for_small_models(cls) -> NPO:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(beta=1.0, retain=5.0, learning_rate=2e-4, epochs=20)
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Fine-tune a copy of the weights and write it, as :class:`~.rival.Rival` says.
+    def _balanced(self) -> bool:
+        return self.retain > 0
 
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: As there; not needed if ``retain`` is 0.
-            layers: As there.
-            seed: As there.
-            progress: As there.
-
-        Returns:
-            What changed, and the losses on the way: cross-entropies, whatever the objective.
-        """
-        balanced = self.retain > 0
-        task = begin(model, memorized, clean, layers, scored=self.scored, balanced=balanced)
+    def _train(self, task: ForgetTask) -> Trained:
         reference = reference_log_likelihoods(task, self.batch_size)
 
         def objective(found: Tensor, batch: TokenBatch) -> Tensor:
@@ -114,15 +90,13 @@ class NPO:
             task.subject, learning_rate=self.learning_rate, weight_decay=self.weight_decay
         )
         steps = balanced_steps(
-            task, self.batch_size, seed, forget=1.0, keep=self.retain, objective=objective
+            task, self.batch_size, task.seed, forget=1.0, keep=self.retain, objective=objective
         )
-        count = self.epochs * -(-len(task.memorized) // self.batch_size)
-        losses = descend(task.subject, form, steps, count, progress=progress)
-        return finish(self, asdict(self), task, form.weights(), losses)
+        return descend(task, form, steps, self.epochs * -(-len(task.memorized) // self.batch_size))
 
 
-def reference_log_likelihoods(task: Task, batch_size: int) -> Tensor:
-    """Return log π_ref of every memorized row, [rows] on the CPU: of the model as it is."""
+def reference_log_likelihoods(task: ForgetTask, batch_size: int) -> Tensor:
+    """Return log π_ref of every memorized row under the current model, [rows] on the CPU."""
     with torch.no_grad(), frozen(task.subject.model, False):
         parts = [
             log_likelihoods(task.subject, {}, batch).cpu()

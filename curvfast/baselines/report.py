@@ -1,4 +1,4 @@
-"""What a method did to a model to make it forget: one report for all of them."""
+"""Reports of baselines."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from curvfast.tables import aligned
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What became of one layer's weight."""
+    """The change of one layer's weight."""
 
     name: str
     weights: int
     """Its number of weights."""
     changed: float
-    """Share of them that are not what they were."""
+    """Share of them that were changed."""
     zeroed: float
-    """Share of them that are zero now and were not."""
+    """Share of them that were set to zero."""
     relative_change: float
     """‖W' − W‖ / ‖W‖ in Frobenius norm."""
 
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What a rival's ``forget`` did, layer by layer; prints as a table."""
+    """Report of a baseline's ``forget``, layer by layer; prints as a table."""
 
     method: str
-    """The rival's class."""
+    """Class name of the baseline."""
     settings: Mapping[str, Any]
     """Its hyper-parameters, JSON-able."""
     layers: tuple[LayerChange, ...]
     seconds: float
-    """From the call to the last weight written."""
+    """Duration of the call."""
     memorized_loss: tuple[float, ...] = ()
     """Before each step: per-sample mean cross-entropy on that step's memorized rows, in nats."""
     clean_loss: tuple[float, ...] = ()
-    """The same on its ordinary rows; empty where the method looks at none."""
+    """The same on its clean rows; empty where the method reads none."""
 
     @property
     def changed(self) -> float:
-        """Share of all weights of these layers that are not what they were."""
+        """Share of all weights of these layers that were changed."""
         return self._share("changed")
 
     @property
     def zeroed(self) -> float:
-        """Share of all weights of these layers that are zero now and were not."""
+        """Share of all weights of these layers that were set to zero."""
         return self._share("zeroed")
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,122 +1,126 @@
-"""What all rivals have in common: one call, what is checked before it, one report after it."""
+"""Baseline: the base class of all baselines, with their common ``forget``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from curvfast.baselines.examples import Example, read_examples
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.subject import Subject, choose
+from curvfast.baselines.report import ForgetReport, LayerChange
+from curvfast.baselines.subject import ForgetModel, choose
 from curvfast.layers import LayerSpec
 
+Examples = tuple[Example, ...]
 Losses = tuple[tuple[float, ...], tuple[float, ...]]
 """Per-sample mean cross-entropies before each step: of memorized rows, of clean rows."""
 
 
-class Rival(Protocol):
-    """A way to make a model forget, with its hyper-parameters."""
+@dataclass(frozen=True, eq=False)
+class ForgetTask:
+    """The checked inputs of one call of ``forget``."""
+
+    subject: ForgetModel
+    memorized: Examples
+    """Empty where the method reads no text."""
+    clean: Examples
+    """Empty where the method reads none."""
+    seed: int = 0
+    progress: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Result of a baseline's training: changes by layer, and the losses before each step."""
+
+    changes: tuple[LayerChange, ...]
+    losses: Losses = ((), ())
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline(ABC):
+    """Base class of baselines: a method of forgetting with its hyper-parameters as fields.
+
+    A subclass implements :meth:`_train`. One that reads text inherits from :class:`Supervised`.
+    """
 
     def forget(
         self,
         model: nn.Module,
-        memorized: Any,
-        clean: Any,
+        memorized: Any = None,
+        clean: Any = None,
         layers: LayerSpec = "mlp",
         *,
         seed: int = 0,
         progress: bool = True,
     ) -> ForgetReport:
-        """Change the weights of ``layers``, in place, their dtypes kept.
+        """Make a model forget, by changing the weights of ``layers`` in place, in their dtypes.
 
         Everything is checked before the first weight is written, and if the call does not return
         every weight is as it was, bit for bit. Modes, ``requires_grad``, gradients and the global
-        random state are as they were in any case; dropout is off meanwhile.
+        random state are restored in any case; dropout is off during the call.
 
         Args:
             model: A causal language model.
             memorized: What to forget: passages (with ``prefix`` and ``suffix``), sequences of token
                 ids, or batches of them (tensors, or mappings with ``input_ids`` and, where there
-                are, ``attention_mask`` and ``labels``), of any lengths.
-            clean: Ordinary text in the same forms, finite; None where the method needs none.
+                are, ``attention_mask`` and ``labels``), of any lengths. Read by the supervised
+                methods only.
+            clean: Ordinary text in the same forms, finite; read only by a method that balances
+                forgetting against it, which then needs it.
             layers: Which linear layers, as in :func:`curvfast.collect`.
             seed: Seed of all that is random.
             progress: Whether a bar counts steps (on a terminal only).
 
         Returns:
-            What changed, and the losses on the way.
+            What changed, and the losses before each step: cross-entropies, whatever the objective.
 
         Raises:
-            InputError: If text is missing or is no text, or a weight is quantised or sharded.
+            InputError: If text is missing or unreadable, or a weight is quantised or sharded.
             LayerNotFound: If ``layers`` matches nothing.
             NonFiniteError: If a loss or a new weight is NaN or infinite.
         """
+        started = time.perf_counter()
+        subject = choose(model, layers)
+        examples, others = self._read(memorized, clean)
+        trained = self._train(ForgetTask(subject, examples, others, seed, progress))
+        seconds = time.perf_counter() - started
+        settings = self._settings(change.name for change in trained.changes)
+        return ForgetReport(
+            type(self).__name__, settings, trained.changes, seconds, *trained.losses
+        )
+
+    @abstractmethod
+    def _train(self, task: ForgetTask) -> Trained:
+        """Find new weights and write them through ``task.subject``, all or none."""
+
+    def _read(self, memorized: Any, clean: Any) -> tuple[Examples, Examples]:
+        """Return the memorized and the clean text that the method reads: here none."""
+        return (), ()
+
+    def _settings(self, layers: Iterable[str]) -> dict[str, Any]:
+        """Return the hyper-parameters, JSON-able, given the layers that were changed."""
+        return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A model and the text to work with, all of it checked."""
-
-    subject: Subject
-    memorized: tuple[Example, ...]
-    clean: tuple[Example, ...]
-    """Empty where the method looks at none."""
-    started: float
+Rival = Baseline
+"""The earlier name of :class:`Baseline`."""
 
 
-def begin(
-    model: nn.Module,
-    memorized: Any,
-    clean: Any,
-    layers: LayerSpec,
-    *,
-    scored: str,
-    balanced: bool,
-) -> Task:
-    """Check and read what a rival is given.
+class Supervised(Baseline):
+    """Base class of baselines that read the memorized text."""
 
-    Args:
-        model: As in :meth:`Rival.forget`.
-        memorized: As there.
-        clean: As there.
-        layers: As there.
-        scored: Which tokens of ``memorized`` count, as in :func:`read_examples`.
-        balanced: Whether ``clean`` is needed; otherwise it is not read.
+    scored: str
+    """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""
 
-    Raises:
-        InputError: If text is missing or is no text, or a weight is quantised or sharded.
-        LayerNotFound: If ``layers`` matches nothing.
-    """
-    started = time.perf_counter()
-    subject = choose(model, layers)
-    examples = read_examples(memorized, "memorized", scored)
-    others = read_examples(clean, "clean", "all") if balanced else ()
-    return Task(subject, examples, others, started)
+    def _balanced(self) -> bool:
+        """Return whether clean text is needed; otherwise it is not read."""
+        return False
 
-
-def finish(
-    rival: Rival,
-    settings: Mapping[str, Any],
-    task: Task,
-    new: Mapping[str, Tensor],
-    losses: Losses,
-) -> ForgetReport:
-    """Write new weights, by layer in the stored shape, all or none, and report.
-
-    Args:
-        rival: Whose they are.
-        settings: Its hyper-parameters.
-        task: What it worked on.
-        new: The weights.
-        losses: On the way.
-
-    Raises:
-        NonFiniteError: If a weight is NaN or infinite.
-    """
-    changes = task.subject.commit(new)
-    seconds = time.perf_counter() - task.started
-    return ForgetReport(type(rival).__name__, settings, changes, seconds, *losses)
+    def _read(self, memorized: Any, clean: Any) -> tuple[Examples, Examples]:
+        examples = read_examples(memorized, "memorized", self.scored)
+        return examples, read_examples(clean, "clean", "all") if self._balanced() else ()

@@ -1,4 +1,4 @@
-"""The model that is to forget: which weights may change, and writing them all or none."""
+"""ForgetModel: the weights that a baseline may change, written all or none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from curvfast.provenance import unwrap
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """A model without its wrappers, and those of its layers that may change."""
+class ForgetModel:
+    """An unwrapped model, and its layers that may change."""
 
     model: nn.Module
     layers: Mapping[str, LinearLayer]
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """Device of the model's inputs."""
         return next(self.model.parameters()).device
 
     def weights(self) -> dict[str, Tensor]:
@@ -56,10 +56,10 @@ class Subject:
         return self.rewrite(write)
 
     def rewrite(self, write: Callable[[], object]) -> tuple[LayerChange, ...]:
-        """Call what writes weights; if it does not return, put them all back, bit for bit.
+        """Call ``write``; if it raises, restore all weights, bit for bit.
 
         Returns:
-            What it changed, layer by layer.
+            The changes, layer by layer.
         """
         before = {name: weight.clone() for name, weight in self.weights().items()}
         try:
@@ -73,12 +73,12 @@ class Subject:
             raise
 
 
-def choose(model: nn.Module, layers: LayerSpec) -> Subject:
-    """Return the model and the layers that ``layers`` means, once they are known to be writable.
+def choose(model: nn.Module, layers: LayerSpec) -> ForgetModel:
+    """Return the model and the layers that match ``layers``, after checking that all are writable.
 
     Args:
         model: Any module.
-        layers: As in :func:`curvfast.collect`.
+        layers: Which linear layers, as in :func:`curvfast.collect`.
 
     Raises:
         LayerNotFound: If nothing matches.
@@ -92,11 +92,11 @@ def choose(model: nn.Module, layers: LayerSpec) -> Subject:
     chosen = select(model, layers)
     for layer in chosen.values():
         layer.require_writable()
-    return Subject(unwrap(model), chosen)
+    return ForgetModel(unwrap(model), chosen)
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which sums and steps on ``tensor`` are made: float32, or its own."""
+    """Return the working dtype for ``tensor``: float32, or float64 if it is."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

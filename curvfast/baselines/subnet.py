@@ -1,32 +1,31 @@
-"""Subnet: BalancedSubnet without its balance, driven by memorized text alone.
+"""Subnet: BalancedSubnet on memorized text alone.
 
 Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXiv 2410.02159.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-from torch import nn
+from dataclasses import asdict, dataclass
 
 from curvfast.baselines.balanced_subnet import BalancedSubnet
-from curvfast.baselines.report import ForgetReport
-from curvfast.layers import LayerSpec
+from curvfast.baselines.rival import ForgetTask, Supervised, Trained
 
 
 @dataclass(frozen=True)
-class Subnet:
-    """Drops the weights of smallest learnt |score|; loss −CE(memorized)."""
+class Subnet(Supervised):
+    """Drops the weights of smallest learnt |score|; loss −CE(memorized).
+
+    Exactly round(ratio · weights) of each layer become zero.
+    """
 
     ratio: float = 0.01
     """Share of each matrix's weights that is dropped, in (0, 1)."""
     learning_rate: float = 0.1
-    """Of SGD, on the scores."""
+    """Learning rate of SGD on the scores."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 5
-    """Times that every memorized row is seen."""
+    """Passes over the memorized rows."""
     batch_size: int = 64
     """Rows in a step, at most."""
     scored: str = "all"
@@ -34,40 +33,15 @@ class Subnet:
 
     def __post_init__(self) -> None:
         """Check the hyper-parameters."""
-        self._balanced()
+        self._masking()
 
     @classmethod
     def for_small_models(cls) -> Subnet:
-        """Return those that forget with little loss on the demo's models of 1M weights."""
+        """Return a preset for models of 1M weights, such as the demo's."""
         return cls(ratio=0.02, learning_rate=3.0, epochs=20)
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Learn the masks and zero what they drop, as :class:`~.rival.Rival` says.
+    def _train(self, task: ForgetTask) -> Trained:
+        return self._masking()._train(task)
 
-        Args:
-            model: As there.
-            memorized: As there.
-            clean: Not looked at.
-            layers: As there.
-            seed: As there.
-            progress: As there.
-
-        Returns:
-            What changed: round(ratio · weights) of each layer.
-        """
-        report = self._balanced().forget(
-            model, memorized, None, layers, seed=seed, progress=progress
-        )
-        return replace(report, method=type(self).__name__, settings=asdict(self))
-
-    def _balanced(self) -> BalancedSubnet:
+    def _masking(self) -> BalancedSubnet:
         return BalancedSubnet(clean_weight=0.0, **asdict(self))

@@ -1,27 +1,24 @@
-"""Singular vectors of a model's weights, found once for many edits with ``importance="svd"``."""
+"""TruncatedSVD, and the singular vectors of weights as a basis for edits by ``"svd"``."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from curvfast.baselines.report import ForgetReport
-from curvfast.baselines.subject import choose
+from curvfast.baselines.rival import Baseline, ForgetTask, Trained
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.singular import singular_vectors
 from curvfast.editing import edit
 from curvfast.errors import InputError, LayerNotFound
-from curvfast.layers import LayerSpec, linear_layers
+from curvfast.layers import linear_layers
 from curvfast.selecting import select
 
 
 @dataclass(frozen=True)
-class TruncatedSVD:
-    """Keeps the largest singular directions of each weight; looks at no text."""
+class TruncatedSVD(Baseline):
+    """Keeps the largest singular directions of each weight; reads no text."""
 
     fraction: float
     """Share of each layer's rank that is kept, in (0, 1]."""
@@ -35,36 +32,11 @@ class TruncatedSVD:
         if not 0 < self.fraction <= 1:
             raise InputError(f"fraction={self.fraction}: pass a share of the rank in (0, 1]")
 
-    def forget(
-        self,
-        model: nn.Module,
-        memorized: Any = None,
-        clean: Any = None,
-        layers: LayerSpec = "mlp",
-        *,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> ForgetReport:
-        """Truncate the weights, as :class:`~.rival.Rival` says.
-
-        Args:
-            model: As there.
-            memorized: Not looked at.
-            clean: Not looked at.
-            layers: As there.
-            seed: Not looked at: nothing is random.
-            progress: Not looked at.
-
-        Returns:
-            What changed.
-        """
-        started = time.perf_counter()
-        subject = choose(model, layers)
+    def _train(self, task: ForgetTask) -> Trained:
+        subject = task.subject
         basis = svd_basis(subject.model, subject.layers)
         kept = select(subject.model, basis, "svd", fraction=self.fraction)
-        changes = subject.rewrite(lambda: edit(subject.model, basis, selection=kept))
-        seconds = time.perf_counter() - started
-        return ForgetReport("TruncatedSVD", {"fraction": self.fraction}, changes, seconds)
+        return Trained(subject.rewrite(lambda: edit(subject.model, basis, selection=kept)))
 
 
 def svd_basis(model: nn.Module, layers: Iterable[str]) -> Eigenbasis:

@@ -1,8 +1,8 @@
-"""A model tried with other weights in place of its own, and the gradient with respect to them.
+"""Forward and backward of a model with trial weights, without writing them to the model.
 
-The weights stand in during a call (``torch.func.functional_call``): no module is swapped, nothing
-of the model is written, and no parameter gets a gradient. The backward is made inside that call:
-a checkpointed region computes its forward again there, and must meet the same weights.
+The weights are substituted during a call (``torch.func.functional_call``): no module is swapped,
+nothing of the model is written, and no parameter gets a gradient. The backward runs inside that
+call: a checkpointed region recomputes its forward there, with the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from curvfast.adapters import ExpertLayer
 from curvfast.baselines.examples import TokenBatch
-from curvfast.baselines.subject import Subject, wide
+from curvfast.baselines.subject import ForgetModel, wide
 from curvfast.errors import InputError
 from curvfast.forward import forward_of
 from curvfast.rows import IGNORED_LABEL
@@ -31,7 +31,7 @@ Objective = Callable[[Tensor, TokenBatch], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A part of a loss: ``coefficient`` times ``objective`` on one batch."""
+    """A term of a loss: ``coefficient`` times ``objective`` on one batch."""
 
     batch: TokenBatch
     coefficient: float
@@ -39,7 +39,7 @@ class Term:
 
 
 def mean_loss(found: Tensor, batch: TokenBatch) -> Tensor:
-    """Return the mean over rows of each row's mean cross-entropy: padding has no say.
+    """Return the mean over rows of each row's mean cross-entropy; padding does not count.
 
     Args:
         found: Log-likelihood of each row, [rows].
@@ -48,13 +48,15 @@ def mean_loss(found: Tensor, batch: TokenBatch) -> Tensor:
     return -(found / batch.counts.to(found.device)).mean()
 
 
-def log_likelihoods(subject: Subject, weights: Mapping[str, Tensor], batch: TokenBatch) -> Tensor:
+def log_likelihoods(
+    subject: ForgetModel, weights: Mapping[str, Tensor], batch: TokenBatch
+) -> Tensor:
     """Return log p of each row's scored tokens, each given those before it, [rows].
 
     Args:
         subject: The model.
-        weights: By layer, in the stored shape and dtype: what to compute with. Layers left out keep
-            their own.
+        weights: Trial weights by layer, in the stored shape and dtype. Other layers keep the
+            model's.
         batch: The rows.
 
     Returns:
@@ -67,14 +69,14 @@ def log_likelihoods(subject: Subject, weights: Mapping[str, Tensor], batch: Toke
 
 
 def gradients(
-    subject: Subject, weights: Mapping[str, Tensor], terms: Sequence[Term]
+    subject: ForgetModel, weights: Mapping[str, Tensor], terms: Sequence[Term]
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Differentiate a sum of terms, a backward for each: only one batch is held at a time.
+    """Return the gradient of a sum of terms, with one backward per term to save memory.
 
     Args:
         subject: The model, in a ``frozen`` block.
-        weights: By layer, as in :func:`log_likelihoods`: where the gradient is taken.
-        terms: What is summed.
+        weights: The point of the gradient: weights by layer, as in :func:`log_likelihoods`.
+        terms: The terms of the loss.
 
     Returns:
         The gradient by layer, float32 (float64 of float64 weights); and for each term its batch's
@@ -106,7 +108,7 @@ def gradients(
 
 
 class _Within(nn.Module):
-    """A model around which something is run."""
+    """A module that holds the model, so that ``functional_call`` can run any function around it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -117,16 +119,16 @@ class _Within(nn.Module):
 
 
 def _standing_in(
-    subject: Subject, weights: Mapping[str, Tensor], run: Callable[[], Result]
+    subject: ForgetModel, weights: Mapping[str, Tensor], run: Callable[[], Result]
 ) -> Result:
-    """Return what ``run`` does while ``weights`` stand in for the model's own."""
+    """Return the result of ``run`` while ``weights`` replace those of the model."""
     around = _Within(subject.model)
     parameters = {f"model.{name}": value for name, value in _parameters(subject, weights).items()}
     found: Result = functional_call(around, parameters, (run,))
     return found
 
 
-def _log_likelihoods(subject: Subject, batch: TokenBatch) -> Tensor:
+def _log_likelihoods(subject: ForgetModel, batch: TokenBatch) -> Tensor:
     model = subject.model
     tokens = batch.tokens.to(subject.device)
     arguments: dict[str, Any] = {"input_ids": tokens}
@@ -146,8 +148,8 @@ def _log_likelihoods(subject: Subject, batch: TokenBatch) -> Tensor:
     return -losses.view(targets.shape).sum(1)
 
 
-def _parameters(subject: Subject, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole parameters by their full names, with ``weights`` in them."""
+def _parameters(subject: ForgetModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole parameters by full name, with ``weights`` inserted."""
     names = {id(parameter): name for name, parameter in subject.model.named_parameters()}
     found: dict[str, Tensor] = {}
     stacks: dict[str, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""``curvfast demo``: watch a model forget what it recites, on real text, without a download."""
+"""``curvfast demo``: the edit of a model that recites passages of real text."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.model == "smollm":
         from curvfast.demo import smollm
 
-        plan = smollm.Plan(seed=options.seed)
-        plan = plan.quick() if options.quick else plan
-        results = smollm.run(plan, options.out, say, command=command)
+        sizes = smollm.SmolLMRecipe(seed=options.seed)
+        sizes = sizes.quick() if options.quick else sizes
+        results = smollm.run(sizes, options.out, say, command=command)
     else:
         from curvfast.demo import lm
         from curvfast.demo.recipe import Recipe

@@ -1,4 +1,4 @@
-"""``curvfast env``: what a bug report needs."""
+"""``curvfast env``: versions and backends, for bug reports."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def add_to(commands: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Measures:
-    """What is measured, read once and the same for both models."""
+    """The requested measures with their data, read once and the same for both models."""
 
     tokenizer: Any
     text: list[Any] | None
@@ -86,7 +86,7 @@ class _Measures:
     batch: int
 
     def of(self, model: nn.Module) -> list[Score]:
-        """Take every measure."""
+        """Return the scores of a model on every measure."""
         from curvfast.evals.comparison import Score
         from curvfast.evals.memorization import memorization
         from curvfast.evals.perplexity import perplexity
@@ -114,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
 
     _check(options)
     if logging.getLogger().getEffectiveLevel() > logging.INFO:
-        # It warns of every setting that a task leaves to it.
+        # The harness warns of every setting that a task leaves at its default.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     patches = [Patch.load(folder) for folder in options.patch]
     harness = (
@@ -127,7 +127,7 @@ def _run(options: argparse.Namespace) -> int:
     measures = _read(options, model, tokenizer, harness)
     after = None
     if patches:
-        # First, so that a patch that does not fit is refused before anything is measured.
+        # First, so that a patch that does not fit raises before anything is measured.
         with patched(model, patches, strength=_strength(options)):
             after = measures.of(model)
     compared = changes(measures.of(model), after)
@@ -139,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what contradicts itself, before anything is read."""
+    """Raise for contradictory options, before anything is read."""
     if options.text is None and options.passages is None and options.lm_eval is None:
         raise InputError(
             "nothing to measure: pass --text FILE, --passages FILE, --lm-eval TASKS, or several"
@@ -196,7 +196,7 @@ def _read(
 
 
 def _dtype_of(patches: Sequence[Patch]) -> str:
-    """Return the dtype a patch is for: in any other it would be refused."""
+    """Return the dtype of the patches; a model of any other dtype would not match."""
     found = (layer.before.dtype for patch in patches for layer in patch.layers.values())
     return next(found, "float32")
 

@@ -1,4 +1,4 @@
-"""``curvfast lab``: experiments in small on what an edit removes and what it keeps."""
+"""``curvfast lab``: small experiments on what an edit removes and what it keeps."""
 
 from __future__ import annotations
 
@@ -131,14 +131,14 @@ def _answers(figures: Mapping[str, float], task: str) -> str:
 
 
 def _asked(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return the fields of a recipe that options give."""
+    """Return the fields of a recipe that are set by options."""
     found = {name: getattr(options, name) for name in ("mass", *names)}
     found["blocks"] = options.blocks and tuple(options.blocks)
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _command(options: argparse.Namespace, experiment: str, *names: str) -> str:
-    """Return the command that gives the same results again."""
+    """Return the command that reproduces the results."""
     words = ["curvfast", "lab", *experiment.split(), "--seed", str(options.seed)]
     for name in (*names, "mass", "blocks"):
         value = getattr(options, name)

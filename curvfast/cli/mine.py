@@ -1,4 +1,4 @@
-"""``curvfast mine``: which passages of a corpus a model knows word for word."""
+"""``curvfast mine``: search a corpus for passages that a model recites."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
     model, tokenizer = load_causal_lm(options.model, dtype=options.dtype, device=options.device)
     if options.bos and tokenizer.bos_token_id is None:
         raise InputError(f"--bos: the tokenizer of {options.model!r} has no BOS; leave it out")
-    # Each document by itself: no window holds tokens of two.
+    # Documents are kept separate, so that no window holds tokens of two.
     batches = text_batches(
         options.texts, tokenizer, seq_len=span, batch_size=options.batch, shuffle_buffer=0,
         boundaries="separate", field=options.field, split=options.split, drop_last=True,

@@ -1,4 +1,4 @@
-"""``curvfast apply`` and ``curvfast revert``: a patch on a checkpoint, and back."""
+"""``curvfast apply`` and ``curvfast revert``: apply a patch to a checkpoint, and revert it."""
 
 from __future__ import annotations
 

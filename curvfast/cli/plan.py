@@ -1,4 +1,4 @@
-"""``curvfast plan``: what a collection will take, from a config alone."""
+"""``curvfast plan``: memory, passes and FLOPs of a collection, from a config alone."""
 
 from __future__ import annotations
 

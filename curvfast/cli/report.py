@@ -1,4 +1,4 @@
-"""``curvfast report``: everything of a folder of results on one page."""
+"""``curvfast report``: one HTML page of all results in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curvfast.errors import CurvfastError, StorageError
 
 if TYPE_CHECKING:
-    from curvfast.report.page.document import Part
+    from curvfast.report.page.document import ReportPart
 
 _NAME = "report.html"
 
@@ -55,8 +55,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _study(folder: Path, source: str, trouble: Callable[[str, str], None]) -> Part | None:
-    # Imported once there is a study to be shown: the catalogue loads every experiment.
+def _study(folder: Path, source: str, trouble: Callable[[str, str], None]) -> ReportPart | None:
+    # Imported only if there is a study to show: the catalogue imports every experiment.
     from curvfast.studies.section import study_part
 
     return study_part(folder, source, trouble)

@@ -1,4 +1,4 @@
-"""One line before each stage of a long command, on standard error."""
+"""Progress messages of long commands on standard error, one line before each stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def sayer(*, quiet: bool) -> Callable[[str], None]:
-    """Return what tells of a stage; with ``quiet`` it tells nothing."""
+    """Return a function that prints a stage's line; with ``quiet`` it prints nothing."""
 
     def say(line: str) -> None:
         if not quiet:

@@ -1,4 +1,4 @@
-"""``curvfast spectrum-log``: what a training did to the curvature of its layers."""
+"""``curvfast spectrum-log``: tables and figures of a spectrum log."""
 
 from __future__ import annotations
 

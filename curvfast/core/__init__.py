@@ -1,1 +1,1 @@
-"""The method: factors, their eigenbasis, what of it to keep, and the edit of a weight."""
+"""The K-FAC method: factors, their eigenbasis, the selection of eigenpairs, and the projection."""

@@ -1,6 +1,6 @@
-"""How far two measurements of the same layers agree: has enough been collected?
+"""Agreement of two measurements of the same layers, as a test of convergence.
 
-Of two halves of the data, the one's selection is judged by the other's curvature. By Ky Fan's
+The selection from one half of the data is scored by the curvature of the other. By Ky Fan's
 theorem no k pairs hold more of it than its own first k, so the share is at most 1.
 """
 
@@ -21,11 +21,11 @@ from curvfast.errors import NumericalWarning
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two measurements of one layer agree."""
+    """Agreement of two measurements of one layer."""
 
     shared_mass: float
-    """Curvature mass that one's kept pairs hold in the other, over that of as many of the other's
-    own; the worse way round. 1 is perfect."""
+    """Curvature mass of the other measurement that one's kept pairs hold, over that of as many of
+    the other's own top pairs; the smaller of both directions. 1 is perfect."""
     angle_a: float
     """Largest principal angle between the leading eigenvectors of A, in degrees."""
     angle_g: float
@@ -37,7 +37,7 @@ def agreements(one: Factors, two: Factors, mass: float) -> dict[str, Agreement]:
 
     Args:
         one: Factors.
-        two: Factors of the same model; layers that only one of them has are left out.
+        two: Factors of the same model; layers missing in either are left out.
         mass: ρ of the kept pairs, and of the leading eigenvectors compared.
 
     Returns:
@@ -48,7 +48,7 @@ def agreements(one: Factors, two: Factors, mass: float) -> dict[str, Agreement]:
     """
     names = [name for name in one if name in two]
     with warnings.catch_warnings():
-        # Early halves lack rank, and are compared to find out whether they still do.
+        # Early halves are rank-deficient; the comparison finds out whether they still are.
         warnings.simplefilter("ignore", NumericalWarning)
         first, second = (Factors({n: each[n] for n in names}).eigh() for each in (one, two))
     return {
@@ -65,12 +65,12 @@ def agreements(one: Factors, two: Factors, mass: float) -> dict[str, Agreement]:
 
 
 def shared_mass(basis: LayerBasis, own: LayerBasis, factors: LayerFactors, mass: float) -> float:
-    """Return the share of ``factors``' kept curvature that as many pairs of another basis hold.
+    """Return the curvature mass held by another basis's top pairs, over that of the own top pairs.
 
     Args:
-        basis: The basis to judge.
-        own: That of ``factors``.
-        factors: The curvature to judge by.
+        basis: The basis to evaluate.
+        own: The eigenbasis of ``factors``.
+        factors: The curvature to evaluate with.
         mass: ρ of the kept pairs.
 
     Returns:

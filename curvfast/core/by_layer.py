@@ -1,4 +1,4 @@
-"""What is known layer by layer: a mapping by layer name that says which layers it lacks."""
+"""Mappings by layer name whose lookup errors name the missing layer and those that exist."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ByLayer(Mapping[str, T]):
     _noun: ClassVar[str]
 
     def __getitem__(self, name: str) -> T:
-        """Return what is known of one layer.
+        """Return the value of one layer.
 
         Raises:
-            LayerNotFound: If nothing is.
+            LayerNotFound: If it has none.
         """
         if name not in self.layers:
             raise LayerNotFound(
@@ -29,12 +29,12 @@ class ByLayer(Mapping[str, T]):
         return self._of(self.layers[name])
 
     def _of(self, layer: Any) -> T:
-        """Return what is shown of a layer, given what is held of it."""
+        """Return the public value of a layer, given the stored one."""
         shown: T = layer
         return shown
 
     def __contains__(self, name: object) -> bool:
-        """Say whether a layer is known."""
+        """Return whether a layer has a value."""
         return name in self.layers
 
     def __iter__(self) -> Iterator[str]:
@@ -47,19 +47,19 @@ class ByLayer(Mapping[str, T]):
 
 
 class Summed(ByLayer[T]):
-    """Sums over rows, layer by layer: those of two runs, ranks or corpora add up."""
+    """Sums over rows by layer name, which can be added over runs, ranks or corpora."""
 
     provenance: Mapping[str, Any]
 
     def _added(
         self, other: Summed[T], add: Callable[[str, Any, Any], Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the layers of both, by ``add`` (name, one, two) where both have one; provenance.
+        """Return the merged layers, by ``add`` (name, one, two) where both have one; provenance.
 
         Raises:
-            InputError: If a layer is missing on one side, and not for want of rows.
+            InputError: If a layer is missing on one side although it had rows.
         """
-        # An expert that no token of one side was routed to adds nothing there.
+        # An expert without tokens on one side adds nothing there.
         empty = {*self.provenance.get("unrouted", ()), *other.provenance.get("unrouted", ())}
         differing = (self.keys() ^ other.keys()) - empty
         if differing:

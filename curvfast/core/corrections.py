@@ -1,4 +1,4 @@
-"""Corrections: the exact diagonal of the Fisher in the Kronecker-factored eigenbasis."""
+"""EK-FAC corrections: the exact diagonal of the Fisher in the Kronecker-factored eigenbasis."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ READINGS = (POSITION, SEQUENCE)
 
 @dataclass(frozen=True, eq=False)
 class LayerCorrection:
-    """The correction of one layer as it was summed."""
+    """The EK-FAC correction of one layer, as a sum and a count."""
 
     sum: Tensor
     """Sum of squared gradients in the eigenbasis, [d_out, d_in] float32."""
     count: int
-    """Samples in it: positions, or sequences."""
+    """Number of samples in it: positions, or sequences."""
 
     @property
     def mean(self) -> Tensor:
@@ -35,7 +35,7 @@ class LayerCorrection:
 
 @dataclass(frozen=True, eq=False)
 class Corrections(Summed[Tensor]):
-    """Λ of many layers, by layer name: [d_out, d_in] float32, in the order of the eigenbasis.
+    """EK-FAC corrections Λ by layer name: [d_out, d_in] float32, in the order of the eigenbasis.
 
     Λ_ij is the mean, over samples, of the squared gradient of the *summed* loss along eigenpair
     (i, j), where K-FAC has λᵢ μⱼ (George et al., arXiv 1806.03884). With ``per="position"`` a
@@ -43,8 +43,8 @@ class Corrections(Summed[Tensor]):
     ``per="sequence"`` it is a sequence of which some row counts, E[(Σ_t uᵢᵀg_t vⱼᵀa_t)²], which is
     λᵢ μⱼ times the rows of a sequence where its positions are independent too and g has mean zero.
 
-    Of a basis with leading eigenvectors only, Λ is the leading block that belongs to them. It fits
-    the basis it was measured in, and none of another order. ``first + second`` merges two runs.
+    For a basis with leading eigenvectors only, Λ is the leading block that belongs to them. It is
+    valid only for the basis it was measured in, in its order. ``first + second`` merges two runs.
     """
 
     _noun: ClassVar[str] = "correction"
@@ -52,7 +52,7 @@ class Corrections(Summed[Tensor]):
     per: str
     """``"position"`` or ``"sequence"``: what a sample is."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured, as of :class:`Factors`."""
+    """Provenance; see :class:`Factors`."""
 
     def _of(self, layer: LayerCorrection) -> Tensor:
         return layer.mean

@@ -1,4 +1,4 @@
-"""Eigendecompositions dealt out to ranks by d³, and their results shared."""
+"""Eigendecompositions distributed over ranks by d³, and the broadcast of their results."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from curvfast import distributed
 from curvfast.core.decomposition import Spectrum
 from curvfast.errors import CurvfastError, DecompositionError
 
-Found = Iterable[tuple[str, Spectrum | None]]
+Results = Iterable[tuple[str, Spectrum | None]]
 
 
-def dealt(keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group) -> list[str]:
+def owned_factors(
+    keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group
+) -> list[str]:
     """Return the factors this rank decomposes, in the order given."""
     rank, size = distributed.rank_and_size(group)
     owners = _owners(keys, widths, size)
     return [key for key in keys if owners[key] == rank]
 
 
-def shared(
-    found: Found, keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group
+def broadcast_results(
+    found: Results, keys: Sequence[str], widths: Mapping[str, int], group: distributed.Group
 ) -> Iterator[tuple[str, Spectrum | None]]:
-    """Yield every rank's results to every rank; called by all.
+    """Broadcast every rank's results to every rank; called by all.
 
     Args:
-        found: What this rank decomposes, as it comes.
-        keys: What all ranks decompose together.
+        found: This rank's results, as they are computed.
+        keys: The factors that all ranks decompose together.
         widths: d of each factor.
         group: The ranks.
 
     Yields:
-        Factor and eigenpairs; None where there are none yet.
+        Factor and eigenpairs; None where the search found none yet.
 
     Raises:
-        DecompositionError: If a rank could not decompose a factor of its own.
+        DecompositionError: If a rank could not decompose one of its factors.
         DistributedError: If another rank is gone.
     """
     if group is None:
@@ -47,7 +49,7 @@ def shared(
         own = dict(found)
     except CurvfastError as caught:
         error = caught
-    # Before anything is awaited, all know who failed: none waits for a result that never comes.
+    # Failures are exchanged first, so that no rank waits for a result that never comes.
     everywhere = distributed.gather((_facts(own), error and str(error)), group)
     if error is not None:
         raise error
@@ -73,7 +75,7 @@ def shared(
 
 
 def _facts(own: Mapping[str, Spectrum | None]) -> dict[str, tuple[int, float, str] | None]:
-    """Return what a rank must know of results before they are sent: (k, negative, device kind)."""
+    """Return the metadata exchanged before results are sent: (k, negative, device kind)."""
     return {
         key: None if s is None else (s.vectors.shape[1], s.negative, s.vectors.device.type)
         for key, s in own.items()

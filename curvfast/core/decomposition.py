@@ -1,7 +1,7 @@
-"""The eigendecomposition of one factor: scaled, checked, and never given up at the first failure.
+"""Eigendecomposition of one factor: scaled, verified, and retried by other solvers on failure.
 
-Resolution: of a second moment summed in float32, float64 resolves eigenvalues to 1 % down to about
-4e-8 of the largest, float32 to about 2e-5. Below that they are rounding.
+Resolution: for a second moment summed in float32, float64 resolves eigenvalues to 1 % down to about
+4e-8 of the largest, float32 to about 2e-5. Smaller ones are rounding error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from curvfast.errors import (
 )
 
 NARROW = 512
-"""Factors below this width do not fill a GPU, nor are their leading eigenpairs found sooner."""
+"""Factors below this width are batched on a GPU, and not worth a search for leading pairs."""
 DTYPES = (torch.float64, torch.float32)
-# Residual ‖MV - VΛ‖ / ‖M‖, and departure of VᵀV from the identity, a solver may leave per feature.
+# Largest residual ‖MV - VΛ‖ / ‖M‖ and departure of VᵀV from the identity accepted, per feature.
 _TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
 
 
@@ -36,13 +36,13 @@ class Spectrum:
     values: Tensor
     """[d] float64, non-negative."""
     vectors: Tensor
-    """[d, d] float32, columns, or the leading ones only, [d, k]; of each the largest entry is
+    """[d, d] float32 columns, or the leading ones only, [d, k]; the largest entry of each is
     positive."""
     negative: float
     """Size of the most negative eigenvalue over the largest, before it was set to 0."""
 
     def to(self, device: torch.device) -> Spectrum:
-        """Return it on a device."""
+        """Return a copy on ``device``."""
         return Spectrum(self.values.to(device), self.vectors.to(device), self.negative)
 
 
@@ -51,12 +51,12 @@ def decompose_factors(
 ) -> list[Spectrum]:
     """Eigendecompose matrices of one width, as :func:`decompose_factor` does, in one call.
 
-    Those whose result does not pass, or all if the call fails, are decomposed one by one.
+    Those whose result fails verification, or all if the call fails, are decomposed one by one.
 
     Args:
         matrices: Each [d, d].
-        dtype: As of :func:`decompose_factor`.
-        titles: What each is, for messages.
+        dtype: float64 or float32, of the first solver.
+        titles: Name of each matrix, for messages.
 
     Returns:
         The eigenpairs of each.
@@ -87,7 +87,7 @@ def decompose_factors(
 def decompose_factor(matrix: Tensor, *, dtype: torch.dtype, title: str) -> Spectrum:
     """Eigendecompose a symmetric positive semidefinite matrix.
 
-    It is symmetrised and scaled by a power of two, so that neither huge nor tiny factors overflow.
+    It is symmetrised and scaled by a power of two, so that factors neither overflow nor underflow.
     Solvers are tried in turn: on the matrix's device in ``dtype``, on the CPU in float64 by torch,
     then by NumPy; each result is checked, and each gets a fresh copy, since a failed solver may
     spoil its input.
@@ -95,7 +95,7 @@ def decompose_factor(matrix: Tensor, *, dtype: torch.dtype, title: str) -> Spect
     Args:
         matrix: [d, d], any float dtype.
         dtype: float64 or float32, of the first solver.
-        title: What the matrix is, for messages.
+        title: Name of the matrix, for messages.
 
     Returns:
         Eigenpairs, on the matrix's device.
@@ -148,7 +148,7 @@ Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, tuple[Tensor, int]]]:
-    """Yield each solver with the matrix it is to solve."""
+    """Yield each solver with its input matrix."""
     first = f"{matrix.device.type} {str(dtype).removeprefix('torch.')}"
     try:
         yield first, _by_torch, prepared(matrix, dtype)
@@ -183,7 +183,7 @@ def _by_numpy(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _certificate(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
-    """Return what is wrong with a decomposition, or None: right vectors, and orthonormal ones."""
+    """Return what is wrong with a decomposition (residual, orthonormality), or None."""
     d = len(matrix)
     limit = _TOLERANCE[matrix.dtype] * max(d, 16)
     norm = matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
@@ -198,14 +198,14 @@ def _certificate(matrix: Tensor, values: Tensor, vectors: Tensor) -> str | None:
 
 
 def ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device) -> Spectrum:
-    """Return ascending eigenpairs of M / 2^exponent as those of M, in the one order and signs."""
+    """Return ascending eigenpairs of M / 2^exponent as those of M, in canonical order and signs."""
     values, vectors = values.flip(0).double(), vectors.flip(1)
     negative = 0.0
     if len(values) and values[-1] < 0:
         top = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
         negative = float(-values[-1] / top)
     values = torch.ldexp(values.clamp_min(0), torch.tensor(exponent, device=values.device))
-    # Signs are free; with the largest entry of each vector positive, one input has one answer.
+    # Signs are arbitrary; making the largest entry of each vector positive makes them unique.
     largest = vectors.abs().argmax(0, keepdim=True)
     signed = vectors * vectors.gather(0, largest).sign()
     return Spectrum(values.to(device), signed.float().contiguous().to(device), negative)

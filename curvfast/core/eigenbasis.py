@@ -19,7 +19,7 @@ from curvfast.core.rule import Rule
 from curvfast.core.scores import Scores, Term, masks, sum_of, unit_of
 from curvfast.core.search import staircases, staircases_by_mass
 from curvfast.core.selection import Frame, Selection
-from curvfast.core.tasks import Task, along
+from curvfast.core.tasks import TaskCurvature, curvature_along
 from curvfast.errors import InputError
 
 KIND = "curvfast-eigenbasis"
@@ -27,13 +27,13 @@ KIND = "curvfast-eigenbasis"
 
 @dataclass(frozen=True, eq=False)
 class Eigenbasis(ByLayer[LayerBasis]):
-    """Eigenbases of many layers, by layer name, and what their pairs are ranked by."""
+    """Kronecker-factored eigenbases of many layers, by layer name."""
 
     _noun: ClassVar[str] = "eigenbasis"
     layers: Mapping[str, LayerBasis]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What the factors were measured on, as of :class:`curvfast.Factors`."""
-    tasks: tuple[Task, ...] = ()
+    """Provenance of the factors; see :class:`curvfast.Factors`."""
+    tasks: tuple[TaskCurvature, ...] = ()
     """Curvature of other corpora, added to λᵢμⱼ; see :meth:`with_task`."""
     frame: Frame = "curvature"
     """``"curvature"``, or ``"singular"`` for singular vectors of the weights."""
@@ -51,7 +51,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
         Args:
             mass: Share ρ in (0, 1] of each layer's curvature mass Σλᵢμⱼ to reach. Every pair that
                 ties with the one that reaches it is kept as well.
-            pairs: Exactly so many pairs a layer, or by layer name; ties are broken in row order.
+            pairs: Exact number of pairs a layer, or by layer name; ties are broken in row order.
             fraction: Exactly this share of each layer's d_out · d_in pairs, rounded; or by name.
             globally: With ``mass``: one threshold for all layers, and ρ of their mass together; a
                 layer of little curvature then keeps little.
@@ -67,11 +67,11 @@ class Eigenbasis(ByLayer[LayerBasis]):
         return self.keep_by(Rule(mass, fraction, pairs, globally))
 
     def keep_by(self, rule: Rule) -> Selection:
-        """Select as :meth:`keep` does, and raise what it raises."""
+        """Select as :meth:`keep` does, by a :class:`Rule`, with the same errors."""
         self.require_curvature()
         if self.tasks:
-            return self.labelled(masks(self.scores(), rule))
-        return self.labelled(staircases(self.spectra(), rule))
+            return self._with_frame(masks(self.scores(), rule))
+        return self._with_frame(staircases(self.spectra(), rule))
 
     def keep_each(self, masses: Sequence[float]) -> list[Selection]:
         """Select at several masses in one search, as :meth:`keep` does at one.
@@ -89,9 +89,9 @@ class Eigenbasis(ByLayer[LayerBasis]):
         self.require_curvature()
         if self.tasks:
             return [self.keep(mass=mass) for mass in masses]
-        return [self.labelled(kept) for kept in staircases_by_mass(self.spectra(), masses)]
+        return [self._with_frame(kept) for kept in staircases_by_mass(self.spectra(), masses)]
 
-    def labelled(self, kept: Selection, importance: str = "kfac") -> Selection:
+    def _with_frame(self, kept: Selection, importance: str = "kfac") -> Selection:
         """Return ``kept``, which has no frame yet, as a selection of this basis's pairs.
 
         Raises:
@@ -102,7 +102,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
         return replace(kept, importance=importance, frame=self.frame, totals=self.totals())
 
     def require_curvature(self) -> None:
-        """Make sure that pairs can be ranked by curvature.
+        """Check that pairs can be ranked by curvature.
 
         Raises:
             InputError: If this holds singular vectors.
@@ -124,14 +124,14 @@ class Eigenbasis(ByLayer[LayerBasis]):
         say, added to general text. Tasks add up.
 
         With α below 0 the task is a forget set: scores below 0, where it bends the loss more than
-        everything else, count as 0 and go first. ``mass`` is then a share of what is left.
+        everything else, count as 0 and are removed first. ``mass`` is then a share of the rest.
 
         Args:
             task: Factors of the task's corpus, of this basis's layers at least, G of the summed
                 loss as here.
             weight: α; 0 changes nothing.
             normalize: Whether the task's mass Σλᵗ Σμᵗ is first made equal to this basis's, layer by
-                layer: α = 1 then gives both corpora the same say, however sure the model is of
+                layer: α = 1 then weights both corpora equally, however confident the model is on
                 either. Otherwise curvatures are added per row, as measured.
 
         Returns:
@@ -144,14 +144,14 @@ class Eigenbasis(ByLayer[LayerBasis]):
             ShapeError: If a layer is of another width there.
         """
         self.require_curvature()
-        added = along(self, task, weight, normalize)
+        added = curvature_along(self, task, weight, normalize)
         return replace(self, tasks=(*self.tasks, added)) if weight else self
 
     def with_marginals(self, factors: Factors) -> Eigenbasis:
-        """Return the basis with marginals of the EK-FAC correction in the place of eigenvalues.
+        """Return the basis with marginals of the EK-FAC correction instead of eigenvalues.
 
         Λ_ij ≈ rᵢ cⱼ / ΣΛ, from the correction's row sums r and column sums c (George et al., arXiv
-        1806.03884; per position), known from the pass that measured ``factors`` alone. Values and
+        1806.03884; per position), which the pass that measured ``factors`` summed too. Values and
         vectors are in descending order of these, so all that takes a basis takes this one: the
         products of its values are the estimate. Where g and a are independent they are λ and μ.
 
@@ -178,7 +178,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
         return replace(self, layers=ordered)
 
     def restricted(self, names: Iterable[str]) -> Eigenbasis:
-        """Return the basis of some layers.
+        """Return the basis restricted to some layers.
 
         Raises:
             LayerNotFound: If there is none of one of them.
@@ -186,11 +186,11 @@ class Eigenbasis(ByLayer[LayerBasis]):
         return replace(self, layers={name: self[name] for name in names})
 
     def spectra(self) -> dict[str, Term]:
-        """Return (λ, μ) of each layer, tasks apart."""
+        """Return (λ, μ) of each layer, without tasks."""
         return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}
 
     def totals(self) -> dict[str, float]:
-        """Return ΣλΣμ of each layer, by which this basis is known again."""
+        """Return ΣλΣμ of each layer, which identifies this basis."""
         return {name: float(g.sum() * a.sum()) for name, (g, a) in self.spectra().items()}
 
     def scores(self) -> Scores:
@@ -236,8 +236,8 @@ class Eigenbasis(ByLayer[LayerBasis]):
 
         Args:
             directory: The folder.
-            lazy: Whether a layer is read from disk each time it is used, and none is kept: for
-                bases larger than memory.
+            lazy: Whether a layer is read from disk at each use and not cached: for bases larger
+                than memory.
 
         Returns:
             The eigenbasis.
@@ -248,7 +248,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
         meta, stored = storage.open_folder(directory, kind=KIND)
         names = {name: (entry["a"], entry["g"]) for name, entry in meta["layers"].items()}
         tasks = tuple(
-            Task.from_tensors(stored, f"task{number}", names, **facts)
+            TaskCurvature.from_tensors(stored, f"task{number}", names, **facts)
             for number, facts in enumerate(meta.get("tasks", ()))
         )
         rest = meta.get("provenance", {}), tasks, meta.get("frame", "curvature")

@@ -1,4 +1,4 @@
-"""The eigendecomposition of every factor: each once, in turn or at a time, kept or stored."""
+"""Eigendecomposition of every factor, each once; in parallel, over ranks, or streamed to disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvfast import distributed, storage
-from curvfast.core.dealing import dealt, shared
+from curvfast.core.dealing import broadcast_results, owned_factors
 from curvfast.core.decomposition import (
     DTYPES,
     NARROW,
@@ -32,7 +32,7 @@ from curvfast.core.streams import side_stream
 from curvfast.errors import BasisMismatch, InputError, NumericalWarning, first_line
 from curvfast.progress import Bar
 
-# Factors a batch: some 700 MB of work space at the widest.
+# Factors in a batch: some 700 MB of work space at the widest.
 _BATCH = 64
 
 
@@ -80,9 +80,9 @@ def decompose(
         folder = directory if first else None
         writer = folder and stack.enter_context(storage.FolderWriter(folder, KIND))
         while wanted := search.wanted():
-            own = dealt(wanted, search.widths, group)
+            own = owned_factors(wanted, search.widths, group)
             results = _in_turn(solve, _batches(factors, own, device), workers)
-            for key, spectrum in shared(results, wanted, search.widths, group):
+            for key, spectrum in broadcast_results(results, wanted, search.widths, group):
                 if spectrum is not None and _whole(spectrum):
                     bar.advance(1)
                     negative |= {_title(key): spectrum.negative} if spectrum.negative else {}
@@ -178,7 +178,7 @@ def _sum(factors: Factors, key: str) -> Tensor:
 def _batches(
     factors: Factors, keys: Sequence[str], device: torch.device | None
 ) -> list[tuple[str, ...]]:
-    """Return what one call solves: a factor, or on a GPU many small ones of one width."""
+    """Return the keys that one call solves: a factor, or on a GPU many small ones of one width."""
     groups: dict[Any, list[str]] = {}
     for key in keys:
         where, d = device or _sum(factors, key).device, len(_sum(factors, key))

@@ -59,14 +59,14 @@ class LayerFactors:
 class Factors(Summed[LayerFactors]):
     """Kronecker factors of many layers, by layer name.
 
-    ``factors["layer"].A`` reads one; ``first + second`` merges what two runs, ranks or corpora
-    summed; :meth:`eigh` goes on to the eigenbasis.
+    ``factors["layer"].A`` reads one; ``first + second`` merges the sums of two runs, ranks or
+    corpora; :meth:`eigh` computes the eigenbasis.
     """
 
     _noun: ClassVar[str] = "factors"
     layers: Mapping[str, LayerFactors]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured: model, layers, label mode, rows, seed, coverage, library versions."""
+    """Provenance: model, layers, label mode, rows, seed, coverage, library versions."""
 
     def __add__(self, other: Factors) -> Factors:
         """Merge: sums and counts add; an A shared in both stays shared.
@@ -83,7 +83,7 @@ class Factors(Summed[LayerFactors]):
 
     @property
     def rows(self) -> int:
-        """The fewest rows any layer saw."""
+        """Smallest number of rows over all layers."""
         return min((layer.rows_g for layer in self.values()), default=0)
 
     def eigh(
@@ -101,27 +101,27 @@ class Factors(Summed[LayerFactors]):
         """Eigendecompose both factors of every layer; an A that layers share is decomposed once.
 
         A factor of d features needs some 5 d² numbers of ``dtype`` while it is decomposed. A solver
-        that fails, or whose result does not pass its check, is followed by the next, with a
-        warning: on the factor's device, then on the CPU in float64.
+        that fails, or whose result fails verification, is followed by the next, with a warning:
+        on the factor's device, then on the CPU in float64.
 
         Args:
             dtype: Precision of the decomposition. float32 is faster and resolves eigenvalues down
                 to about 2e-5 of the largest, float64 to about 4e-8 of float32 sums.
             progress: Whether a bar counts the factors.
             workers: How many factors are decomposed at a time, the largest first.
-            directory: Where to write each basis as it is found; the result then reads a layer from
-                there when it is used, so that the bases never sit in memory together.
-            mass: The largest ρ an edit will ask for. A factor of which it needs few leading
-                eigenpairs, such as one with massive activations, is then not decomposed further:
-                those are found sooner, and certified to be the leading ones. What is kept at any
+            directory: Where to write each basis once it is computed; the result then reads a layer
+                from there at each use, so that the bases are never in memory together.
+            mass: The largest ρ of later edits. A factor of which these need few leading eigenpairs,
+                such as one with massive activations, is then decomposed only that far, which is
+                faster; the pairs are certified to be the leading ones. What is kept at any
                 mass up to this one is the same; a selection that needs more raises.
-            start: With ``mass``: a basis of the same layers from a little earlier, whose leading
-                eigenvectors the search begins from.
-            group: Process group whose ranks, all of them calling this with the same factors, deal
-                the decompositions out by d³ and share the results; ``"auto"`` is the default group.
+            start: With ``mass``: an earlier basis of the same layers, whose leading eigenvectors
+                initialise the search.
+            group: Process group whose ranks, all of them calling this with the same factors, divide
+                the decompositions by d³ and share the results; ``"auto"`` is the default group.
                 With ``directory`` rank 0 writes. None decomposes here.
             device: Where to decompose, such as ``"cuda"`` for factors whose sums were kept on the
-                host; the results go back to where the factors are. None: where they are.
+                host; the results return to the factors' device. None: on the factors' device.
 
         Returns:
             Eigenvalues (float64) and eigenvectors (float32) in descending order.
@@ -170,7 +170,7 @@ class Factors(Summed[LayerFactors]):
         layers = {
             name: LayerFactors(
                 tensors[e["a"]], tensors[e["g"]], e["rows_a"], e["rows_g"],
-                # Folders of before marginals= name none.
+                # Folders written before marginals= existed name none.
                 *(tensors[e[side]] if side in e else None for side in _WEIGHTED),
             )
             for name, e in meta["layers"].items()

@@ -1,7 +1,7 @@
-"""Every way to rank what is kept: which pairs, of which vectors, by which score.
+"""Importance scores: which pairs, of which vectors, are ranked by which score.
 
 With u and v eigenvectors of G and A, λ and μ their values, C = U_Gᵀ W U_A and Λᵢⱼ the curvature
-measured along uᵢ vⱼᵀ, E[(uᵢᵀg)² (vⱼᵀa)²], where K-FAC takes λᵢμⱼ for it:
+measured along uᵢ vⱼᵀ, E[(uᵢᵀg)² (vⱼᵀa)²], which K-FAC approximates by λᵢμⱼ:
 
 ==================== ========= ==============================================================
 importance           frame     score of pair (i, j)
@@ -34,7 +34,7 @@ from curvfast.core.layer_basis import LayerBasis
 from curvfast.core.mask import random_mask
 from curvfast.core.projection import rotate
 from curvfast.core.rule import Rule
-from curvfast.core.scores import Rows, Scores, Term, masks, sum_of
+from curvfast.core.scores import CurvatureRows, Scores, Term, masks, sum_of
 from curvfast.core.search import staircases
 from curvfast.core.selection import Frame, Selection
 from curvfast.core.singular import leading_directions, singular_values
@@ -44,10 +44,10 @@ Importance = Literal[
     "kfac", "ekfac", "kfac_saliency", "ekfac_saliency", "g_only", "a_only", "identity",
     "identity_saliency", "svd", "random",
 ]  # fmt: skip
-# Rows of eigenvectors taken to float64 at a time.
+# Rows of eigenvectors converted to float64 at a time.
 _BAND = 1024
 _CORRECTED = ("ekfac", "ekfac_saliency")
-# Those that know what to make of tasks; that need no curvature; and C or G in full.
+# Importances that support tasks; that need no curvature; and that need C or G in full.
 _OF_TASKS = ("kfac", "kfac_saliency", "random")
 _WITHOUT_CURVATURE = ("identity", "svd")
 _IN_FULL = ("kfac_saliency", "ekfac_saliency", "identity_saliency")
@@ -63,20 +63,20 @@ def ranked(
     seed: int = 0,
     rotated: Callable[[str], Tensor] | None = None,
 ) -> Selection:
-    """Keep the pairs that rank highest by an importance, the same rule in each layer of a basis.
+    """Select the pairs of highest importance, by the same rule in each layer of a basis.
 
     Args:
         importance: How pairs are ranked, see above.
-        basis: Of the layers to select in.
-        weights: Layer name -> W [d_out, d_in]; called for one layer at a time, where W counts.
+        basis: The eigenbasis of the layers to select in.
+        weights: Layer name -> W [d_out, d_in]; called for one layer at a time, if scores need W.
         rule: How much to keep. ``mass`` is a share of the summed score, for ``kfac``, ``ekfac`` and
             unions the curvature mass; for ``svd`` pairs are singular directions, min(d_out, d_in).
         corrections: Λ [d_out, d_in] by layer name, in this basis, for ``ekfac`` and its saliency.
-        seed: For ``random``.
-        rotated: Layer name -> C [d_out, d_in], where it is known already.
+        seed: Seed of ``random``.
+        rotated: Layer name -> C [d_out, d_in], where it is known.
 
     Returns:
-        What is kept of each layer, and of which vectors: staircases for ``kfac``, ``g_only``,
+        The kept pairs of each layer and their frame: staircases for ``kfac``, ``g_only``,
         ``a_only`` and ``svd``, otherwise masks.
 
     Raises:
@@ -94,13 +94,13 @@ def ranked(
         return _singular(basis, weights, rule)
     if importance in ("g_only", "a_only"):
         spectra = {name: _one_side(own, importance) for name, own in basis.items()}
-        return basis.labelled(staircases(spectra, rule), importance)
+        return basis._with_frame(staircases(spectra, rule), importance)
     if rotated is None:
         rotated = partial(_rotated, basis, weights)
     found = masks(_scores(importance, basis, weights, rotated, corrections or {}), rule)
     if importance_frame(importance) == "standard":
         return replace(found, importance=importance, frame="standard")
-    return basis.labelled(found, importance)
+    return basis._with_frame(found, importance)
 
 
 def _scores(
@@ -110,7 +110,7 @@ def _scores(
     rotated: Callable[[str], Tensor],
     corrections: Mapping[str, Tensor],
 ) -> Scores:
-    def corrected(name: str) -> Rows:
+    def corrected(name: str) -> CurvatureRows:
         matrix, shape = corrections[name], basis[name].shape
         if matrix.shape != shape:
             raise ShapeError(
@@ -119,12 +119,12 @@ def _scores(
             )
         return lambda band: matrix[band].detach().to("cpu", torch.float64)
 
-    def diagonal(name: str) -> Rows:
+    def diagonal(name: str) -> CurvatureRows:
         own = basis[name]
         g, a = _square(own.vectors_g, own.values_g), _square(own.vectors_a, own.values_a)
         return sum_of([(g, a)])
 
-    def one(name: str) -> Rows:
+    def one(name: str) -> CurvatureRows:
         rows, columns = (torch.ones(d, dtype=torch.float64) for d in basis[name].shape)
         return sum_of([(rows, columns)])
 
@@ -147,7 +147,7 @@ def _rotated(basis: Eigenbasis, weights: Callable[[str], Tensor], name: str) -> 
 
 
 def _one_side(basis: LayerBasis, importance: Importance) -> Term:
-    """Return λ or μ, and ones for the other side, whose pairs then tie."""
+    """Return λ or μ, and ones for the other side, along which pairs then tie."""
     g, a = basis.values_g, basis.values_a
     return (g, torch.ones_like(a)) if importance == "g_only" else (torch.ones_like(g), a)
 
@@ -162,7 +162,7 @@ def _random(basis: Eigenbasis, rule: Rule, seed: int) -> Selection:
     pairs = basis.keep_by(rule).pairs
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: random_mask(*own.shape, pairs[name], generator) for name, own in basis.items()}
-    return basis.labelled(Selection(drawn), "random")
+    return basis._with_frame(Selection(drawn), "random")
 
 
 def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -> Selection:
@@ -183,21 +183,21 @@ def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -
 
 
 def importance_frame(importance: Importance) -> Frame:
-    """Return what the pairs that an importance ranks are of."""
+    """Return the frame of the pairs that an importance ranks."""
     if importance == "svd":
         return "singular"
     return "standard" if importance.startswith("identity") else "curvature"
 
 
 def takes_corrections(importance: Importance) -> bool:
-    """Say whether an importance needs the measured Λ."""
+    """Return whether an importance needs the measured Λ."""
     return importance in _CORRECTED
 
 
 def check(
     importance: Importance, basis: Eigenbasis, corrections: Mapping[str, Tensor] | None
 ) -> None:
-    """Make sure that an importance is known, and goes with a basis and with corrections.
+    """Check that an importance is known, and fits the basis and the corrections.
 
     Raises:
         InputError: If it does not.

@@ -1,4 +1,4 @@
-"""Where a measured curve reaches a value: between neighbours, never beyond what was measured."""
+"""Linear interpolation of a measured curve to a target value, without extrapolation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from curvfast.errors import InputError
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a curve first reaches a value."""
+    """The position at which a curve first reaches a value."""
 
     before: int
-    """Index of the last sample before it, or of the sample that has it."""
+    """Index of the last sample before it, or of the sample equal to it."""
     after: int
     """Index of the next sample, or ``before`` again."""
     share: float
-    """How far it lies from one to the other, in [0, 1]."""
+    """Interpolation weight between the two, in [0, 1]."""
     times: int
     """How often the curve reaches the value; more than once if it is not monotone there."""
 
@@ -28,7 +28,7 @@ def first_crossing(values: Sequence[float], target: float) -> Crossing:
     """Return where a curve, linear between neighbours, first reaches ``target``.
 
     A noisy curve may reach it several times; the first is where its running extreme does, and
-    ``times`` says that there are others. A gap at a value that is not finite is not bridged.
+    ``times`` counts them all. No interpolation crosses a value that is not finite.
 
     Args:
         values: Samples in order.
@@ -52,7 +52,7 @@ def first_crossing(values: Sequence[float], target: float) -> Crossing:
 
 
 def between(one: float, two: float, share: float) -> float:
-    """Return the value ``share`` of the way from one to two, never outside of both."""
+    """Return the linear interpolation between two values, clamped to their range."""
     found = (1 - share) * one + share * two
     return min(max(found, min(one, two)), max(one, two))
 

@@ -12,7 +12,7 @@ from curvfast import storage
 from curvfast.core.selection import Mask, Staircase, used_ranks
 from curvfast.errors import InputError
 
-# Eigenvectors taken to float64 at a time.
+# Number of eigenvectors converted to float64 at a time.
 _BAND = 1024
 
 
@@ -46,11 +46,11 @@ class LayerBasis:
 
     @property
     def key_a(self) -> Hashable:
-        """What layers that share one A have in common."""
+        """A key that is equal for layers that share one A."""
         return id(self.vectors_a)
 
     def require(self, name: str, kept: Staircase | Mask) -> None:
-        """Raise unless every eigenvector that ``kept`` needs is known, and none was overlooked.
+        """Raise unless every eigenvector that ``kept`` needs is known.
 
         Raises:
             InputError: If the basis holds too few leading eigenpairs.
@@ -59,7 +59,7 @@ class LayerBasis:
             return
         used = used_ranks(kept)
         known, shape = self.ranks, kept.shape
-        # The pair of the last value found stays out: what lies below it was never looked at.
+        # Pairs at the last value found do not qualify: smaller eigenvalues were never computed.
         if any(u >= k and k < d for u, k, d in zip(used, known, shape, strict=True)):
             raise InputError(
                 f"layer {name!r} needs {used[0]} eigenvectors of G and {used[1]} of A for this, "
@@ -69,13 +69,13 @@ class LayerBasis:
 
 
 class StoredBasis(LayerBasis):
-    """A layer's eigenpairs on disk: read when used, and not kept."""
+    """A layer's eigenpairs on disk, read at each use and not cached."""
 
     def __init__(self, tensors: storage.StoredTensors, a: str, g: str) -> None:
-        """Note where they are.
+        """Store the keys of the tensors.
 
         Args:
-            tensors: The folder's.
+            tensors: The tensors of the folder.
             a: Name of the basis of A.
             g: Name of the basis of G.
         """
@@ -87,33 +87,33 @@ class StoredBasis(LayerBasis):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """As of :class:`LayerBasis`; no vector is read."""
+        """(eigenvectors of G, eigenvectors of A) that are known, from shapes alone."""
         a, g = self._names
         return self._tensors.shape(f"{g}.vectors")[1], self._tensors.shape(f"{a}.vectors")[1]
 
     @property
     def key_a(self) -> Hashable:
-        """As of :class:`LayerBasis`; what is read anew each time is told by its name."""
+        """The name of A's tensors: equal for layers that share one A."""
         return id(self._tensors), self._names[0]
 
     @property
     def values_a(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
+        """Eigenvalues μ of A, read from disk."""
         return self._tensors[f"{self._names[0]}.values"]
 
     @property
     def vectors_a(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
+        """U_A, read from disk."""
         return self._tensors[f"{self._names[0]}.vectors"]
 
     @property
     def values_g(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
+        """Eigenvalues λ of G, read from disk."""
         return self._tensors[f"{self._names[1]}.values"]
 
     @property
     def vectors_g(self) -> Tensor:  # type: ignore[override]
-        """As of :class:`LayerBasis`."""
+        """U_G, read from disk."""
         return self._tensors[f"{self._names[1]}.vectors"]
 
 

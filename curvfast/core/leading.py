@@ -1,7 +1,7 @@
-"""The leading eigenpairs of a factor, certified: none that is larger was missed.
+"""Leading eigenpairs of a factor, with a certificate that no larger eigenvalue was missed.
 
-Block Krylov subspaces with Rayleigh-Ritz, restarted from the best vectors so far, or begun from
-those of an earlier basis. tr(M) needs no eigenvectors, so the mass that is left out is known too.
+Block Krylov subspaces with Rayleigh-Ritz, restarted from the best vectors so far, or started from
+those of an earlier basis. tr(M) needs no eigenvectors, so the omitted mass is known as well.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from curvfast.core.decomposition import Spectrum, ordered, prepared
 
-# Residual ‖Mv - θv‖ over the largest eigenvalue at which a pair counts as found.
+# Largest residual ‖Mv - θv‖ over the largest eigenvalue at which a pair counts as converged.
 _FOUND = 1e-11
-# Neighbours closer than this, relatively, are not told apart by the certificate.
+# The certificate cannot separate neighbours whose relative gap is smaller than this.
 _GAP = 1e-6
 _DEPTH = 4
 _CYCLES = 6
@@ -32,14 +32,14 @@ def leading_spectrum(
 
     Args:
         matrix: [d, d], any float dtype, finite.
-        count: How many pairs to look for.
-        share: Of the trace, that they must hold to be of use.
-        start: Vectors [d, n] of an earlier basis, the leading ones first: where they are still
-            nearly right, fewer products are needed.
+        count: Number of pairs to compute.
+        share: Share of the trace that they must hold to be useful.
+        start: Initial vectors [d, n] of an earlier basis, the leading ones first; good ones save
+            products.
 
     Returns:
-        d values, descending, those not looked for replaced by their mean, and [d, k] vectors; None
-        if the leading pairs hold too little, are not found soon, or cannot be certified.
+        d values, descending, those not computed replaced by their mean, and [d, k] vectors; None if
+        the leading pairs hold too little, do not converge soon, or cannot be certified.
     """
     d = len(matrix)
     width = count + count // 2 + _SPARE
@@ -78,7 +78,7 @@ def rayleigh_ritz(matrix: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor
     space, images = block, matrix @ block
     for _ in range(_DEPTH - 1):
         fresh = images[:, -block.shape[1] :]
-        # Once is not enough: what is left after the first pass is small, and its rounding is not.
+        # Twice: what the first pass leaves is small, so its rounding errors are relatively large.
         for _ in range(2):
             fresh = torch.linalg.qr(fresh - space @ (space.T @ fresh))[0]
         space = torch.cat([space, fresh], 1)
@@ -92,10 +92,10 @@ def rayleigh_ritz(matrix: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def none_above(matrix: Tensor, values: Tensor, vectors: Tensor, bound: float) -> bool:
-    """Certify that M has no eigenvalue of ``bound`` or more but those given.
+    """Certify that M has no eigenvalue of ``bound`` or more except those given.
 
-    By Sylvester's law of inertia: σI - (M - VΘVᵀ) has a Cholesky factor if, and only if, what is
-    left of M stays below σ.
+    By Sylvester's law of inertia: σI - (M - VΘVᵀ) has a Cholesky factor if, and only if, all
+    eigenvalues of the deflated M are below σ.
 
     Args:
         matrix: M, [d, d], symmetric.
@@ -104,7 +104,7 @@ def none_above(matrix: Tensor, values: Tensor, vectors: Tensor, bound: float) ->
         bound: σ.
 
     Returns:
-        Whether that is so.
+        Whether M has none.
     """
     orthonormal = vectors.T @ vectors - torch.eye(
         len(values), dtype=vectors.dtype, device=vectors.device
@@ -127,6 +127,6 @@ def _first_block(matrix: Tensor, width: int, start: Tensor | None) -> Tensor:
 
 
 def _apart(values: Tensor, found: int) -> int:
-    """Return how many of the ``found`` leading values end in a gap."""
+    """Return how many of the ``found`` leading values are separated from the rest by a gap."""
     wide = values[:found] - values[1 : found + 1] > _GAP * values[:found]
     return int(wide.nonzero()[-1]) + 1 if wide.any() else 0

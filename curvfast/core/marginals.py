@@ -1,4 +1,4 @@
-"""Marginals of the EK-FAC correction: its row and column sums, from moments of the same pass.
+"""Marginals of the EK-FAC correction: its row and column sums, from weighted second moments.
 
 The correction Λ_ij = E[(uᵢᵀg)² (vⱼᵀa)²] (George et al., arXiv 1806.03884, its scaling per position)
 takes a second pass. Its sums over j and over i do not: Σⱼ (vⱼᵀa)² = ‖a‖², so they are the diagonals
@@ -21,7 +21,7 @@ _TINY = 1e-300
 
 @dataclass(frozen=True, eq=False)
 class Marginals:
-    """Sums of one layer's correction over one side of its eigenpairs."""
+    """Row and column sums of one layer's EK-FAC correction."""
 
     rows: Tensor
     """r_i = Σⱼ Λ_ij = uᵢᵀ E[‖a‖² g gᵀ] uᵢ, [d_out] float64, g of the summed loss."""
@@ -33,12 +33,12 @@ def marginals_of(name: str, basis: LayerBasis, factors: LayerFactors) -> Margina
     """Return the marginals of one layer, in the order of its basis.
 
     Args:
-        name: Of the layer, for messages.
+        name: The layer's name, for messages.
         basis: Its eigenbasis, with every eigenvector.
         factors: Its factors, with their weighted moments.
 
     Raises:
-        InputError: If the weighted moments were not collected, or eigenvectors lack.
+        InputError: If the weighted moments were not collected, or eigenvectors are missing.
         BasisMismatch: If the basis is of another shape.
     """
     if factors.a_weighted is None or factors.g_weighted is None:
@@ -65,10 +65,10 @@ def marginals_of(name: str, basis: LayerBasis, factors: LayerFactors) -> Margina
 def reordered(
     name: str, basis: LayerBasis, factors: LayerFactors
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what a basis holds, its eigenvalues replaced by marginals and its vectors by rank.
+    """Return a basis with marginals instead of eigenvalues, its vectors reordered by them.
 
     Args:
-        name: Of the layer, for messages.
+        name: The layer's name, for messages.
         basis: Its eigenbasis, with every eigenvector.
         factors: Its factors, with their weighted moments.
 
@@ -76,11 +76,11 @@ def reordered(
         Values and vectors of A, then of G, as :class:`LayerBasis` takes them.
 
     Raises:
-        InputError: As :func:`marginals_of`.
-        BasisMismatch: As :func:`marginals_of`.
+        InputError: If the weighted moments were not collected, or eigenvectors are missing.
+        BasisMismatch: If the basis is of another shape.
     """
     found = marginals_of(name, basis, factors)
-    # One number, but for rounding; and how it is split, so that independence gives back λ and μ.
+    # Both sums are ΣΛ up to rounding; split so that λ and μ result if g and a are independent.
     total = float(found.rows.sum() + found.columns.sum()) / 2
     share = float(factors.G.trace()) / max(float(factors.A.trace()), _TINY)
     scale_g, scale_a = (
@@ -95,6 +95,6 @@ def reordered(
 
 
 def _descending(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    # A moment summed in float32 may be negative in its last digits.
+    # Rounding in float32 sums may make small values negative.
     values, order = values.clamp_min(0).sort(descending=True, stable=True)
     return values.to(vectors.device), vectors[:, order.to(vectors.device)]

@@ -1,4 +1,4 @@
-"""Kept pairs of one layer that form no staircase: a bit each."""
+"""Mask: kept pairs of one layer that do not form a staircase, one bit each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from curvfast.core.rule import within
 from curvfast.errors import ShapeError
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
-# Rows unpacked at a time.
+# Number of rows unpacked at a time.
 _BAND = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Kept pairs of one layer, packed: an eighth of a byte a pair."""
+    """A bit mask of the kept pairs of one layer, eight pairs a byte."""
 
     kept: Tensor
     """[d_out, ⌈d_in / 8⌉] uint8 on the CPU: bit b of byte k of row i says whether pair (i, 8k + b)
@@ -30,7 +30,7 @@ class Mask:
     """Share of the summed score kept, where it is known."""
 
     def __post_init__(self) -> None:
-        """Check that the bits are of so many columns.
+        """Check that the packed width fits ``columns``.
 
         Raises:
             ShapeError: If they are not.
@@ -42,7 +42,7 @@ class Mask:
 
     @classmethod
     def pack(cls, dense: Tensor, mass: float = float("nan")) -> Mask:
-        """Return a mask of what is true in ``dense``, [d_out, d_in] bool."""
+        """Pack ``dense``, [d_out, d_in] bool, into a mask."""
         bits = np.packbits(dense.cpu().numpy(), axis=1, bitorder="little")
         return cls(torch.from_numpy(bits), dense.shape[1], mass)
 
@@ -68,19 +68,19 @@ class Mask:
     def bands(
         self, rows: int, columns: int, device: torch.device
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield rows of the leading block, and which of their pairs are kept, a band at a time.
+        """Yield bands of rows of the leading block, each with its unpacked mask.
 
         Args:
-            rows: Of the block.
-            columns: Of the block.
-            device: Where each band goes, bool.
+            rows: Rows of the block.
+            columns: Columns of the block.
+            device: Device of each band, bool.
         """
         for start in range(0, rows, _BAND):
             band = slice(start, min(start + _BAND, rows))
             yield band, unpacked(self.kept[band], columns).to(device)
 
     def ranks(self) -> tuple[int, int]:
-        """Return how many leading rows and columns hold all that is kept."""
+        """Return the number of leading rows and columns that hold all kept pairs."""
         bits = self.kept.numpy()
         columns = np.unpackbits(np.bitwise_or.reduce(bits, axis=0), bitorder="little")
         used = np.flatnonzero(bits.any(1)), np.flatnonzero(columns)
@@ -88,7 +88,7 @@ class Mask:
         return last_row + 1, last_column + 1
 
     def complement(self) -> Mask:
-        """Return what is removed."""
+        """Return the mask of the removed pairs."""
         whole = np.packbits(np.ones(self.columns, bool), bitorder="little")
         return Mask(self.kept ^ torch.from_numpy(whole), self.columns, 1 - self.mass)
 
@@ -106,7 +106,7 @@ def random_mask(rows: int, columns: int, pairs: int, generator: torch.Generator)
         rows: d_out.
         columns: d_in.
         pairs: From 0 to rows · columns.
-        generator: What draws them, on the CPU; it moves on.
+        generator: Random generator on the CPU; its state advances.
 
     Returns:
         The mask.

@@ -1,8 +1,8 @@
-"""Which factors need all their eigenpairs for an edit at a given mass, and which the leading ones.
+"""Search for the number of leading eigenpairs that an edit at a given mass needs of each factor.
 
 A pair (i, j) is kept if λᵢ μⱼ ≥ τ, so eigenvectors past the last with λₖ μ₁ ≥ τ are never used. The
-leading ones are looked for first, a few, then some, then all; a layer is content once the last
-value found of each factor is itself out of reach of τ.
+leading ones are computed first, a few, then more, then all; a layer is done once the last value
+found of each factor lies below the threshold.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from curvfast.core.decomposition import NARROW, Spectrum
 from curvfast.core.search import staircases_by_mass
 from curvfast.core.selection import used_ranks
 
-# Shares of a factor's eigenpairs looked for first: past 1/64 all are found as soon.
+# Shares of a factor's eigenpairs computed first: beyond 1/64 a full solver is as fast.
 _SHARES = (1 / 256, 1 / 64)
 _FEWEST = 8
 _ALL = len(_SHARES)
 
 
 class LeadingSearch:
-    """How far each factor's decomposition has come, and what is still needed."""
+    """State of the search: the best known of each factor, and the decompositions still needed."""
 
     def __init__(
         self,
@@ -28,41 +28,41 @@ class LeadingSearch:
         layers: Mapping[str, tuple[str, str]],
         mass: float | None,
     ) -> None:
-        """Start with nothing found.
+        """Start with no eigenpairs known.
 
         Args:
             widths: d of each factor.
             layers: The factors (A, G) of each layer.
-            mass: ρ of the edit to come; None needs everything.
+            mass: Largest ρ of later edits; None needs all eigenpairs.
         """
         self.widths = widths
         self._layers = layers
         self._mass = mass
         self._level = {k: _ALL if mass is None or d < NARROW else 0 for k, d in widths.items()}
         self.found: dict[str, Spectrum] = {}
-        """The best known of each factor."""
+        """The best spectrum known of each factor."""
 
     def wanted(self) -> list[str]:
-        """Return the factors to decompose next, the largest first; none when all is known."""
+        """Return the factors to decompose next, the largest first; none when the search is done."""
         self._review()
         open_ = [key for key in self.widths if key not in self.found]
-        # The largest first: the last to finish are then the smallest.
+        # The largest first, so that workers finish at about the same time.
         return sorted(open_, key=lambda key: -self.widths[key])
 
     def count(self, key: str) -> int | None:
-        """Return how many leading eigenpairs of a factor to look for; None means all."""
+        """Return the number of leading eigenpairs to compute of a factor; None means all."""
         level = self._level[key]
         return None if level == _ALL else max(_FEWEST, int(_SHARES[level] * self.widths[key]))
 
     def note(self, key: str, spectrum: Spectrum | None) -> None:
-        """Take in what was found; None sends the factor on to the next level."""
+        """Record a result; None moves the factor to the next level."""
         if spectrum is None:
             self._level[key] += 1
         else:
             self.found[key] = spectrum
 
     def _review(self) -> None:
-        """Send on the factors whose leading eigenpairs do not suffice for a layer of theirs."""
+        """Move factors to the next level whose leading eigenpairs do not suffice for some layer."""
         ready = {n: (g, a) for n, (a, g) in self._layers.items() if {a, g} <= self.found.keys()}
         short = {key for keys in ready.values() for key in keys if not self._whole(key)}
         if self._mass is None or not short:

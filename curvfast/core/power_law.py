@@ -1,4 +1,4 @@
-"""How fast eigenvalues fall with their rank: the exponent of λ_k ∝ k^-α."""
+"""Power-law fit of a spectrum: the exponent α of λ_k ∝ k^-α."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from curvfast.core.selection import spectrum
 from curvfast.errors import InputError
 from curvfast.ops.reference import Values
 
-# Of factors summed in float32, an eigenvalue this far below the largest is their rounding.
+# In factors summed in float32, eigenvalues this far below the largest are rounding error.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """A straight line through eigenvalues over ranks, both in logarithms."""
+    """A power-law fit λ = c · k^-α: a straight line in log-log coordinates."""
 
     exponent: float
     """α of λ_k ∝ k^-α; 0 for a flat spectrum."""
     scale: float
-    """λ that the line has at rank 1."""
+    """The fitted λ at rank 1."""
     first: int
     """The first rank fitted, counted from 1."""
     last: int
     """The last rank fitted."""
     r_squared: float
-    """Share of the variance of log λ over the fitted ranks that the line explains; 1 if it has
-    none to explain."""
+    """R²: share of the variance of log λ over the fitted ranks that the fit explains; 1 if the
+    variance is 0."""
 
     def at(self, rank: float) -> float:
-        """Return λ on the line at a rank, counted from 1."""
+        """Return the fitted λ at a rank, counted from 1."""
         return float(self.scale * rank**-self.exponent)
 
 
@@ -41,9 +41,9 @@ def power_law(values: Any, *, first: int | None = None, last: int | None = None)
 
     Every rank from ``first`` to ``last`` counts once. By default these are d/32 and d/2, the same
     four octaves of a spectrum of any width: the few leading eigenvalues and the cut-off of the tail
-    follow laws of their own. Ranks whose λ is below 1e-6 of the largest are left out, being
-    rounding; the result says what was fitted. Neighbouring points depend on each other, so a
-    bootstrap over them says nothing about α: compare layers and seeds.
+    deviate from it. Ranks whose λ is below 1e-6 of the largest are left out as rounding error; the
+    result says what was fitted. Neighbouring points are dependent, so a bootstrap over them says
+    nothing about α: compare layers and seeds.
 
     Args:
         values: λ, [d], descending and non-negative; any float dtype.
@@ -51,7 +51,7 @@ def power_law(values: Any, *, first: int | None = None, last: int | None = None)
         last: Last rank; None takes d // 2.
 
     Returns:
-        The line.
+        The fit.
 
     Raises:
         InputError: If the range is none of 1 to d, fewer than three of its eigenvalues are above
@@ -85,5 +85,5 @@ def power_law(values: Any, *, first: int | None = None, last: int | None = None)
 
 
 def resolved(values: Values) -> int:
-    """Return how many of λ [d], float64 and descending, are above rounding."""
+    """Return how many of λ [d], float64 and descending, are above rounding error."""
     return int((values > _ROUNDING * values[0]).sum())

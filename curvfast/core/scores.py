@@ -1,4 +1,4 @@
-"""Scores of a layer's pairs, computed when they are asked for, and the masks of the largest."""
+"""Scores of a layer's pairs, computed lazily, and masks of the largest ones."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from curvfast.ops.reference_scores import Kept
 
 Term = tuple[Tensor, Tensor]
 """g [d_out] and a [d_in], float64 on the CPU: the curvature gᵢaⱼ."""
-Rows = Callable[[slice], Tensor]
-"""Rows of a layer's curvature, float64 [rows, d_in] on the CPU."""
-# Float32 reaches from 2^-149 to 2^127: the largest curvature goes up, room is left for C².
+CurvatureRows = Callable[[slice], Tensor]
+"""Returns rows of a layer's curvature, float64 [rows, d_in] on the CPU."""
+# Float32 reaches from 2^-149 to 2^127: the largest curvature is scaled up, with room for C².
 _TOP = 60
 _BAND = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
-    """Curvature, or curvature times C², of many layers: one at a time, and none is kept.
+    """Scores by layer name: curvature, or curvature times C², computed at each access.
 
     A score is [d_out, d_in] float32, rounded once. All are divided by one power of two, so that
     small curvatures do not underflow and layers can be compared.
@@ -36,7 +36,7 @@ class Scores(Mapping[str, Tensor]):
 
     layers: Mapping[str, tuple[int, int]]
     """(d_out, d_in) by layer name."""
-    curvature: Callable[[str], Rows]
+    curvature: Callable[[str], CurvatureRows]
     unit: int
     """Exponent of that power of two; see :func:`unit_of`."""
     coefficients: Callable[[str], Tensor] | None = None
@@ -64,7 +64,7 @@ class Scores(Mapping[str, Tensor]):
         return len(self.layers)
 
 
-def sum_of(terms: Sequence[Term]) -> Rows:
+def sum_of(terms: Sequence[Term]) -> CurvatureRows:
     """Return Σ gᵢaⱼ over ``terms``, and 0 where it is negative."""
 
     def rows(band: slice) -> Tensor:
@@ -83,7 +83,7 @@ def unit_of(layers: Iterable[Sequence[Term]]) -> int:
 
 
 def masks(scores: Mapping[str, Tensor], rule: Rule) -> Selection:
-    """Keep the largest of arbitrary scores; nothing is sorted.
+    """Select the largest of arbitrary scores, without sorting.
 
     Args:
         scores: [d_out, d_in] by layer name, finite and non-negative, taken as float32.
@@ -95,7 +95,7 @@ def masks(scores: Mapping[str, Tensor], rule: Rule) -> Selection:
         A mask for each layer.
 
     Raises:
-        InputError: If scores are no scores, or the rule is out of range.
+        InputError: If scores are negative or not finite, or the rule is out of range.
         LayerNotFound: If the rule is by layer name, and one is missing.
     """
     workers = torch.get_num_threads()

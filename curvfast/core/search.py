@@ -1,4 +1,4 @@
-"""Staircases of many layers: by any rule, at many masses, or by a common threshold."""
+"""Staircase searches over many layers: by any rule, at many masses, or by a common threshold."""
 
 from __future__ import annotations
 

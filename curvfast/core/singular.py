@@ -1,4 +1,4 @@
-"""Singular vectors of a weight, in the place of eigenvectors: W = U diag(s) Vᵀ."""
+"""Singular vectors of a weight as a basis: W = U diag(s) Vᵀ."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def singular_values(weight: Tensor) -> Tensor:
 
 
 def singular_vectors(weight: Tensor) -> LayerBasis:
-    """Return all singular vectors of W [d_out, d_in], found in float64, as a basis.
+    """Return all singular vectors of W [d_out, d_in], computed in float64, as a basis.
 
-    Its values are the singular values on both sides, 0 beyond the rank there can be.
+    Its values are the singular values on both sides, 0 beyond min(d_out, d_in).
     """
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=True)
     values_g, values_a = (torch.zeros(len(m), dtype=torch.float64) for m in (u, vh))
@@ -29,7 +29,7 @@ def singular_vectors(weight: Tensor) -> LayerBasis:
 
 
 def leading_directions(energies: Tensor, rank: int, shape: tuple[int, int]) -> Staircase:
-    """Return the block of all pairs of the leading singular vectors; off its diagonal C is 0.
+    """Return the staircase of all pairs of the leading singular vectors; C is 0 off its diagonal.
 
     Args:
         energies: s², [min(d_out, d_in)], descending.

@@ -1,4 +1,4 @@
-"""What the spectrum of a layer's curvature looks like, from the eigenvalues of its factors alone.
+"""Statistics of the spectrum of a layer's curvature, from the eigenvalues of its factors.
 
 With λ [d_out] of G and μ [d_in] of A, both descending, the layer's curvature has the d_out · d_in
 eigenvalues λᵢμⱼ. Nothing here forms them: sums factorise, and the largest of them are a staircase.
@@ -22,14 +22,14 @@ from curvfast.errors import InputError, NumericalWarning, first_line
 from curvfast.ops.reference import Values
 
 FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Shares of all pairs at which a mass curve is known, unless asked otherwise."""
-# Σλ and Σλ² are trace and squared norm of the matrix: what a solver may miss of them.
+"""Default shares of all pairs at which a mass curve is evaluated."""
+# Σλ and Σλ² are trace and squared norm of the matrix: the relative error accepted of a solver.
 _TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class CurvatureSpectrum:
-    """The spectrum λᵢμⱼ of one layer in a few numbers."""
+    """Summary statistics of the spectrum λᵢμⱼ of one layer."""
 
     d_out: int
     d_in: int
@@ -38,14 +38,14 @@ class CurvatureSpectrum:
     trace_a: float
     """Σμ."""
     effective_rank_g: float
-    """As of :func:`effective_rank`, from 1 to d_out; 0 if every λ is."""
+    """:func:`effective_rank` of λ, from 1 to d_out; 0 if every λ is."""
     effective_rank_a: float
     """Likewise, from 1 to d_in."""
     flattest_half: float
-    """Share of the curvature mass in the smaller half of all pairs; 0.5 if all are equal. Of
-    factors summed in float32, below some 1e-8 it is their rounding."""
+    """Share of the curvature mass in the smaller half of all pairs; 0.5 if all are equal. For
+    factors summed in float32, values below some 1e-8 are rounding error."""
     mass: tuple[float, ...]
-    """Share of the curvature mass in the largest pairs, at each fraction of them asked for."""
+    """Share of the curvature mass in the largest pairs, at each requested fraction of them."""
 
     @property
     def trace(self) -> float:
@@ -61,15 +61,15 @@ class CurvatureSpectrum:
 def curvature_spectrum(
     values_g: Any, values_a: Any, fractions: Sequence[float] = FRACTIONS
 ) -> CurvatureSpectrum:
-    """Describe the spectrum λᵢμⱼ of one layer.
+    """Compute summary statistics of the spectrum λᵢμⱼ of one layer.
 
     Args:
         values_g: λ, [d_out], descending and non-negative; any float dtype.
         values_a: μ, [d_in], likewise.
-        fractions: As of :func:`mass_curve`.
+        fractions: Shares of all pairs at which the mass curve is evaluated, each in [0, 1].
 
     Returns:
-        Its description; of a layer without any curvature every share is 0.
+        The statistics; of a layer without any curvature every share is 0.
 
     Raises:
         InputError: If a fraction is outside [0, 1], or a list is not a spectrum.
@@ -88,7 +88,7 @@ def curvature_spectrum(
 
 
 def effective_rank(values: Any) -> float:
-    """Return exp(H(p)), H the Shannon entropy in nats of p = λ / Σλ.
+    """Return the effective rank exp(H(p)), H the Shannon entropy in nats of p = λ / Σλ.
 
     From 1, for a single direction, to d, for a flat spectrum; 0 if every λ is. Scaling λ does not
     change it. Of all products λᵢμⱼ it is effective_rank(λ) · effective_rank(μ). Source: Roy and
@@ -106,9 +106,9 @@ def effective_rank(values: Any) -> float:
 
 
 def participation_ratio(values: Any) -> float:
-    """Return (Σλ)² / Σλ²: how many equal eigenvalues would spread as much.
+    """Return the participation ratio (Σλ)² / Σλ², the number of equal eigenvalues of like spread.
 
-    At most the :func:`effective_rank`, which minds small eigenvalues more. Of all products λᵢμⱼ it
+    At most the :func:`effective_rank`, which small eigenvalues affect more. Of all products λᵢμⱼ it
     is the product of both.
 
     Args:
@@ -143,10 +143,10 @@ def mass_curve(values_g: Any, values_a: Any, fractions: Sequence[float]) -> tupl
 
 
 def flattest_share(values_g: Any, values_a: Any, fraction: float) -> float:
-    """Return the share of Σλᵢμⱼ that the smallest products hold, as many as ``fraction`` of all.
+    """Return the share of Σλᵢμⱼ held by the smallest products, ``fraction`` of all pairs.
 
-    1 minus the mass curve at 1 - ``fraction``, without the cancellation: a share of 1e-20 keeps its
-    digits. Row i holds λᵢ · (μ_{widths[i] + 1} + … + μ_d_in).
+    1 minus the mass curve at 1 - ``fraction``, computed without cancellation, so that a share of
+    1e-20 keeps its digits. Row i holds λᵢ · (μ_{widths[i] + 1} + … + μ_d_in).
 
     Args:
         values_g: λ, [d_out], descending and non-negative; any float dtype.
@@ -168,14 +168,14 @@ def flattest_share(values_g: Any, values_a: Any, fraction: float) -> float:
 
 
 def factor_eigenvalues(matrix: Tensor, *, title: str) -> Tensor:
-    """Return the eigenvalues of a factor, without eigenvectors: half the time of both.
+    """Return the eigenvalues of a factor, without eigenvectors, in half the time.
 
     Args:
         matrix: [d, d], symmetric positive semidefinite, any float dtype.
-        title: What the matrix is, for messages.
+        title: Name of the matrix, for messages.
 
     Returns:
-        [d] float64 on the CPU, descending; what rounding made negative is 0.
+        [d] float64 on the CPU, descending; negative ones, from rounding, are 0.
 
     Raises:
         NonFiniteError: If it holds NaN or infinity.
@@ -202,12 +202,12 @@ def layer_eigenvalues(
     """Return the eigenvalues (λ of G, μ of A) of one layer.
 
     Args:
-        name: Of the layer, for messages.
+        name: The layer's name, for messages.
         layer: Its factors.
-        known: Eigenvalues of A by the identity of its sum, added to: a shared A is solved once.
+        known: Cache of A's eigenvalues by the identity of its sum; a shared A is solved once.
 
     Returns:
-        [d_out] and [d_in], as of :func:`factor_eigenvalues`.
+        [d_out] and [d_in] float64 on the CPU, descending.
 
     Raises:
         NonFiniteError: If a factor holds NaN or infinity.

@@ -1,4 +1,4 @@
-"""A CUDA stream of one's own: workers that wait for their input, and not for each other."""
+"""A separate CUDA stream for each worker, ordered after its input only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def side_stream(device: torch.device | None) -> Iterator[None]:
-    """Run the block on a new stream, begun after what is queued now and finished when it ends.
+    """Run the block on a new stream, ordered after the work queued now; synchronised at its end.
 
     Args:
-        device: Of the block's tensors; anything but a CUDA device changes nothing.
+        device: Device of the block's tensors; on any other than a CUDA device nothing changes.
 
     Yields:
         Nothing.

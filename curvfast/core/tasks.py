@@ -1,4 +1,4 @@
-"""The curvature of another corpus along the eigenpairs of a basis: what unions are made of."""
+"""The curvature of a task, another corpus, along the eigenvectors of a basis."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from curvfast.errors import InputError, LayerNotFound, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """A corpus whose curvature is added to that of an eigenbasis when pairs are ranked."""
+class TaskCurvature:
+    """Curvature of a task's corpus, added to that of an eigenbasis when pairs are ranked."""
 
     weight: float
-    """α; negative for what is to be forgotten."""
+    """α; negative for a forget set."""
     normalize: bool
-    """Whether α is of a mass made equal to the eigenbasis's own, layer by layer."""
+    """Whether the task's mass is scaled to the eigenbasis's, layer by layer, before α applies."""
     spectra: Mapping[str, Term]
     """uᵢᵀ G uᵢ [d_out] and vⱼᵀ A vⱼ [d_in] by layer name, float64, non-negative, unsorted."""
 
     def term(self, name: str, mass: float) -> Term:
-        """Return what is added to the curvature of a layer whose own mass ΣλΣμ is ``mass``."""
+        """Return the term added to the curvature of a layer whose own mass ΣλΣμ is ``mass``."""
         g, a = self.spectra[name]
         scale = mass / float(g.sum() * a.sum()) if self.normalize else 1.0
         return self.weight * scale * g, a
 
     def tensors(self, key: str) -> dict[str, Tensor]:
-        """Return the spectra as they are named on disk, after ``key``."""
+        """Return the spectra by their names on disk, which begin with ``key``."""
         return {
             f"{key}.{side}.{name}": values
             for name, pair in self.spectra.items()
@@ -43,25 +43,25 @@ class Task:
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], key: str, names: Iterable[str], **facts: Any
-    ) -> Task:
-        """Return the task whose spectra are named so; ``facts`` are weight and normalize."""
+    ) -> TaskCurvature:
+        """Read the task of that ``key``; ``facts`` are weight and normalize."""
         spectra = {n: (tensors[f"{key}.g.{n}"], tensors[f"{key}.a.{n}"]) for n in names}
         return cls(spectra=spectra, **facts)
 
 
-def along(
+def curvature_along(
     layers: Mapping[str, LayerBasis],
     task: Mapping[str, LayerFactors],
     weight: float,
     normalize: bool,
-) -> Task:
+) -> TaskCurvature:
     """Return the curvature of ``task`` along the eigenvectors of ``layers``.
 
     Args:
         layers: Bases by layer name, complete.
         task: Factors of the same layers, and perhaps others.
         weight: α.
-        normalize: As of :class:`Task`.
+        normalize: Whether the task's mass is first scaled to the basis's, layer by layer.
 
     Returns:
         The diagonals of both factors in the eigenbasis; an A that layers share is read once.
@@ -89,7 +89,7 @@ def along(
         if key not in shared:
             shared[key] = _values(name, factors.A, basis.vectors_a)
         spectra[name] = _values(name, factors.G, basis.vectors_g), shared[key]
-    return Task(weight, normalize, spectra)
+    return TaskCurvature(weight, normalize, spectra)
 
 
 def _require_fit(name: str, basis: LayerBasis, factors: LayerFactors) -> None:

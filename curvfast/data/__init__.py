@@ -1,4 +1,4 @@
-"""Text for measuring curvature: from files or datasets to batches of tokens, lazily and exactly."""
+"""Text batches for measuring curvature: files or datasets streamed lazily as batches of tokens."""
 
 from curvfast.data.batches import TokenBatches as TokenBatches
 from curvfast.data.batches import text_batches as text_batches

@@ -1,4 +1,4 @@
-"""text_batches(): text from anywhere as batches of tokens, the same ones every time."""
+"""text_batches(): deterministic batches of tokens from files, iterables or datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvfast.data.corpus import Corpus, corpora, merged
 from curvfast.data.mixture import Document
-from curvfast.data.packing import collate, pack
+from curvfast.data.packing import collate, pack_sequences
 from curvfast.data.position import Position, Tally
 from curvfast.data.settings import StreamConfig
 from curvfast.data.stream import documents
@@ -59,8 +59,8 @@ def text_batches(
         boundaries: ``"joined"`` sets an EOS after each document, joins them and cuts, as in the
             paper: sequences are full, and most hold parts of several documents. ``"separate"`` cuts
             each document by itself: no sequence holds tokens of two, and short ones are padded.
-        weights: None reads all sources as one corpus. Else one weight a source, which is then a
-            corpus of its own: its share of the *documents*; tokens follow the documents' lengths,
+        weights: None reads all sources as one corpus. Else one weight per source, each then a
+            separate corpus: its share of the *documents*; tokens follow the documents' lengths,
             and ``provenance()`` counts them.
         exhausted: When a corpus with weight has ended: ``"stop"`` ends the stream, so that shares
             are right to its end; ``"continue"`` goes on with the others until all have ended.
@@ -103,7 +103,7 @@ class TokenBatches:
     """
 
     def __init__(self, corpora: Sequence[Corpus], encoder: Encoder, config: StreamConfig) -> None:
-        """Check that the tokenizer has what is asked; :func:`text_batches` makes the arguments.
+        """Check the tokenizer's special tokens; :func:`text_batches` makes the arguments.
 
         Raises:
             InputError: If it lacks the EOS or BOS that is needed.
@@ -124,7 +124,7 @@ class TokenBatches:
                 f"bos=True, and the tokenizer ({encoder.name}) has no bos_token_id: set "
                 "tokenizer.bos_token, or pass bos=False"
             )
-        # As found now: what happens to a file later is found out when it is read again.
+        # Of the files as they are now: later changes are detected when they are read again.
         self._sources = [corpus.digest() for corpus in corpora]
         self._start = self._position = Position.start(len(corpora))
 
@@ -139,10 +139,10 @@ class TokenBatches:
         return self._batches(start)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands after the last batch given, as JSON-able values.
+        """Return the position of the stream after the last batch yielded, as JSON-able values.
 
-        A count of documents, of the last one's tokens to come, and a checksum: a few hundred
-        bytes. Nothing is said of the buffers, which are filled again from the sources.
+        A count of documents, the remaining tokens of the last one, and a checksum: a few hundred
+        bytes. Buffers are not saved; they are refilled from the sources.
         """
         return {
             "version": STATE_VERSION,
@@ -151,7 +151,7 @@ class TokenBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on after the batch ``state`` was taken at, exactly.
+        """Let the next iteration continue exactly after the batch at which ``state`` was taken.
 
         The sources are read again up to there, without being tokenized (JSON lines at some 200 MB a
         second), so they must be readable again from their beginning. Files may have moved; their
@@ -184,7 +184,7 @@ class TokenBatches:
         self._position = self._start
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the batches given so far are made of, as JSON-able values.
+        """Return the provenance of the batches yielded so far, as JSON-able values.
 
         Files are named with their bytes and, up to 16 MiB, their SHA-256, else their time.
         """
@@ -227,7 +227,7 @@ class TokenBatches:
 
         length = self._config.seq_len - len(self._head)
         shortest = length if self._config.drop_last else 2 - len(self._head)
-        pieces = pack(read(), length, shortest, join=self._join)
+        pieces = pack_sequences(read(), length, shortest, join=self._join)
         while group := list(islice(pieces, self._config.batch_size)):
             sequences = [[*self._head, *piece.tokens] for piece in group]
             at = Position(
@@ -243,7 +243,7 @@ class TokenBatches:
             yield collate(sequences, self._encoder.pad)
 
     def _replayed(self, texts: Iterator[Document], tally: Tally, to: Position) -> list[int]:
-        """Read on to a position; return the tokens of the last document that are to come."""
+        """Read up to a position; return the remaining tokens of the last document."""
         last = None
         for last in islice(texts, sum(to.documents)):
             tally.add(last)

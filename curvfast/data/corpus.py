@@ -1,4 +1,4 @@
-"""Corpora: parts that are read as one, and what a weight of a mixture belongs to."""
+"""Corpora: parts that are read as one; a mixture has one weight per corpus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from curvfast.data.parts import SPLITS, JsonFile, Part, Rows, TextFile
+from curvfast.data.parts import SPLITS, CorpusPart, IterableRows, JsonFile, TextFile
 from curvfast.data.reading import decompressor, plain_suffix
 from curvfast.errors import InputError
 
@@ -24,7 +24,7 @@ _LISTED = 100
 class Corpus:
     """Documents from files or an iterable, streamed; made by :func:`files` and :func:`rows`."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[CorpusPart, ...]
 
     def documents(self, number: int, shard: tuple[int, int]) -> Iterator[str]:
         """Yield the documents of one part that belong to a shard.
@@ -52,7 +52,7 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """What messages call the corpus."""
+        """Name of the corpus in messages."""
         first = self.parts[0].name()
         return repr(first) if len(self.parts) == 1 else f"{first!r} and {len(self.parts) - 1} more"
 
@@ -111,7 +111,7 @@ def rows(iterable: Iterable[Any], *, field: str = "text", name: str | None = Non
             f"rows of a {type(iterable).__name__}: pass an iterable of strings or dict rows; of a "
             "DatasetDict pass one split, such as dataset['train']"
         )
-    return Corpus((Rows(iterable, field, name or type(iterable).__name__),))
+    return Corpus((IterableRows(iterable, field, name or type(iterable).__name__),))
 
 
 def corpora(sources: Any, field: str, split: str) -> list[Corpus]:
@@ -163,7 +163,7 @@ def _expanded(given: str) -> list[Path]:
     return chosen
 
 
-def _part(path: Path, field: str, split: str) -> Part:
+def _part(path: Path, field: str, split: str) -> CorpusPart:
     kind = plain_suffix(path)
     if kind in _NOT_TEXT:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Several corpora as one stream: each document's corpus is drawn by weight."""
+"""Mixture of corpora: each document's corpus is drawn by weight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mixed(
         exhausted: What happens when a stream is drawn that has ended: ``"stop"`` ends the mixture,
             whose shares are right up to there; ``"continue"`` goes on with the others, at the
             ratio of their weights, until all have ended.
-        generator: Draws.
+        generator: Source of randomness.
 
     Yields:
         Documents.

@@ -1,4 +1,4 @@
-"""Tokens of documents cut into sequences, and sequences set into batches."""
+"""Packing of documents' tokens into sequences, and collation of sequences into batches."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A sequence, and how much of the last document read is still to come."""
+class TokenSequence:
+    """A sequence, and the number of tokens left of the last document read."""
 
     tokens: list[int]
     rest: int
 
 
-def pack(
+def pack_sequences(
     documents: Iterable[list[int]], length: int, shortest: int, *, join: bool
-) -> Iterator[Piece]:
-    """Cut documents into sequences of ``length`` tokens, in order.
+) -> Iterator[TokenSequence]:
+    """Pack documents into sequences of ``length`` tokens, in order.
 
-    A sequence is yielded as soon as it is full. So what follows a full sequence is a suffix of the
-    last document read, of ``rest`` tokens, and the documents not read yet: where to go on is said
-    by a count of documents and that one number.
+    A sequence is yielded as soon as it is full. So a full sequence is followed by a suffix of the
+    last document read, of ``rest`` tokens, and the documents not read yet: a count of documents and
+    that number define the position.
 
     Args:
         documents: Token ids.
@@ -40,19 +40,19 @@ def pack(
         start = 0
         while len(tokens) - start >= length - len(held):
             stop = start + length - len(held)
-            yield Piece(held + tokens[start:stop], len(tokens) - stop)
+            yield TokenSequence(held + tokens[start:stop], len(tokens) - stop)
             held, start = [], stop
         held += tokens[start:]
         if not join:
             if len(held) >= shortest:
-                yield Piece(held, 0)
+                yield TokenSequence(held, 0)
             held = []
     if len(held) >= shortest:
-        yield Piece(held, 0)
+        yield TokenSequence(held, 0)
 
 
 def collate(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """Set sequences into a batch, padded on the right to the longest.
+    """Collate sequences into a batch, padded on the right to the longest.
 
     Args:
         sequences: Token ids, none empty.
@@ -60,7 +60,7 @@ def collate(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
 
     Returns:
         ``input_ids`` int64 [sequences, longest]; where something is padded also ``attention_mask``,
-        int64 of the same shape. Models take their faster path without one.
+        int64 of the same shape. Models are faster without one.
     """
     longest = max(map(len, sequences))
     padded = [[*s, *[pad] * (longest - len(s))] for s in sequences]

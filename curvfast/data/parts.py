@@ -17,17 +17,17 @@ SPLITS = ("file", "block", "line")
 _LONGEST = 1 << 26
 
 
-class Part(Protocol):
-    """A file or an iterable. Records are decoded apart, so that those of other ranks never are."""
+class CorpusPart(Protocol):
+    """A file or an iterable. Records are decoded separately: a rank decodes only its own."""
 
     def records(self) -> Iterator[Any]:
-        """Yield the documents as they lie in the part."""
+        """Yield the undecoded documents in the order of the part."""
 
     def text(self, record: Any, row: int) -> str:
-        """Decode the record numbered ``row`` from 1; an empty string is no document."""
+        """Decode record number ``row``, counted from 1; an empty string is no document."""
 
     def name(self) -> str:
-        """Return what tells the part from others, wherever it lies."""
+        """Return a name that identifies the part, independent of its location."""
 
     def size(self) -> int | None:
         """Return bytes, or None if it is no file."""
@@ -38,7 +38,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class _File:
-    """What files of any kind tell."""
+    """Common properties of files."""
 
     path: Path
 
@@ -53,7 +53,7 @@ class _File:
 
 @dataclass(frozen=True)
 class TextFile(_File):
-    """Plain text: one document, or one a block between blank lines, or one a line."""
+    """A text file: one document, one per block between blank lines, or one per line."""
 
     split: str
 
@@ -97,7 +97,7 @@ class TextFile(_File):
 
 @dataclass(frozen=True)
 class JsonFile(_File):
-    """JSON lines: one object a line, its text in one field."""
+    """A file of JSON lines: one object per line, its text in one field."""
 
     field: str
 
@@ -132,7 +132,7 @@ class JsonFile(_File):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class IterableRows:
     """Any iterable of strings or of dict rows, such as a ``datasets.Dataset``."""
 
     rows: Iterable[Any]

@@ -1,4 +1,4 @@
-"""Where a stream of batches stands: counts from which the same stream goes on exactly."""
+"""The position of a stream of batches: counts from which it can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from curvfast.errors import InputError
 
 @dataclass(frozen=True)
 class Position:
-    """What was given so far, and how much of the last document is still to come."""
+    """Position of a stream: what was yielded so far, and the rest of the last document."""
 
     batches: int
     sequences: int
     tokens: int
-    """Real tokens of the sequences given."""
+    """Real tokens of the sequences yielded."""
     documents: tuple[int, ...]
     """Documents read, by corpus."""
     document_tokens: tuple[int, ...]
@@ -59,10 +59,10 @@ class Position:
 
 
 class Tally:
-    """Counts documents as they are taken."""
+    """A running count of documents read."""
 
     def __init__(self, corpora: int) -> None:
-        """Start at nothing."""
+        """Start at zero."""
         self.documents = [0] * corpora
         self.tokens = [0] * corpora
         self.checksum = 0
@@ -71,5 +71,5 @@ class Tally:
         """Count a document and its tokens."""
         self.documents[document.corpus] += 1
         self.tokens[document.corpus] += tokens
-        # The zero keeps "ab", "c" apart from "a", "bc".
+        # The zero byte distinguishes "ab", "c" from "a", "bc".
         self.checksum = zlib.crc32(f"{document.text}\0".encode(), self.checksum)

@@ -1,4 +1,4 @@
-"""Text files opened lazily, compressed or not, and what identifies a file."""
+"""Lazy reading of text files, compressed or not, and facts that identify a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from curvfast.errors import InputError
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
-# A byte order mark, which some editors write, is no text.
+# Some editors write a byte order mark, which is not text.
 _ENCODING = "utf-8-sig"
 _HASHED_BYTES = 1 << 24
 
@@ -65,9 +65,9 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Return path, bytes, and what tells versions apart: SHA-256 of small files, else the time.
+    """Return path, bytes, and a version: SHA-256 of small files, else the modification time.
 
-    A file that is gone by now, after it was read, is said to be so and stops nothing.
+    A file that was deleted after it was read is reported as such, without an error.
     """
     facts: dict[str, Any] = {"path": path.as_posix()}
     try:

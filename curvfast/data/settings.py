@@ -1,4 +1,4 @@
-"""Settings of a stream of batches: frozen, validated, and kept with what is measured on it."""
+"""StreamConfig: the validated configuration of a stream of batches, saved with results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOUNDARIES = ("joined", "separate")
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What decides a stream's batches besides its sources and its tokenizer."""
+    """Configuration of a stream of batches, apart from its sources and tokenizer."""
 
     seq_len: int
     """Tokens a sequence."""
@@ -23,7 +23,7 @@ class StreamConfig:
     seed: int
     """Seed of the order of files, of the buffers and of the mixture."""
     shuffle_buffer: int
-    """Most documents of a corpus held to be shuffled; 0: the order of the sources."""
+    """Largest number of documents of a corpus to shuffle among; 0: the order of the sources."""
     boundaries: str
     """Whether documents are joined, or sequences end where a document does."""
     weights: tuple[float, ...] | None

@@ -1,4 +1,4 @@
-"""Shuffling a stream with bounded memory, by a generator of its own."""
+"""Shuffling of a stream in bounded memory, by a separate generator."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _MOST_CHARACTERS = 1 << 28
 
 
 def own_generator(seed: int, purpose: str) -> random.Random:
-    """Return a generator apart from the global one and from those of other purposes."""
+    """Return a generator independent of the global one and of those for other purposes."""
     return random.Random(f"curvfast.data {seed} {purpose}")
 
 
 def shuffled(texts: Iterable[str], capacity: int, generator: random.Random) -> Iterator[str]:
-    """Yield every text once, each drawn at random from a buffer that is then filled up again.
+    """Yield every text once, each drawn at random from a buffer that is then refilled.
 
     Args:
         texts: The stream.
         capacity: Most texts held, fewer where they are very long; 0 and 1 keep the order.
-        generator: Draws.
+        generator: Source of randomness.
 
     Yields:
         The texts; never more than ``capacity`` of them are read ahead.

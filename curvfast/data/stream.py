@@ -1,4 +1,4 @@
-"""From corpora to one stream of documents: order of files, shuffling, mixing."""
+"""The document stream of several corpora: order of files, shuffling, mixing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from curvfast.data.settings import StreamConfig
 from curvfast.data.shuffle import own_generator, shuffled
 from curvfast.errors import InputError
 
-# Shards are often sorted by kind, so that no one of them stands for the corpus.
+# Shards are often sorted by kind, so that no single one is representative of the corpus.
 _OPEN_PARTS = 16
 
 
 def documents(corpora: Sequence[Corpus], config: StreamConfig) -> Iterator[Document]:
-    """Yield one shard's documents in the order that ``config`` and its seed say.
+    """Yield one shard's documents in the order given by ``config`` and its seed.
 
     Args:
         corpora: As many as weights, or one.
@@ -65,7 +65,7 @@ def _not_empty(texts: Iterator[str], corpus: Corpus, shard: tuple[int, int]) -> 
     for text in texts:
         empty = False
         yield text
-    # One shard of several may well get nothing.
+    # One shard of several may be empty.
     if empty and shard[1] == 1:
         raise InputError(
             f"{corpus.name} holds no document: every row is blank, or it is an iterator that an "

@@ -1,4 +1,4 @@
-"""The seam to tokenizers: those of transformers by their shape, or any function of a text."""
+"""Adapter of tokenizers: those of transformers, by duck typing, or any function of a text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from curvfast.data.mixture import Document
 from curvfast.errors import InputError
 
-# Enough for a fast tokenizer to use every core, little to hold.
+# Enough for a fast tokenizer to use every core, little memory.
 _GROUP_TEXTS, _GROUP_CHARACTERS = 64, 1 << 20
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer as the stream sees it."""
+    """A tokenizer in the form that the stream uses."""
 
     encode: Callable[[list[str]], list[list[int]]]
     """Token ids of each text, without special tokens."""
@@ -27,7 +27,7 @@ class Encoder:
     pad: int
 
     def facts(self) -> dict[str, Any]:
-        """Return what the ids depend on."""
+        """Return the facts that the ids depend on."""
         return {"name": self.name, "vocabulary": self.vocabulary, "eos": self.eos}
 
     def batched(self, documents: Iterable[Document]) -> Iterator[tuple[Document, list[int]]]:

@@ -1,4 +1,4 @@
-"""One ρ, every method: the K-FAC edit against rivals that keep as much of each weight."""
+"""compare(): the K-FAC edit at one ρ against baselines that keep as much of each weight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare(
         model: The unedited model.
         basis: Its eigenbasis of curvature.
         singular: Its singular vectors, for ``"svd"``.
-        mass: ρ of the K-FAC edit; the rivals keep the same share of each layer.
+        mass: ρ of the K-FAC edit; the baselines keep the same share of each layer.
         measure: Takes the edited model, gives figures by name.
         seed: Seed of the random selection.
         methods: Which of ``"kfac"``, ``"svd"``, ``"random"``.

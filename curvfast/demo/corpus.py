@@ -1,4 +1,4 @@
-"""Real text for the demo: prose to learn from, passages to recite, and text never seen."""
+"""The demo's tokenized corpus: training prose, passages to memorize, and held-out text."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from curvfast.demo.texts import bible, speeches
 from curvfast.evals.memorization import Passage
 from curvfast.hf.small import train_tokenizer
 
-# Of every twenty speeches one is held out for perplexity and one lends passages to recite.
+# Of every twenty speeches one is held out for perplexity and one provides passages.
 _GROUP, _HELD_OUT, _SOURCE = 20, 7, 17
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized text, split by whole speeches."""
+    """Tokenized text of the demo, split by whole speeches."""
 
     tokenizer: Any
     train: Tensor
-    """Prose to learn from, int64 [tokens]."""
+    """Training prose, int64 [tokens]."""
     held_out: Tensor
     """Windows of speeches never trained on, int64 [windows, length]."""
     canaries: Tensor
-    """Passages trained on again and again, int64 [passages, prefix + suffix]."""
+    """Passages trained on repeatedly, int64 [passages, prefix + suffix]."""
     controls: Tensor
     """Passages of the same sources, never trained on: as many, or fewer where those are short."""
     prefix: int
@@ -47,8 +47,8 @@ def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> Corpus:
 
     Args:
         recipe: Sizes and seed.
-        also: Other texts the model will learn from. The tokenizer is then made of these and of a
-            quarter of the prose, so that it knows their words, and keeps digits apart.
+        also: Further training texts. The tokenizer is then trained on these and on a quarter of the
+            prose, so that it covers their words, and separates digits.
 
     Returns:
         The corpus; half the passages are of speeches not otherwise trained on, half of the Bible.
@@ -72,7 +72,7 @@ def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> Corpus:
     half = recipe.passages // 2
     source = _encode(tokenizer, by_role[_SOURCE])
     scripture = _encode(tokenizer, [bible()[: recipe.bible_characters]])
-    # The first half of each is learnt; that the rest is drawn too does not change which those are.
+    # The first half of each is trained on; drawing the rest as well does not change that half.
     drawn = [_windows(stream, span, 2 * half, rng) for stream in (source, scripture)]
     held_out = _encode(tokenizer, by_role[_HELD_OUT])
     return Corpus(

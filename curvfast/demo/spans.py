@@ -1,4 +1,4 @@
-"""Finds what a pretrained model already recites: spans of a text it predicts word for word."""
+"""recited_spans(): spans of a text that a pretrained model predicts exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recited_spans(
 
     Args:
         model: A causal language model of transformers, in eval mode.
-        stream: The text, int64 [tokens], cut into windows; a rest shorter than one is left out.
+        stream: The text, int64 [tokens], cut into windows; a shorter remainder is left out.
         window: Tokens in a window; a span's context starts where its window starts.
         batch_size: Windows at a time.
 

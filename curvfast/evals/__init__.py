@@ -1,3 +1,3 @@
-"""Measures of what a language model recites, how well it predicts, and what tasks it can do."""
+"""Evaluation of language models: memorization, perplexity, and task scores."""
 
 from curvfast.evals.harness import harness_scores as harness_scores

@@ -1,4 +1,4 @@
-"""Multiple choice: which of several answers does a model find likeliest?"""
+"""Multiple-choice accuracy by the log-likelihoods of the answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curvfast.steps import frozen
 
 @dataclass(frozen=True)
 class Choice:
-    """A prompt and answers to it, the right one first, as token ids."""
+    """A multiple-choice question as token ids: a prompt, and its answers, the right one first."""
 
     prefix: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -23,8 +23,8 @@ class Choice:
 def choice_accuracy(model: nn.Module, choices: Sequence[Choice], *, batch_size: int = 64) -> float:
     """Return the share of questions whose right answer has the highest log-likelihood.
 
-    An answer's log-likelihood is the sum over its tokens, given the prompt, undivided by its
-    length. A tie is no right answer.
+    An answer's log-likelihood is the sum over its tokens, given the prompt, not normalised by
+    length. A tie counts as wrong.
 
     Args:
         model: A causal language model of transformers; in eval mode meanwhile.
@@ -63,7 +63,7 @@ def choice_accuracy(model: nn.Module, choices: Sequence[Choice], *, batch_size: 
 def _likelihoods(
     model: nn.Module, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> Tensor:
-    """Return Σ log p(answer | prompt), float64 [pairs]; padding on the right plays no part."""
+    """Return Σ log p(answer | prompt), float64 [pairs]; padding on the right has no effect."""
     device = next(model.parameters()).device
     width = max(len(prefix) + len(answer) for prefix, answer in pairs)
     tokens = torch.zeros(len(pairs), width, dtype=torch.long)

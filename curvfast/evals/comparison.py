@@ -1,4 +1,4 @@
-"""Scores of one model before and after an edit, side by side."""
+"""Comparison of a model's scores before and after an edit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of a model."""
+    """One score of a model."""
 
     task: str
     metric: str
     value: float
     stderr: float | None = None
-    """Standard error of ``value``, where whoever measured it gives one."""
+    """Standard error of ``value``, if known."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of a model, and the same of the edited model."""
+    """One score of a model before and after an edit."""
 
     before: Score
     after: Score | None
@@ -29,13 +29,13 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """After / before; None where there is no such number."""
+        """After / before; None if it is undefined."""
         if self.after is None or self.before.value == 0:
             return None
         return self.after.value / self.before.value
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON-able values; None for what JSON has not."""
+        """Return the figures as JSON-able values; None for NaN and infinities."""
         after = self.after or Score("", "", math.nan)
         figures = {
             "before": self.before.value, "before_stderr": self.before.stderr,
@@ -51,8 +51,8 @@ def changes(before: Sequence[Score], after: Sequence[Score] | None) -> list[Chan
     """Pair scores by task and metric, in the order of ``before``.
 
     Args:
-        before: Of the unedited model.
-        after: Of the edited one, of the same tasks; None where there was no edit.
+        before: Scores of the unedited model.
+        after: Scores of the edited one on the same tasks; None where there was no edit.
     """
     found = {(score.task, score.metric): score for score in after or ()}
     return [Change(score, found.get((score.task, score.metric))) for score in before]

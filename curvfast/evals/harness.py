@@ -1,6 +1,6 @@
-"""EleutherAI's lm-evaluation-harness, asked of a model in memory, such as an edited one.
+"""Adapter of EleutherAI's lm-evaluation-harness for models in memory, such as edited ones.
 
-The library is an extra of this one: ``pip install 'curvfast[lm-eval]'``.
+The library is an optional dependency: ``pip install 'curvfast[lm-eval]'``.
 """
 
 from __future__ import annotations
@@ -28,31 +28,25 @@ from curvfast.steps import frozen
 
 @dataclass(frozen=True, eq=False)
 class Harness:
-    """Tasks of the harness, to be asked of any number of models; made by :func:`find_tasks`."""
+    """A set of tasks of the harness, to evaluate models on; made by :func:`find_tasks`."""
 
     tasks: tuple[str, ...]
     """Names of tasks, groups and tags."""
     manager: Any
-    """The harness's ``TaskManager``, which knows them."""
+    """The harness's ``TaskManager``, which resolves them."""
     version: str
-    """Of the harness, on which its figures depend."""
+    """Version of the harness, on which its figures depend."""
 
     def scores(
         self, model: nn.Module, tokenizer: Any, *, limit: int | None = None, batch_size: int = 8
     ) -> list[Score]:
-        """Ask the tasks, as :func:`harness_scores` does.
-
-        Args:
-            model: As of :func:`harness_scores`.
-            tokenizer: As of :func:`harness_scores`.
-            limit: As of :func:`harness_scores`.
-            batch_size: As of :func:`harness_scores`.
+        """Evaluate a model on the tasks, with the arguments of :func:`harness_scores`.
 
         Returns:
             A score for each metric of each task, in the harness's order.
 
         Raises:
-            InputError: As of :func:`harness_scores`.
+            InputError: If the data of a task cannot be had, or an argument is out of range.
         """
         if batch_size < 1 or (limit is not None and limit < 1):
             raise InputError(f"limit={limit}, batch_size={batch_size}: pass at least 1")
@@ -86,10 +80,10 @@ def harness_scores(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """Ask tasks of lm-evaluation-harness of a model that is in memory, with any edit made to it.
+    """Evaluate a model in memory, edited or not, on tasks of lm-evaluation-harness.
 
-    The harness seeds the global generators, so that two models get the same questions; here their
-    states are kept, as is the mode of the model. Tasks take the prompts, few-shot examples and
+    The harness seeds the global generators, so that two models get the same questions; their states
+    are restored after, as is the mode of the model. Tasks take the prompts, few-shot examples and
     metrics of their YAML. Source: https://github.com/EleutherAI/lm-evaluation-harness.
 
     Args:
@@ -97,8 +91,9 @@ def harness_scores(
         tokenizer: Its tokenizer; not changed.
         tasks: Names of tasks, groups or tags, or globs of them; a string may hold several, with
             commas between.
-        include: A folder of YAML files with tasks of your own, which go before the harness's.
-        limit: Questions of each task that are asked, from the first on; None asks all.
+        include: A folder of YAML files with further tasks, which take precedence over the
+            harness's.
+        limit: Number of questions of each task, from the first on; None takes all.
         batch_size: Requests at a time.
 
     Returns:
@@ -116,11 +111,7 @@ def harness_scores(
 def find_tasks(
     tasks: str | Sequence[str], *, include: str | PathLike[str] | None = None
 ) -> Harness:
-    """Look tasks up by name; neither their data nor a model is loaded.
-
-    Args:
-        tasks: As of :func:`harness_scores`.
-        include: As of :func:`harness_scores`.
+    """Look up tasks by name, as :func:`harness_scores` takes them; no data or model is loaded.
 
     Returns:
         The tasks.
@@ -147,10 +138,10 @@ def find_tasks(
 
 
 def scores_of(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
-    """Read what the harness calls ``results``: by task, values by ``"metric,filter"``.
+    """Read the harness's ``results``: by task, values by ``"metric,filter"``.
 
     Args:
-        results: Of the harness; what is no number of a metric, such as a name, is passed over.
+        results: The harness's results; entries that are no number of a metric are skipped.
     """
     found = []
     for task, entries in results.items():
@@ -171,7 +162,7 @@ def scores_of(results: Mapping[str, Mapping[str, Any]]) -> list[Score]:
 
 
 def _library() -> SimpleNamespace:
-    """Return what is used of the library, which takes seconds to import."""
+    """Import the library's functions used here, which takes seconds."""
     try:
         from lm_eval import __version__, simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -188,7 +179,7 @@ def _library() -> SimpleNamespace:
 
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
-    """Bring back the global generators and the model's modes."""
+    """Restore the global generators and the model's modes after the block."""
     python, legacy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())
     try:

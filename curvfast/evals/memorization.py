@@ -1,4 +1,4 @@
-"""Verbatim memorization: does a model continue a passage word for word?
+"""Verbatim memorization: greedy continuations compared with the true ones.
 
 Greedy continuation of a prefix, compared with the true suffix on token ids. Strict: all equal.
 Loose: 1 - edits / length ≥ 0.75. Levenshtein: mean of edits / length (arXiv 2510.24256, section 3).
@@ -19,7 +19,7 @@ LOOSE_SIMILARITY = 0.75
 
 @dataclass(frozen=True)
 class Passage:
-    """A prompt and the continuation that would be a recitation, as token ids."""
+    """A passage as token ids: a prompt, and its true continuation."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -27,7 +27,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class MemorizationScores:
-    """How much of a set of passages is recited."""
+    """Strict, loose and Levenshtein scores of a set of passages."""
 
     strict: float
     """Share of passages continued exactly."""

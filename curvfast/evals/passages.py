@@ -1,4 +1,4 @@
-"""Passages read from files: what ``curvfast mine`` found, JSON lines, or lines of text."""
+"""Reading of passages from files: the output of ``curvfast mine``, JSON lines, or text lines."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def read_passages(
     """Read passages as token ids.
 
     Args:
-        path: What ``curvfast mine --out`` wrote; or JSON lines, each with the token ids ``prefix``
+        path: Output of ``curvfast mine --out``; or JSON lines, each with the token ids ``prefix``
             and ``suffix`` or with a text; or text, with a passage on each line. A text is cut to
-            the tokens it begins with. Files may be compressed, as of :func:`curvfast.data.files`.
-        tokenizer: Of the model; one of transformers, or a function from a text to its ids.
-        prefix: Tokens of the prompt, of texts; None is the paper's 64.
-        suffix: Tokens that must follow, of texts; None is the paper's 48.
+            its first tokens. Files may be compressed, as in :func:`curvfast.data.files`.
+        tokenizer: The model's tokenizer: one of transformers, or a function from a text to its ids.
+        prefix: Tokens of the prompt, for texts; None is the paper's 64.
+        suffix: Tokens that must follow, for texts; None is the paper's 48.
         bos: Whether the prompt of a text begins with the tokenizer's BOS, which is not counted.
         field: Where a JSON line holds its text.
 
@@ -45,7 +45,7 @@ def read_passages(
 
     Raises:
         InputError: If the file cannot be read, holds no passage, or one that is too short or of
-            another tokenizer; or lengths or BOS are asked of passages that are cut already.
+            another tokenizer; or if lengths or BOS are given for passages that are cut already.
     """
     if any(length is not None and length < 1 for length in (prefix, suffix)):
         raise InputError(f"prefix={prefix}, suffix={suffix}: pass at least 1 token of each")
@@ -79,7 +79,7 @@ def read_passages(
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what a file holds, and where it stands."""
+    """Yield the entries of a file and their places, for messages."""
     name = str(path)
     if plain_suffix(path) not in _JSON:
         for number, line in enumerate(lines(path), 1):

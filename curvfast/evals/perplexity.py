@@ -1,4 +1,4 @@
-"""Perplexity: exp of the token-weighted mean loss, so batch sizes and padding do not move it."""
+"""Perplexity: exp of the token-weighted mean loss, independent of batch size and padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK_ROWS = 4096
 
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> float:
-    """Return exp(Σ loss / Σ tokens) over next-token predictions of ``batches``.
+    """Return the perplexity exp(Σ loss / Σ tokens) over next-token predictions of ``batches``.
 
     Args:
         model: A causal language model; in eval mode meanwhile.
@@ -26,7 +26,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) 
             or tensors of token ids.
 
     Returns:
-        Perplexity over every predicted real token; infinity where float64 does not hold it.
+        Perplexity over every predicted real token; infinity if float64 overflows.
 
     Raises:
         InputError: If ``batches`` holds no prediction.

@@ -1,4 +1,4 @@
-"""evaluate(): the measures of the paper's tables in one call."""
+"""evaluate(): memorization and perplexity, the measures of the paper's tables, in one call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvfast.evals.perplexity import perplexity
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What a model recites and how well it predicts; None where it was not asked."""
+    """Memorization scores and perplexity of a model; None for what was not requested."""
 
     strict: float | None = None
     """Share of passages continued exactly."""

@@ -1,1 +1,1 @@
-"""What knows transformers: models, tokenizers, checkpoints."""
+"""Interface to transformers: models, tokenizers, checkpoints, the Trainer callback."""

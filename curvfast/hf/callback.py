@@ -1,4 +1,4 @@
-"""CurvatureCallback: the spectrum of every layer's curvature over a training by transformers."""
+"""CurvatureCallback: logs the curvature spectrum of layers during a training by transformers."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from curvfast.rows import RowRule
 
 
 class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures curvature inside transformers' ``Trainer`` now and then, and logs its spectrum.
+    """A ``TrainerCallback`` that measures curvature at intervals and logs its spectrum.
 
     During the first ``steps`` of every ``every`` optimizer steps the Kronecker factors of the
     chosen layers are summed, from the very forwards and backwards that train, and a line is added
     to ``spectrum.jsonl``: a :class:`curvfast.spectrum_log.SpectrumRecord`. ``curvfast
-    spectrum-log`` draws it. The training is what it would be without, bit for bit; between those
-    steps no hook is on the model, so evaluation does not count.
+    spectrum-log`` draws it. The training is the same as without, bit for bit; between those steps
+    no hook is on the model, so evaluation does not count.
 
-    G is of the *summed* loss: what the Trainer makes of the model's loss (gradient accumulation,
-    ``num_items_in_batch``, ``average_tokens_across_devices``, AMP's scale) is read off the gradient
-    that arrives at it. Labels are the data's own: these are factors of the empirical Fisher.
+    G is of the *summed* loss: the Trainer's factors of the model's loss (gradient accumulation,
+    ``num_items_in_batch``, ``average_tokens_across_devices``, AMP's scale) are read off the
+    gradient that arrives at it. Labels are the data's own: these are factors of the empirical
+    Fisher.
 
-    The first process alone measures, on its share of the rows. An exception in a step leaves the
-    hooks on until the model is called again or :meth:`close`; they count nothing.
+    Only the first process measures, on its share of the rows. After an exception in a step the
+    hooks stay until the model is called again or :meth:`close`; they count nothing.
     """
 
     def __init__(
@@ -60,25 +61,25 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         sums_device: str = "same",
         seed: int = 0,
     ) -> None:
-        """Set up; nothing is measured before a training begins.
+        """Check the arguments; nothing is measured before a training begins.
 
         Args:
-            directory: Where the log goes. A new training adds to a log that is there, under a run
-                of its own; a resumed one goes on with the last.
-            layers: As in :func:`curvfast.collect`.
+            directory: Folder of the log. A new training appends a new run to an existing log; a
+                resumed one continues the last run.
+            layers: Which linear layers, as in :func:`curvfast.collect`.
             every: Optimizer steps from the beginning of one measurement to that of the next, the
                 first beginning with step 0.
-            steps: Optimizer steps each lasts: enough for more rows than a layer is wide.
+            steps: Optimizer steps of one measurement: enough for more rows than a layer is wide.
             fractions: Shares of all eigenpairs at which the mass curve is kept, in [0, 1].
             save_factors: Whether the factors are kept too, in ``factors-<step>``.
-            loss_scale: None reads the scale of the loss off the loss that the model returns. For a
+            loss_scale: None measures the scale at the loss that the model returns. For a
                 loss made outside the model (``compute_loss_func=``, ``label_smoothing_factor=``):
                 the factor of that loss, taken as a mean over the ``num_items_in_batch`` that the
                 model is called with, else over its predictions; G is then of that loss.
-            skip_last: As in :func:`curvfast.collect`.
-            rows: As in :func:`curvfast.collect`.
-            rows_per_step: As in :func:`curvfast.collect`: of each batch.
-            sums_device: As in :func:`curvfast.collect`.
+            skip_last: Whether the last real position of each sequence is left out.
+            rows: Row rule, as in :func:`curvfast.collect`.
+            rows_per_step: Share or number of the rows of each batch that are counted.
+            sums_device: Where sums live: ``"same"``, ``"cpu"`` or ``"disk"``.
             seed: Seed of the generator that draws ``rows_per_step``.
 
         Raises:
@@ -107,14 +108,14 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         self._began = self._taken = 0
 
     def close(self) -> None:
-        """Take every hook off; what was summed since the last record is let go."""
+        """Remove every hook; the sums since the last record are discarded."""
         self._pause()
         self._curvature = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Refuse what cannot be measured, before anything is trained.
+        """Raise for trainings that cannot be measured, before the first step.
 
         Raises:
             InputError: If the model is compiled, replicated by threads, or its loss is smoothed
@@ -133,7 +134,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Begin a measurement if it is time, or go on with one.
+        """Begin a measurement if one is due, or continue one.
 
         Raises:
             LayerNotFound: If a chosen layer shares its weight.
@@ -152,35 +153,35 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             if not _runs(loop):
                 self.close()
 
-        # The last of the hooks: those before it may not be removed until they have run.
+        # Registered last: hooks before it must not be removed until they have run.
         self._guard = model.register_forward_pre_hook(leave_if_stopped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End a measurement if it lasted long enough.
 
         Raises:
-            CurvfastError: If the first measurement of a training came to nothing.
+            CurvfastError: If the first measurement of a training fails.
         """
         if self._curvature is None:
             return
         self._pause()
-        # A step that GradScaler skips has overflowed: it gave no rows, or few.
+        # A step that GradScaler skips has overflowed: it added no or few rows.
         self._taken += not getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         if self._taken == self._steps:
             self._end(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End a measurement that the end of the training cuts short.
+        """End a measurement that is cut short by the end of the training.
 
         Raises:
-            CurvfastError: If the first measurement of a training came to nothing.
+            CurvfastError: If the first measurement of a training fails.
         """
         if self._curvature is not None and self._taken:
             self._end(args)
         self.close()
 
     def _begin(self, model: nn.Module, scaler: torch.amp.GradScaler | None) -> Curvature:
-        # Each measurement draws rows of its own, the same again when a training is resumed.
+        # Each measurement draws different rows, the same ones when a training is resumed.
         config = replace(self._config, seed=self._config.seed + self._began)
         facts = {"labels": "Trainer's loss", "step": self._began}
         return Curvature(
@@ -209,7 +210,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
                 factors.save_pretrained(self.directory / f"factors-{step}")
             spectrum_log.append(self.directory, record)
         except CurvfastError as error:
-            # A training that has run for days is worth more than one line of its log.
+            # A failed measurement must not end a long training.
             if not self._measured:
                 raise
             warnings.warn(
@@ -221,7 +222,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _refuse(args: Any, model: nn.Module, config: CollectConfig) -> None:
-    """Raise where hooks would see nothing, or something else than the summed loss."""
+    """Raise for trainings whose gradients are not of the summed loss, or bypass hooks."""
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
     if args.torch_compile or dynamo != "no" or compiled or hasattr(model, "_orig_mod"):
@@ -245,7 +246,7 @@ def _refuse(args: Any, model: nn.Module, config: CollectConfig) -> None:
 
 
 def _caller() -> FrameType:
-    """Return the frame of the training loop: what called transformers' handler of callbacks."""
+    """Return the frame of the training loop, which called transformers' callback handler."""
     frame = sys._getframe(1)
     inside = (__name__, "transformers.trainer_callback")
     while frame.f_globals.get("__name__") in inside and frame.f_back is not None:
@@ -254,7 +255,7 @@ def _caller() -> FrameType:
 
 
 def _runs(loop: FrameType) -> bool:
-    """Say whether what calls is called by ``loop``, not by what came after it was left."""
+    """Return whether the current call is made by ``loop``, not after it was left."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not loop:
         frame = frame.f_back

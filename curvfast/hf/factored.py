@@ -1,8 +1,8 @@
-"""Models with factored layers, written and read as ``from_pretrained`` does whole ones.
+"""Saving and loading of models with factored layers.
 
-The folder holds ``config.json`` of the unedited model, ``curvfast.json``, which says what is
-factored, and every parameter and buffer in ``tensors-*.safetensors``: under that name, as
-``from_pretrained`` itself would read the folder and make up the weights it does not find.
+The folder holds ``config.json`` of the unedited model, ``curvfast.json``, which lists the factored
+layers, and every parameter and buffer in ``tensors-*.safetensors``: under another name
+``from_pretrained`` would load the folder and initialise missing weights at random.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def save_factored(
     *,
     report: FactorReport | None = None,
 ) -> None:
-    """Write a model some of whose layers :func:`curvfast.factorize` replaced, atomically.
+    """Write a model with layers factored by :func:`curvfast.factorize`, atomically.
 
     Args:
         model: A model of transformers; on one process.
-        directory: Made if missing.
-        tokenizer: Saved as well.
-        report: What ``factorize`` returned, kept with the model.
+        directory: Created if missing.
+        tokenizer: Saved as well, if given.
+        report: The report of ``factorize``, saved with the model.
 
     Raises:
         InputError: If the model is not of transformers, wrapped by PEFT, sharded, or has no
@@ -81,7 +81,7 @@ def save_factored(
 
 
 def load_factored(directory: str | PathLike[str]) -> Any:
-    """Read what :func:`save_factored` wrote; no weight is made that is not there.
+    """Read a model that :func:`save_factored` wrote; a missing weight is an error.
 
     Args:
         directory: The folder.
@@ -133,12 +133,12 @@ def _empty(folder: Path, meta: Mapping[str, Any]) -> Any:
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
-    # Those that a state dict leaves out as well: nothing is computed when the model is read.
+    # Non-persistent buffers too, so that nothing is computed when the model is read.
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return every tensor by one name, and for each further name that one."""
+    """Return every distinct tensor by one name, and the aliases of that name."""
     first: dict[int, str] = {}
     tensors, same = {}, {}
     for name, tensor in _named(model):

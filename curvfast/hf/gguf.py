@@ -1,4 +1,4 @@
-"""Llama models out of GGUF files, dequantized to float32: for models that travel without a hub."""
+"""Reader of Llama models in GGUF files, dequantized to float32."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _model(facts: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     lost = [name for name in missing if name != "lm_head.weight"]
     if lost or unexpected:
         raise InputError(f"the GGUF file lacks {lost} and has {unexpected} too many")
-    # Rotary frequencies are no part of a checkpoint: built where the weights are.
+    # Rotary frequencies are not in a checkpoint: they are built on the weights' device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 

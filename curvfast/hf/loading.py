@@ -1,4 +1,4 @@
-"""Causal language models by folder or hub id."""
+"""Loading of causal language models by folder or hub id."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def load_causal_lm(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
 
     Args:
         name: A folder, or a name of the hub (read from its cache where there is no network).
-        dtype: Of the weights, such as ``"bfloat16"``.
-        device: Where they are put.
+        dtype: Dtype of the weights, such as ``"bfloat16"``.
+        device: Device of the weights.
 
     Returns:
         The model in eval mode, and the tokenizer.

@@ -1,4 +1,4 @@
-"""Models on the meta device, from a configuration alone: shapes without weights, or a network."""
+"""Models on the meta device, built from a configuration without weights or network access."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def meta_model(source: Any, dtype: torch.dtype) -> nn.Module:
     Args:
         source: A name in :data:`curvfast.hf.shapes.SHAPES`, a folder with a config.json, the path
             of such a file, or a configuration of transformers.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Returns:
         A causal language model or an image classifier, whichever the configuration describes.
@@ -50,7 +50,7 @@ def example_batch(model: nn.Module, batch: int, seq_len: int) -> dict[str, Tenso
     Args:
         model: A model of transformers.
         batch: Sequences or images.
-        seq_len: Tokens of a sequence; no matter for images.
+        seq_len: Tokens of a sequence; ignored for images.
 
     Returns:
         ``input_ids`` [batch, seq_len] or ``pixel_values`` [batch, channels, height, width].

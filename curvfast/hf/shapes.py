@@ -50,4 +50,4 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     },
     "vit-base": {"model_type": "vit", "num_labels": 1000},
 }
-"""As in a config.json; what is not named is that class's default."""
+"""Fields of config.json by model name; missing ones take the class's defaults."""

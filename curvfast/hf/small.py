@@ -1,4 +1,4 @@
-"""Small transformers models and tokenizers made from nothing, for experiments without downloads."""
+"""Small randomly initialised transformers models and tokenizers, without downloads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from curvfast.errors import InputError
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, *, digits: bool = False) -> Any:
-    """Train a byte-level BPE tokenizer; its one special token is ``<eot>``, id 0.
+    """Train a byte-level BPE tokenizer whose only special token is ``<eot>``, id 0.
 
     Args:
         texts: Documents.
         vocabulary: Number of tokens.
-        digits: Whether each digit is a token of its own.
+        digits: Whether each digit is a separate token.
 
     Returns:
         A ``PreTrainedTokenizerFast``.
@@ -69,9 +69,9 @@ def new_llama(
         heads: Attention heads.
         length: Longest sequence.
         seed: Seed of the weights.
-        spread: How far initial weights spread: ``"library"``, transformers' 0.02; or ``"width"``,
-            torch's, one over the root of a layer's width, with which a narrow model learns far
-            sooner to attend to what it needs.
+        spread: Scale of the initial weights: ``"library"``, transformers' 0.02; or ``"width"``,
+            torch's, one over the root of a layer's width, with which a narrow model learns
+            attention patterns far sooner.
 
     Returns:
         A ``LlamaForCausalLM`` in float32.
@@ -91,7 +91,7 @@ def new_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        # The output layer is the embedding, and keeps its spread.
+        # The output layer is tied to the embedding, and keeps its scale.
         for module in model.model.modules() if spread == "width" else ():
             if isinstance(module, torch.nn.Linear):
                 module.reset_parameters()

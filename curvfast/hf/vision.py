@@ -1,4 +1,4 @@
-"""Small vision transformers made from nothing, for experiments without downloads."""
+"""Small randomly initialised vision transformers, without downloads."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def new_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ViTForImageClassification(config)
-        # From the library's spread of 0.02 a narrow model learns little by heart.
+        # With the library's initial scale of 0.02 a narrow model memorizes little.
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.reset_parameters()

@@ -1,1 +1,1 @@
-"""Experiments in small on what an edit removes: images with wrong labels, tasks, passages."""
+"""Small experiments on the effect of edits: images with wrong labels, tasks, passages."""

@@ -1,7 +1,7 @@
-"""Sums and differences; one in ten is kept out of training.
+"""Arithmetic tasks: addition and subtraction; one in ten expressions is held out.
 
-Digits of answers are written lowest first, the order they are carried in, and always two: a model
-of a million weights learns that in minutes, and the other order not at all.
+Answers are written with the lowest digit first, the order of carrying, and at least two digits: a
+model of a million weights learns that in minutes, and the usual order not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def arithmetic(seed: int) -> tuple[Task, ...]:
     """Return the tasks: two-digit addition and subtraction, and three small numbers.
 
     Args:
-        seed: Seed of what is kept out of training.
+        seed: Seed of the held-out expressions.
 
     Returns:
         ``addition``, ``subtraction`` and ``multi_step``.

@@ -1,4 +1,4 @@
-"""Facts about people who do not exist: learnt by heart, or told in the prompt."""
+"""Tasks on facts about fictional people: memorized, or given in the prompt."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _CHOICES = 4
 
 
 @dataclass(frozen=True)
-class Table:
-    """What is true of each person, and people nothing is known of."""
+class FactTable:
+    """Facts of known people, and the names of unknown people."""
 
     facts: dict[tuple[str, str], str]
     """(person, relation) -> value."""
     strangers: tuple[str, ...]
 
 
-def table(seed: int, people: int) -> Table:
+def table(seed: int, people: int) -> FactTable:
     """Draw the facts.
 
     Args:
-        seed: Seed of who is known, and of what is true of them.
-        people: How many of the 48 people are known.
+        seed: Seed of the known people and their facts.
+        people: Number of known people, of 48.
 
     Returns:
         A home and a trade for each person known.
 
     Raises:
-        InputError: If fewer than two people would be known, or fewer than two strangers left.
+        InputError: If fewer than two people would be known, or fewer than two unknown.
     """
     if not 2 <= people <= len(_NAMES) - 2:
         raise InputError(
@@ -56,18 +56,18 @@ def table(seed: int, people: int) -> Table:
         for name in names[:people]
         for relation, values in _VALUES.items()
     }
-    return Table(facts, tuple(names[people:]))
+    return FactTable(facts, tuple(names[people:]))
 
 
-def fact_tasks(known: Table) -> tuple[Task, ...]:
+def fact_tasks(known: FactTable) -> tuple[Task, ...]:
     """Return the tasks on facts.
 
     Args:
-        known: Facts to be learnt by heart.
+        known: Facts to be memorized.
 
     Returns:
-        ``closed_book`` asks for them. ``open_book`` tells of strangers a home and a trade, and asks
-        for one of the two; ``counterfactual`` tells of known people what is not true.
+        ``closed_book`` asks for them. ``open_book`` states a home and a trade of unknown people and
+        asks for one of the two; ``counterfactual`` states false facts of known people.
     """
 
     def recall(rng: random.Random, _: bool) -> Question:
@@ -82,7 +82,7 @@ def fact_tasks(known: Table) -> tuple[Task, ...]:
     )
 
 
-def _stories(name: str, known: Table, people: Sequence[str]) -> Task:
+def _stories(name: str, known: FactTable, people: Sequence[str]) -> Task:
     def told(rng: random.Random, _: bool) -> Question:
         return _story(known, people, rng)[1][0]
 
@@ -95,9 +95,9 @@ def _stories(name: str, known: Table, people: Sequence[str]) -> Task:
 
 
 def _story(
-    known: Table, people: Sequence[str], rng: random.Random
+    known: FactTable, people: Sequence[str], rng: random.Random
 ) -> tuple[str, tuple[Question, ...]]:
-    """Return a home and a trade told, of one person or of two, and a question about each."""
+    """Return the statement of a home and a trade, of one or two people, and questions on them."""
     one, other = rng.sample(people, 2)
     told = []
     relations = rng.sample(list(_VALUES), 2)

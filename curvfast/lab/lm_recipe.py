@@ -1,4 +1,4 @@
-"""Everything that decides the outcome of the experiment on tasks."""
+"""Configuration of the experiment on tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from curvfast.demo.caching import key_of
 from curvfast.demo.recipe import Recipe
 
-# Raised whenever a task or the way lessons are packed changes: models of older ones are not read.
+# Increased whenever a task or the packing of lessons changes, which invalidates cached models.
 _EDITION = 2
 _TEXT = Recipe(
     vocabulary=1024,
@@ -29,13 +29,13 @@ class LmRecipe:
     lesson_rows: int = 12
     """Rows of lessons in a batch, beside those of prose and of passages."""
     tokenizer_lessons: int = 40_000
-    """Lessons the tokenizer is made of, beside prose: enough for their words to become tokens."""
+    """Lessons in the tokenizer's training text, enough for their words to become tokens."""
     people: int = 24
-    """People with two facts each to be learnt by heart."""
+    """People with two facts each to be memorized."""
     questions: int = 100
     """Questions asked of each task."""
     statistics_lessons: float = 0.2
-    """Share of lessons in the text curvature is measured on; the rest is prose."""
+    """Share of lessons in the text for curvature; the rest is prose."""
     blocks: tuple[int, ...] | None = None
     """Blocks whose MLPs are edited; None means all."""
     mass: float = 0.93
@@ -52,7 +52,7 @@ class LmRecipe:
         return replace(self, text=replace(self.text, seed=seed))
 
     def quick(self) -> LmRecipe:
-        """Return the recipe cut to seconds: it runs every step and proves nothing."""
+        """Return a recipe of seconds, which runs every step but gives no meaningful results."""
         return replace(
             self, text=replace(self.text.quick(), seed=self.seed), lesson_rows=4,
             tokenizer_lessons=4000, people=8, questions=4, sweep=(0.8, 0.95),

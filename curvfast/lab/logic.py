@@ -1,4 +1,4 @@
-"""Questions whose answer follows from the prompt: truth values, comparisons, who holds what."""
+"""Logic tasks, whose answers follow from the prompt: booleans, comparisons, object tracking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WORDS = {True: " true.", False: " false."}
 
 
 def logic() -> tuple[Task, ...]:
-    """Return the tasks: ``boolean`` expressions, ``ordering`` of numbers, ``tracking`` a thing."""
+    """Return the tasks: ``boolean`` expressions, ``ordering`` of numbers, object ``tracking``."""
     return (
         Task("boolean", "logic", _boolean),
         Task("ordering", "logic", _ordering, weight=1.5),
@@ -48,7 +48,7 @@ def _ordering(rng: random.Random, _: bool) -> Question:
 
 
 def _tracking(rng: random.Random, _: bool) -> Question:
-    """Draw a thing that is handed on once or twice, others standing by, and ask who has it."""
+    """Draw a story of an object handed on once or twice, and ask who has it."""
     *chain, first_idle, second_idle = rng.sample(_PEOPLE, 5)
     thing, handed = rng.choice(_THINGS), rng.choice((1, 2))
     said = [f"{chain[0]} has the {thing}."]

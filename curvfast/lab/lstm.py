@@ -1,4 +1,4 @@
-"""A recurrent language model whose gates are linear layers that hooks see.
+"""An LSTM language model whose gates are linear layers, visible to hooks.
 
 ``nn.LSTM`` hides the gradients of its gates in fused kernels. Here a cell is two ``nn.Linear``:
 ``inputs`` reads all tokens of a sequence at once, ``hidden`` the state, one token after another, so
@@ -26,7 +26,7 @@ from curvfast.lab.own_models import Output, load_weights, save_weights
 from curvfast.rows import IGNORED_LABEL
 
 State = tuple[Tensor, Tensor]
-"""What a cell puts out and what it keeps, each [sequences, hidden]."""
+"""Hidden and cell state of an LSTM cell, each [sequences, hidden]."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class LstmRecipe:
     """Sizes, schedule and seed."""
 
     text: Recipe = field(default_factory=Recipe)
-    """Text, passages, steps, batches and seed; sizes and rates of a Llama play no part."""
+    """Text, passages, steps, batches and seed; sizes and rates of the Llama are not used."""
     embedding: int = 128
     hidden: int = 256
     cells: int = 1
     learning_rate: float = 6e-3
     weight_decay: float = 0.01
-    """Less than a transformer's, or it recites nothing after as many steps."""
+    """Smaller than a transformer's; otherwise it memorizes nothing in as many steps."""
 
     def quick(self) -> LstmRecipe:
-        """Return the recipe cut to seconds: it runs every step and proves nothing."""
+        """Return a recipe of seconds, which runs every step but gives no meaningful results."""
         return replace(self, text=self.text.quick(), embedding=16, hidden=24)
 
     def training_key(self) -> str:
@@ -55,25 +55,25 @@ class Cell(nn.Module):
     """A long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000)."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        """Make it.
+        """Create the cell.
 
         Args:
-            width: Of what it reads.
-            hidden: Of its state.
+            width: Width of its input.
+            hidden: Width of its state.
         """
         super().__init__()
         self.inputs = nn.Linear(width, 4 * hidden)
         self.hidden = nn.Linear(hidden, 4 * hidden, bias=False)
         with torch.no_grad():
-            # It begins by remembering: gates are in the order of the forward, forget second.
+            # Forget bias 1: gates are in the order of the forward, forget second.
             self.inputs.bias[hidden : 2 * hidden] = 1.0
 
     def forward(self, x: Tensor, state: State, real: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read a sequence.
+        """Process a sequence.
 
         Args:
             x: [sequences, tokens, width].
-            state: What earlier tokens left.
+            state: State after the earlier tokens.
             real: [sequences, tokens]; where it is 0 the state is reset. None means 1 everywhere.
 
         Returns:
@@ -92,16 +92,16 @@ class Cell(nn.Module):
 
 
 class LstmLm(nn.Module):
-    """Embedding, cells, a projection, and the embedding again as the head."""
+    """An LSTM language model: embedding, cells, a projection, and the tied embedding as head."""
 
     def __init__(self, *, vocabulary: int, embedding: int, hidden: int, cells: int) -> None:
-        """Make it, with torch's own initialisation but of the embedding.
+        """Create the model, with torch's initialisation except for the embedding.
 
         Args:
             vocabulary: Number of tokens.
             embedding: Width of an embedding.
             hidden: Width of a state.
-            cells: One reads another's outputs.
+            cells: Number of stacked cells.
         """
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)
@@ -118,7 +118,7 @@ class LstmLm(nn.Module):
         past_key_values: Sequence[State] | None = None,
         use_cache: bool = False,
     ) -> Output:
-        """Predict the token after each.
+        """Predict the next token at each position.
 
         Args:
             input_ids: [sequences, tokens].

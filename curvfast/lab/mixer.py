@@ -1,4 +1,4 @@
-"""An MLP-Mixer: an image classifier without attention, its only mixing by linear layers.
+"""An MLP-Mixer: an image classifier without attention, which mixes tokens by linear layers.
 
 Source: Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision", NeurIPS 2021.
 """
@@ -23,14 +23,14 @@ TOKENS_MLP = 64
 
 
 class Mlp(nn.Module):
-    """Two linear layers on the last dimension."""
+    """A two-layer MLP on the last dimension."""
 
     def __init__(self, width: int, inner: int) -> None:
-        """Make them.
+        """Create the layers.
 
         Args:
-            width: Of what comes in and goes out.
-            inner: Between the two.
+            width: Width of input and output.
+            inner: Width between the two layers.
         """
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
@@ -43,10 +43,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Mixes tokens, one channel like the other; then channels, one token like the other."""
+    """A Mixer block: an MLP over tokens, shared by channels, then one over channels."""
 
     def __init__(self, tokens: int, tokens_mlp: int, hidden: int, mlp: int) -> None:
-        """Make both MLPs, each after a norm.
+        """Create both MLPs, each after a norm.
 
         Args:
             tokens: Patches of an image.
@@ -66,13 +66,13 @@ class Block(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Patches, blocks, a mean over tokens, and a linear classifier."""
+    """An MLP-Mixer: patch embedding, blocks, a mean over tokens, and a linear classifier."""
 
     def __init__(
         self, *, image: int, patch: int, classes: int, hidden: int, tokens_mlp: int, mlp: int,
         layers: int,
     ) -> None:  # fmt: skip
-        """Make it, with torch's own initialisation.
+        """Create the model, with torch's initialisation.
 
         Args:
             image: Height and width of an image of one channel, in pixels.
@@ -110,10 +110,10 @@ class Mixer(nn.Module):
 
 
 def new_mixer(recipe: VitRecipe) -> Mixer:
-    """Return a freshly initialised one of a recipe's sizes; the global random state is untouched.
+    """Return a new Mixer of a recipe's sizes; the global random state is untouched.
 
     Args:
-        recipe: As of a vision transformer; heads play no part.
+        recipe: Recipe of a vision transformer; its heads are not used.
 
     Returns:
         The model, in float32.

@@ -1,4 +1,4 @@
-"""A data set with wrong labels: what can only be learnt by heart."""
+"""NoisySplit: an image data set with random wrong labels, which can only be memorized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from curvfast.lab.images import CLASSES, Images
 
 @dataclass(frozen=True)
 class NoisySplit:
-    """Pictures to train on, some with a wrong label, and pictures never trained on."""
+    """Training images, some with a wrong label, and held-out images."""
 
     train: Images
     """With true labels."""
@@ -22,7 +22,7 @@ class NoisySplit:
     noisy: Tensor
     """True where the given label is wrong, bool [train]."""
     fresh: Images
-    """For statistics."""
+    """Images for statistics."""
     validation: Images
 
 
@@ -36,11 +36,11 @@ def noisy_split(
     noise: float,
     seed: int,
 ) -> NoisySplit:
-    """Deal pictures out and give a share of the training ones a wrong label.
+    """Split images and give a share of the training ones a wrong label.
 
     Args:
-        first: Pictures to train on and measure on.
-        second: Pictures to validate on; if empty, ``first`` lends those too.
+        first: Images for training and statistics.
+        second: Images for validation; if empty, they are taken from ``first``.
         train: Number of training pictures.
         fresh: Number of pictures for statistics.
         validation: Number of pictures for validation.
@@ -59,7 +59,7 @@ def noisy_split(
     order = torch.randperm(len(first), generator=generator)
     measured = torch.randperm(len(second), generator=generator)
     if len(second) == 0:
-        # From the other end: how many are measured on does not change what is validated on.
+        # From the other end, so that the number of fresh images does not change the validation set.
         second, measured = first, order[train + fresh :].flip(0)
     if train + fresh > len(first) or validation > len(measured):
         raise InputError(

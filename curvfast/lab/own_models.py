@@ -1,4 +1,4 @@
-"""Models written here, not taken from transformers: what they return, and how they are kept."""
+"""Output type and storage of models that are not from transformers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward returns, under the names that transformers gives it."""
+    """Output of a forward, with the field names of transformers."""
 
     logits: Tensor
     """[..., classes]."""
     loss: Tensor | None = None
-    """Mean cross-entropy, where labels were given."""
+    """Mean cross-entropy, if labels were given."""
     past_key_values: Any = None
-    """The state to go on from, of a model that reads one token after another."""
+    """State of a recurrent model, for the next call."""
 
 
 def save_weights(model: nn.Module, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ def save_weights(model: nn.Module, folder: Path, facts: Mapping[str, Any]) -> No
 
 
 def load_weights(model: M, folder: Path) -> M:
-    """Read into a model of the same sizes what :func:`save_weights` wrote; return it.
+    """Load parameters that :func:`save_weights` wrote into a model of the same sizes; return it.
 
     Raises:
         StorageError: If the folder is damaged.

@@ -1,4 +1,4 @@
-"""Lessons of many lengths in rows of one length, none of which sees another."""
+"""Packing of lessons into rows of one length, without attention between lessons."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from curvfast.errors import InputError
 from curvfast.rows import IGNORED_LABEL
 
 Encoded = Sequence[Sequence[int]]
-"""Tokens of each turn of a lesson, by turns asked and answered."""
+"""Tokens of a lesson's turns, alternating prompts and answers."""
 
 
 def packed(encoded: Iterable[Encoded], length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows of whole lessons, an end-of-text token before each, filled up with such tokens.
+    """Pack whole lessons into rows, an end-of-text token before each and as padding.
 
     Args:
         encoded: Lessons, in order.
         length: Tokens in a row.
 
     Yields:
-        Tokens and labels, int64 [length]; labels are those of answers alone, since what is asked
-        is random. A last row that is not full is not given.
+        Tokens and labels, int64 [length]; only answers have labels, since prompts are random. An
+        incomplete last row is dropped.
 
     Raises:
         InputError: If a lesson is longer than a row.
@@ -49,10 +49,10 @@ def packed(encoded: Iterable[Encoded], length: int) -> Iterator[tuple[Tensor, Te
 
 
 def restarting(tokens: Tensor) -> Tensor:
-    """Return positions that start again at 0 with every end-of-text token, int64 [rows, length].
+    """Return positions that restart at 0 with every end-of-text token, int64 [rows, length].
 
-    transformers keeps a text whose positions start again from attending to what stands before it,
-    where it is called without a mask and without a cache.
+    transformers blocks attention across restarting positions, if it is called without a mask and
+    without a cache.
 
     Args:
         tokens: int64 [rows, length]; end of text is 0.

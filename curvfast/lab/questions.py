@@ -1,4 +1,4 @@
-"""A question with one right answer, and a task that draws such questions without end."""
+"""Questions with one right answer, and tasks that generate them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRIES = 50
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its answer, and wrong answers of the same form."""
+    """A question: a prompt, its answer, and wrong answers of the same form."""
 
     prompt: str
     answer: str
@@ -24,13 +24,13 @@ class Question:
 
     @property
     def turns(self) -> tuple[str, str]:
-        """What is asked, and what is answered."""
+        """The prompt and the answer."""
         return self.prompt, self.answer
 
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one form."""
+    """A task: a generator of questions of one form."""
 
     name: str
     kind: str
@@ -38,23 +38,23 @@ class Task:
     draw: Callable[[random.Random, bool], Question]
     """Draws a question, one kept out of training if the flag is set."""
     lesson: Callable[[random.Random], tuple[str, ...]] | None = None
-    """Draws a text to learn from, by turns asked and answered; None is one question."""
+    """Draws a training text of alternating prompts and answers; None: a single question."""
     weight: float = 1.0
-    """Share of the lessons, over the sum of all tasks' weights."""
+    """Sampling weight of the task among the lessons."""
 
     def learn(self, rng: random.Random) -> tuple[str, ...]:
-        """Draw a text to learn from, by turns asked and answered."""
+        """Draw a training text of alternating prompts and answers."""
         return self.lesson(rng) if self.lesson else self.draw(rng, False).turns
 
     def ask(self, count: int, seed: int) -> list[Question]:
-        """Draw questions to be asked, none twice.
+        """Draw distinct test questions.
 
         Args:
-            count: How many; fewer are returned where the task has no more.
+            count: Number of questions; fewer are returned if the task has no more.
             seed: Seed of the choice.
 
         Returns:
-            Questions kept out of training where the task keeps any out.
+            Held-out questions, if the task holds any out.
         """
         rng = random.Random(f"{seed} {self.name}")
         drawn = (self.draw(rng, True) for _ in range(_TRIES * count))

@@ -1,4 +1,4 @@
-"""The demo's language model at moments of its training, which is run once and kept."""
+"""Snapshots of the demo's language model during its training, cached."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ KIND = "curvfast-snapshots"
 def snapshots(recipe: Recipe, corpus: Corpus, steps: Sequence[int]) -> dict[int, Weights]:
     """Return the weights after each of ``steps`` optimizer steps, trained now or kept earlier.
 
-    It is the training of :func:`curvfast.demo.training.train`: what it ends with is, bit for bit,
-    the demo's model.
+    It is the training of :func:`curvfast.demo.training.train`: the final weights are, bit for bit,
+    those of the demo's model.
 
     Args:
         recipe: Sizes, schedule and seed.

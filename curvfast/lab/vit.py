@@ -1,4 +1,4 @@
-"""A vision transformer learns wrong labels by heart; an edit makes it forget them."""
+"""The lab's experiment on images: edits of a vision transformer that memorized wrong labels."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def run(
 
 
 def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
-    """Return the pictures of a recipe, dealt out, and the labels it trains on.
+    """Return the image split of a recipe, with its wrong labels.
 
     Args:
         recipe: Which pictures, how many, and their noise.
-        data: As of :func:`run`.
+        data: Folder of Fashion-MNIST's files; None looks in the usual places.
 
     Returns:
         Sets that share no picture.
@@ -229,7 +229,7 @@ def vit_basis(
 
     Args:
         model: An image classifier of transformers, its first token CLS.
-        split: Lends the pictures.
+        split: Source of the images.
         statistics: Which pictures, tokens and labels.
         layers: As in :func:`curvfast.collect`.
         seed: Seed of the sampled labels.
@@ -255,7 +255,7 @@ def vit_basis(
         rows=_cls if statistics.tokens == "cls" else None,
     )  # fmt: skip
     with warnings.catch_warnings():
-        # Ten classes span nine directions of the last block's G: the others are rounding.
+        # Ten classes span nine directions of the last block's G: the rest is rounding error.
         warnings.simplefilter("ignore", NumericalWarning)
         return factors.eigh()
 
@@ -285,7 +285,7 @@ def _share(right: Tensor) -> float:
 
 
 def _cls(_: str, shape: torch.Size) -> Tensor:
-    """Count the first token of each picture alone."""
+    """Count only the first token of each image."""
     keep = torch.zeros(shape, dtype=torch.bool)
     keep[:, 0] = True
     return keep

@@ -1,4 +1,4 @@
-"""Everything that decides the outcome of the experiment on images."""
+"""Configuration of the experiment on images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from curvfast.demo.caching import key_of
 
 @dataclass(frozen=True)
 class Statistics:
-    """What curvature is measured on."""
+    """The data that curvature is measured on: images, tokens and labels."""
 
     images: str = "fresh"
-    """``"fresh"`` pictures, never trained on, or the ``"training"`` ones."""
+    """``"fresh"`` images, never trained on, or the ``"training"`` ones."""
     tokens: str = "all"
-    """``"all"`` of a picture, or ``"cls"`` alone, as in the paper."""
+    """``"all"`` tokens of an image, or ``"cls"`` only, as in the paper."""
     labels: str = "sampled"
     """``"sampled"`` from the model (the true Fisher), or ``"given"`` (the empirical one)."""
 
@@ -42,7 +42,7 @@ _LATER = (
 
 @dataclass(frozen=True)
 class VitRecipe:
-    """Data, sizes, schedule and seed of a vision transformer, and what is asked of it."""
+    """Data, sizes, schedule and seed of a vision transformer, and its edits."""
 
     data: str
     """``"mnist"`` or ``"fashion"``."""
@@ -57,7 +57,7 @@ class VitRecipe:
     """ρ of the edit that is reported."""
     sweep: tuple[float, ...]
     study: tuple[float, ...]
-    """ρ of the comparisons of statistics and of blocks, beside that of the edit."""
+    """Further ρ at which statistics and blocks are compared."""
     seed: int = 0
     blocks: tuple[int, ...] | None = None
     """Blocks whose fc1 and fc2 are edited; None means all."""
@@ -70,10 +70,10 @@ class VitRecipe:
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     statistics: tuple[Statistics, ...] = STATISTICS
-    """Ways to measure curvature that are compared; the first is the one of the edit."""
+    """Statistics that are compared; the first are those of the edit."""
 
     def quick(self) -> VitRecipe:
-        """Return the recipe cut to seconds: it runs every step and proves nothing."""
+        """Return a recipe of seconds, which runs every step but gives no meaningful results."""
         return replace(
             self, train_images=200, fresh_images=100, validation_images=100, hidden=16, mlp=32,
             layers=2, heads=2, patch=14, epochs=2, sweep=(0.8, 0.95), study=(0.8,),
@@ -89,7 +89,7 @@ class VitRecipe:
 
 _SWEEP = (0.75, 0.85, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)
 _STUDY = (0.9, 0.97)
-# 700 fresh digits are too few for curvature of 256 × 256: it is measured on training ones.
+# 700 fresh digits are too few for factors of width 256: training images are used.
 _MNIST = VitRecipe(
     "mnist", 3600, 700, 700, noise=0.2, epochs=40, weight_decay=1.0, mass=0.985, sweep=_SWEEP,
     study=_STUDY, statistics=(STATISTICS[2], *STATISTICS[:2], *STATISTICS[3:]),
@@ -101,6 +101,6 @@ _FASHION = VitRecipe(
 RECIPES: Mapping[str, VitRecipe] = {
     "mnist": _MNIST,
     "fashion": _FASHION,
-    # Trained to zero loss: on its own training pictures its curvature is that of the noise.
+    # Trained to zero loss: on its training images its curvature is that of the noise.
     "overfit": replace(_FASHION, noise=0.1, epochs=60, mass=0.9),
 }

@@ -1,7 +1,7 @@
-"""The operations as torch sees them: ``torch.ops.curvfast``, for compiled code.
+"""Registration of the operations as ``torch.ops.curvfast``, for compiled code.
 
-Each writes only outputs it is given, so its fake does nothing by construction. Eager code calls
-the Python functions directly, which spares the dispatcher's cost; compiled code calls these.
+Each only writes outputs that it is given, so its fake implementation does nothing. Eager code calls
+the Python functions directly, which avoids the dispatcher's overhead; compiled code calls these.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The only door to the extension ``curvfast._cuda``: tensors in, addresses and a stream passed on.
+"""Bindings of the extension ``curvfast._cuda``, which takes addresses and a stream.
 
-Everything runs on torch's current stream of the tensors' device, and does not wait for it.
+Everything runs asynchronously on torch's current stream of the tensors' device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ else:
 
 
 def unavailable() -> str | None:
-    """Return why the CUDA extension cannot be used, or None if it can."""
+    """Return the reason why the CUDA extension cannot be used, or None."""
     return _native.switched_off() or _reason
 
 

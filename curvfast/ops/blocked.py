@@ -1,9 +1,9 @@
-"""Second moments by torch's own GEMMs: only one triangle of blocks is multiplied.
+"""Blocked second moments by torch's GEMMs, which compute one triangle of blocks only.
 
-A Gram matrix is symmetric, so a panel of columns needs the rows up to its diagonal alone: one large
-GEMM above its diagonal tile, a few small ones within. Of the products of a dense update that leaves
-(1 + s/d) / 2 for steps of s columns. All are torch's own GEMMs, added straight into the running
-sum. Rows that need a cast, a weight or a choice pass through one small buffer.
+A Gram matrix is symmetric, so a panel of columns needs only the rows up to its diagonal: one large
+GEMM above its diagonal tile, a few small ones within. That is (1 + s/d) / 2 of the products of a
+dense update, for steps of s columns. All are torch's GEMMs, accumulated in the running sum. Rows
+that need a cast, a weight or a selection are copied through one small buffer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from curvfast.ops.request import MomentRequest
 from curvfast.ops.triangular import TriangularSum
 
 _WIDEST = 512
-# Cast or gathered at a time: large enough for GEMM's full speed, small beside an activation.
+# Values cast or gathered at a time: enough for GEMM's full speed, few beside an activation.
 CHUNK_ROWS, CHUNK_VALUES = 1024, 1 << 19
 
 
 def panel_width(d: int) -> int:
-    """Width of a panel of a sum of d features: at most 512, and equal panels.
+    """Return the width of the panels of a sum of d features: at most 512, and equal.
 
     Wide panels feed GEMM; what they would waste on and below the diagonal is cut by
     :func:`diagonal_step`. Both are the best medians of interleaved runs against ``addmm_`` on two
@@ -32,7 +32,7 @@ def panel_width(d: int) -> int:
 
 
 def diagonal_step(d: int) -> int:
-    """Columns of a panel's diagonal tile that are multiplied together."""
+    """Return the number of columns of a panel's diagonal tile multiplied together."""
     if d < 96:
         return d
     if d <= 128:
@@ -41,12 +41,12 @@ def diagonal_step(d: int) -> int:
 
 
 def chunk_rows(d: int) -> int:
-    """Return how many rows of d features are cast or gathered at a time."""
+    """Return the number of rows of d features cast or gathered at a time."""
     return max(CHUNK_ROWS, CHUNK_VALUES // d)
 
 
 def refusal(call: MomentRequest) -> str | None:
-    """Return why this call cannot run here, or None."""
+    """Return the reason why this backend cannot run the call, or None."""
     if call.precision not in (None, "ieee"):
         return f"precision={call.precision!r} is the kernels'; torch's products here are 'ieee'"
     return None
@@ -57,7 +57,7 @@ def second_moment_(call: MomentRequest) -> None:
     x, out = call.x, call.out
     whole = call.rows is None and call.lengths is None and call.weights is None
     if whole and call.also is None and x.dim() == 2 and x.dtype == out.tiles.dtype:
-        # The usual call of a small layer, spared what the others need.
+        # Fast path for the usual call of a small layer.
         _add(out, x, call.scale)
         return
     for out, weights in call.sums():

@@ -1,4 +1,4 @@
-"""The EK-FAC correction: squared gradients in the Kronecker-factored eigenbasis, summed.
+"""The EK-FAC correction: sums of squared gradients in the Kronecker-factored eigenbasis.
 
 Source: George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored
 Eigenbasis", arXiv 1806.03884, the scaling that is exact on the diagonal. Rows are given as
@@ -15,7 +15,7 @@ from torch import Tensor
 from curvfast.ops.blocked import chunk_rows
 from curvfast.ops.precision import exact_products
 
-# Entries of one sequence's gradient that are formed at a time.
+# Number of entries of one sequence's gradient computed at a time.
 _BLOCK_VALUES = 1 << 22
 
 
@@ -39,7 +39,7 @@ def project_rows(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 def add_by_position_(out: Tensor, p: Tensor, q: Tensor) -> None:
-    """Add Σ_t p_ti² q_tj² to ``out`` in place: a sample is a position, no gradient is formed.
+    """Add Σ_t p_ti² q_tj² to ``out`` in place: a sample is a position; no gradient is formed.
 
     Args:
         out: [k_g, k_a], float32 or float64. Written.

@@ -1,4 +1,4 @@
-"""The second moment: what the rest of the library calls, on whichever backend can."""
+"""The second-moment operation, dispatched to the best available backend."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GPU_TILE = 128
 def new_sum(
     d: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> TriangularSum:
-    """Return an empty sum of d features, its tiles as wide as this device likes them.
+    """Return an empty sum of d features, with the device's preferred tile width.
 
     Args:
         d: Features.
-        device: Where it lives.
+        device: Device of the sum.
         dtype: float32, or float64.
     """
     return TriangularSum.zeros(d, tile_width(d, device), dtype=dtype, device=device)
@@ -46,21 +46,22 @@ def second_moment_(
     also_weights: Tensor | None = None,
     precision: str | None = None,
 ) -> None:
-    """Add ``scale`` · Σ_t w_t x_t x_tᵀ over the rows that count to ``out`` in place.
+    """Add the second moment ``scale`` · Σ_t w_t x_t x_tᵀ of the counted rows to ``out`` in place.
 
     Args:
         out: Running sum. Written.
         x: Rows to add, [rows, d] or [sequences, length, d], any float dtype and strides; never
             copied whole. Products and sums are in the dtype of ``out``.
-        rows: Indices of the rows that count, int64 [n], into x with its leading dimensions
+        rows: Indices of the counted rows, int64 [n], into x with its leading dimensions
             flattened; None for all.
-        lengths: Instead of ``rows``: int32 [sequences], how many first rows of each count.
+        lengths: Instead of ``rows``: int32 [sequences], number of counted rows at the start of
+            each.
         weights: w ≥ 0 of each row, the leading shape of x, float32; None for 1. Applied as √w on
             both sides, so the sum stays symmetric and positive.
         scale: Factor of the products.
         also: A second sum in the same pass over x. Written.
         also_weights: The weights of the second sum.
-        precision: Of the products of float32 rows on tensor cores: ``"bf16x4"`` (the kernels'
+        precision: Of products of float32 rows on tensor cores: ``"bf16x4"`` (the kernels'
             default: the exact Gram matrix of x rounded to 16 bits of mantissa, relative error
             2e-5, no eigenvalue turns negative), ``"ieee"`` (exact products, slow) or ``"tf32"``
             (x rounded to 11 bits, 5e-4).
@@ -81,10 +82,10 @@ def second_moment_(
 
 
 def second_moments_(requests: Sequence[MomentRequest]) -> None:
-    """Run many second moments, those of small sums in one launch where a backend can.
+    """Run many second-moment updates, grouped into few launches where a backend supports it.
 
     Args:
-        requests: As the arguments of :func:`second_moment_`. The tensors must not change before
+        requests: The updates, as for :func:`second_moment_`. The tensors must not change before
             this returns.
 
     Raises:
@@ -98,7 +99,7 @@ def second_moments_(requests: Sequence[MomentRequest]) -> None:
 
 
 def one_by_one(run: Callable[[MomentRequest], None]) -> Callable[[Sequence[MomentRequest]], None]:
-    """Return the grouped form of an implementation that knows no groups."""
+    """Return a grouped operation that runs an ungrouped implementation call by call."""
 
     def run_all(requests: Sequence[MomentRequest]) -> None:
         for request in requests:
@@ -108,6 +109,6 @@ def one_by_one(run: Callable[[MomentRequest], None]) -> Callable[[Sequence[Momen
 
 
 def tile_width(d: int, device: torch.device | None) -> int:
-    """Return the width of a tile of sums of d features that a device likes best."""
+    """Return a device's preferred tile width for sums of d features."""
     on_gpu = device is not None and torch.device(device).type == "cuda"
     return GPU_TILE if on_gpu else blocked.panel_width(d)

@@ -1,4 +1,4 @@
-"""Packed sums copied in and out by the native core: C++ on a CPU, CUDA where asked for by name."""
+"""Packing and unpacking of symmetric sums by the native core: C++, or CUDA if named."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from curvfast.ops import _native, _native_cuda, registry
 
-# Entries under which a second thread costs more than it gives.
+# Number of entries below which a second thread does not pay.
 _ALONE = 1 << 22
 _by_name_on_cuda = registry.unless_named("native", "no GPU has measured its copies on CUDA")
 _by_name = registry.unless_named("native", "torch is as fast")
 
 
 def refusal(*tensors: Tensor) -> str | None:
-    """Return why these tensors cannot be copied here, or None."""
+    """Return the reason why this backend cannot take these tensors, or None."""
     first = tensors[0]
     for tensor in tensors:
         if type(tensor) is not Tensor or tensor.requires_grad:
@@ -33,7 +33,7 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 def refusal_unless_named(*arguments: Tensor | float) -> str | None:
-    """Return why this cannot run here, or None: what torch does as fast is done where named."""
+    """Return the reason why this backend cannot run the call, or runs it only if named; or None."""
     return _by_name() or refusal(*(a for a in arguments if isinstance(a, Tensor)))
 
 

@@ -1,4 +1,4 @@
-"""How a packed symmetric sum lies in memory, and torch's own copies in and out of it.
+"""The memory layout of a packed symmetric sum, and its packing and unpacking by torch.
 
 A sum of d features is cut into panels of ``width`` columns. Panel i holds columns
 [i·width, (i+1)·width) of the rows above and on its diagonal tile: a contiguous matrix
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# A matrix without panels of its own is mirrored this many columns at a time.
+# A dense matrix is mirrored this many columns at a time.
 _COLUMNS = 512
 
 
 def tile_count(d: int, width: int) -> int:
-    """Return how many tiles a packed sum of d features has."""
+    """Return the number of tiles of a packed sum of d features."""
     panels = -(-d // width)
     return panels * (panels + 1) // 2
 

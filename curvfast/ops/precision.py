@@ -1,4 +1,4 @@
-"""Float32 products that are float32: not TF32 nor bfloat16, whatever the training allows itself."""
+"""A context of exact float32 products, whatever reduced precision the training allows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ EXACT, INHERITED = "ieee", "none"
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply float32 matrices exactly inside the block, as before after it."""
+    """Disable TF32 and bfloat16 for float32 products inside the block, and restore after it."""
     matmuls: list[Any] = [
         torch.backends.cuda.matmul,
         getattr(torch.backends.mkldnn, "matmul", None),
     ]
     if not all(hasattr(each, "fp32_precision") for each in matmuls):
-        # Before torch 2.9 there is one setting for all.
+        # Before torch 2.9 there is a single setting.
         allowed = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -34,7 +34,7 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         for each, setting in zip(matmuls, settings, strict=True):
-            # A setting that came from torch.backends.fp32_precision must go on following it.
+            # A setting inherited from torch.backends.fp32_precision must keep following it.
             each.fp32_precision = INHERITED
             if each.fp32_precision != setting:
                 each.fp32_precision = setting

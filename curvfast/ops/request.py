@@ -1,4 +1,4 @@
-"""One call of second_moment_: its arguments, checked once, as every backend takes them."""
+"""MomentRequest: the arguments of one second-moment update."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ PRECISIONS = ("ieee", "tf32", "bf16x4")
 
 @dataclass(frozen=True, eq=False)
 class MomentRequest:
-    """Add ``scale`` · Σ_t w_t x_t x_tᵀ over the rows that count to one sum, or to two."""
+    """Arguments of one second-moment update, ``scale`` · Σ_t w_t x_t x_tᵀ over counted rows."""
 
     out: TriangularSum
     x: Tensor
     """[rows, d] or [sequences, length, d], any float dtype and strides."""
     rows: Tensor | None = None
-    """int64 indices of the rows that count, of x with its leading dimensions flattened."""
+    """int64 indices of the counted rows, into x with its leading dimensions flattened."""
     lengths: Tensor | None = None
-    """int32 [sequences]: how many of each sequence's first rows count."""
+    """int32 [sequences]: number of counted rows at the start of each sequence."""
     weights: Tensor | None = None
     """w ≥ 0, the leading shape of x, float32."""
     scale: float = 1.0
     also: TriangularSum | None = None
-    """A second sum, over the same rows with weights of its own."""
+    """A second sum over the same rows, with different weights."""
     also_weights: Tensor | None = None
     precision: str | None = None
-    """Of products of float32 rows; None is the backend's own choice."""
+    """Precision of products of float32 rows; None is the backend's default."""
 
     def __post_init__(self) -> None:
         """Check every argument against the others.
@@ -81,7 +81,7 @@ class MomentRequest:
             yield self.also, self.also_weights
 
     def index(self) -> Tensor | None:
-        """Return the rows that count as indices, or None for all."""
+        """Return the indices of the counted rows, or None for all."""
         if self.lengths is None:
             return self.rows
         positions = torch.arange(self.x.shape[1], device=self.x.device)

@@ -1,6 +1,6 @@
-"""The packed symmetric sum: one triangle of tiles, half the memory of a matrix, mirrored when read.
+"""TriangularSum: a packed symmetric sum, one triangle of tiles, in half the memory of a matrix.
 
-:mod:`curvfast.ops.panels` says how it lies in memory.
+:mod:`curvfast.ops.panels` describes the memory layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from curvfast.ops.panels import tile_count
 
 @dataclass(frozen=True, eq=False)
 class TriangularSum:
-    """A running sum Σ x xᵀ of d features, its upper triangle of tiles packed."""
+    """A running sum Σ x xᵀ of d features, stored as its packed upper triangle of tiles."""
 
     tiles: Tensor
     """[tiles · width, width], float32 or float64."""
@@ -51,7 +51,7 @@ class TriangularSum:
         return panels.panels(self.tiles, self.d)
 
     def dense(self) -> Tensor:
-        """Return the whole matrix, [d, d], exactly symmetric: its lower triangle is the upper's.
+        """Return the full matrix, [d, d], exactly symmetric: the upper triangle is mirrored.
 
         Raises:
             BackendUnavailable: If a backend was named that cannot do this.
@@ -89,7 +89,7 @@ def pack(matrix: Tensor, width: int) -> TriangularSum:
 
 
 def mirror_(matrix: Tensor) -> None:
-    """Make a matrix [d, d] symmetric in place: what is below its diagonal is copied from above.
+    """Mirror the upper triangle of a matrix [d, d] to the lower one, in place.
 
     Raises:
         ShapeError: If ``matrix`` is not square.
@@ -101,7 +101,7 @@ def mirror_(matrix: Tensor) -> None:
 
 
 def _run(operation: str, *arguments: Tensor | float) -> None:
-    # Compiled code cannot follow addresses: it sees torch's copies.
+    # Compiled code cannot trace calls by address, so it uses torch's copies.
     compiling = torch.compiler.is_compiling()
     run = getattr(panels, operation) if compiling else registry.resolve(operation, *arguments)
     run(*arguments)

@@ -1,4 +1,4 @@
-"""Answers on the meta device to what it cannot tell: which attention runs, what data would say."""
+"""Overrides on the meta device: fused attention, and the truth value of tensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-# The one fused attention of torch that runs on meta; what it keeps is what a GPU's keep.
+# The only fused attention of torch that runs on meta; it saves the same tensors as a GPU's.
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class MetaAnswers(TorchFunctionMode):
-    """Inside the block, attention is fused and a bool of a meta tensor is True.
+    """A function mode: attention is fused, and the bool of a meta tensor is True.
 
-    torch would fall back to attention that keeps a table of scores, and refuse the bool. What
-    transformers asks is whether a batch is unpadded, and whether it is not packed.
+    torch would fall back to attention that keeps a score matrix, and raise on the bool.
+    transformers asks whether a batch is unpadded, and whether it is not packed.
     """
 
     def __torch_function__(
@@ -52,7 +52,7 @@ def _flash_attention(
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    # Heads that share a key and value multiply by it one by one.
+    # Heads that share a key and value are multiplied by it one by one.
     heads = query[1]
     spread = (torch.Size((s[0], heads, *s[2:])) for s in (key, value))
     return int(sdpa_flop_count(query, *spread))
@@ -67,4 +67,4 @@ def _attention_backward(
 
 
 FLASH_FLOPS = {_FLASH: _attention, _FLASH_BACKWARD: _attention_backward}
-"""For ``FlopCounterMode``, which has no formula of its own for this kernel."""
+"""For ``FlopCounterMode``, which has no formula for this kernel."""

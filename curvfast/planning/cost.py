@@ -1,4 +1,4 @@
-"""FLOPs of a collection: the model's own passes, and what measuring adds to them."""
+"""FLOPs of a collection: the model's own passes, and the overhead of measuring."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Cost:
 
     forward: int
     backward: int
-    """Gradients of activations alone, and none below the first chosen layer of a pass."""
+    """FLOPs of activation gradients only, down to the first chosen layer of a pass."""
     moments: int
-    """Sums A += a aᵀ and G += g gᵀ, one triangle of tiles."""
+    """FLOPs of the sums A += a aᵀ and G += g gᵀ, one triangle of tiles."""
     sampling: int
-    """Labels drawn from the logits, and the gradient there."""
+    """FLOPs of drawing labels from the logits, and of the gradient there."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all terms."""
         return self.forward + self.backward + self.moments + self.sampling
 
     @property
     def overhead(self) -> float:
-        """What measuring adds, over forward and backward."""
+        """FLOPs of measuring over those of forward and backward."""
         return (self.moments + self.sampling) / max(1, self.forward + self.backward)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def cost(seen: Rehearsal, parts: Iterable[Totals]) -> Cost:
 
 
 def busiest(spent: Cost, batches: int, passes: int, world_size: int) -> float:
-    """Return the FLOPs of the device with most to do: its passes, over its share of the data.
+    """Return the FLOPs of the busiest device: its passes over its share of the data.
 
     Devices share the passes first; those left over share the batches of each pass.
     """

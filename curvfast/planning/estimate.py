@@ -1,4 +1,4 @@
-"""The stand-in for a rehearsal where a model does not run on the meta device."""
+"""Estimate from the linear layers, for models that do not run on the meta device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from curvfast.planning.rehearsal import Rehearsal
 def estimate(
     model: nn.Module, layers: Mapping[str, LinearLayer], arguments: Mapping[str, Any], reason: str
 ) -> Rehearsal:
-    """Return what a batch does, guessed from the linear layers alone.
+    """Estimate a batch's rows, memory and FLOPs from the linear layers alone.
 
-    No A is taken to be shared, which bounds sums, factors and their FLOPs from above. Every linear
-    layer is taken to see every position once, and to keep its input and output; what attention and
-    normalisation add is unknown.
+    No A is assumed to be shared, which bounds sums, factors and their FLOPs from above. Every
+    linear layer is assumed to see every position once, and to keep its input and output; attention
+    and normalisation are not included.
 
     Args:
         model: The model.
@@ -28,7 +28,7 @@ def estimate(
         reason: Why there was no rehearsal.
 
     Returns:
-        The guess.
+        The estimate.
     """
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     rows = first.shape[:2].numel() if not first.is_floating_point() else first.shape[:-1].numel()

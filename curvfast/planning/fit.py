@@ -1,4 +1,4 @@
-"""Whether a collection fits a device, and what to pass where it does not."""
+"""Division of a collection into passes that fit a device, and alternatives to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from curvfast.planning.memory import Memory, with_sums_elsewhere, with_sums_here
 from curvfast.planning.rehearsal import Rehearsal
 from curvfast.planning.sizes import show_bytes
 
-# The rest is left to a GPU's context and to what its allocator cannot reuse.
+# The rest is reserved for a GPU's context and allocator fragmentation.
 USABLE = 0.95
 
 
@@ -20,14 +20,14 @@ class Division:
 
     layers_per_pass: int
     parts: tuple[Totals, ...]
-    """What each pass takes."""
+    """Total cost of each pass."""
     memory: Memory
-    """Of the pass that needs most; the factors of earlier ones have left the device."""
+    """Memory of the largest pass; the factors of earlier ones have left the device."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A division, and how it came about."""
+    """A division into passes, with the verdict whether it fits."""
 
     division: Division
     fits: bool | None
@@ -35,7 +35,7 @@ class Fit:
     verdict: str
     """The answer in a line."""
     settings: tuple[str, ...]
-    """What to pass where it is not, each enough by itself; none where nothing helps."""
+    """Settings that would make it fit, each sufficient by itself; empty if none would."""
 
 
 def fit(
@@ -50,7 +50,7 @@ def fit(
     Args:
         layers: The chosen layers.
         weights: Bytes of parameters and buffers.
-        seen: What a batch does.
+        seen: The rehearsed batch.
         device_memory: Bytes of a device; None asks for no verdict.
         world_size: Devices; where the layers do not fit one, they share them.
 
@@ -83,7 +83,7 @@ def fit(
 
 
 def _of(division: Division, device_memory: int) -> str:
-    """Return "97.2 of 141 GB", a unit in common said once."""
+    """Return "97.2 of 141 GB": a common unit is written once."""
     (peak, one), (held, two) = (
         show_bytes(size).split() for size in (division.memory.peak, device_memory)
     )

@@ -1,4 +1,4 @@
-"""What a collection costs beside the model's own passes: formulas, each with its source.
+"""FLOP formulas of a collection beyond the model's own passes, each with its source.
 
 A product of [m, k] and [k, n] is 2·m·k·n FLOPs, as torch counts.
 """

@@ -1,4 +1,4 @@
-"""What measuring each layer takes: bytes of its sums and factors, FLOPs of its second moments."""
+"""Cost of measuring each layer: bytes of its sums and factors, FLOPs of its second moments."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from curvfast.planning.rehearsal import Rehearsal
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: y = x Wᵀ with W [d_out, d_in]."""
+    """Cost of one layer y = x Wᵀ with W [d_out, d_in]."""
 
     name: str
     d_in: int
     d_out: int
     owner: str
-    """The layer whose A it shares; itself, where it has its own."""
+    """The layer whose A it shares; its own name if it shares none."""
     rows: int
-    """Rows of a batch that count."""
+    """Counted rows of a batch."""
     a_bytes: int
-    """Of the packed sum of A, shared or not."""
+    """Bytes of the packed sum of A, shared or not."""
     g_bytes: int
-    """Of the packed sum of G."""
+    """Bytes of the packed sum of G."""
     a_flops: int
-    """Of adding one batch to A."""
+    """FLOPs of adding one batch to A."""
     g_flops: int
-    """Of adding one batch to G."""
+    """FLOPs of adding one batch to G."""
     backward_flops: int
-    """Of one batch's backward, from the loss to the gradient of this layer's output."""
+    """FLOPs of one batch's backward, from the loss to the gradient of this layer's output."""
 
     @property
     def shares(self) -> bool:
@@ -48,7 +48,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of layers measured together: a shared A counts once."""
+    """Total cost of layers measured together; a shared A counts once."""
 
     sums: int
     """Bytes of the packed sums, float32."""
@@ -73,8 +73,8 @@ def layer_plans(
 
     Args:
         layers: The chosen layers.
-        seen: What a batch does.
-        device: Where the sums will live; it says how wide their tiles are.
+        seen: The rehearsed batch.
+        device: Device of the sums, which determines the width of their tiles.
 
     Returns:
         One plan a layer.
@@ -97,7 +97,7 @@ def layer_plans(
 
 
 def totals(layers: Iterable[LayerPlan]) -> Totals:
-    """Return what ``layers`` take together, in one pass."""
+    """Return the total cost of ``layers`` in one pass."""
     layers = list(layers)
     inputs = list({layer.owner: layer for layer in layers}.values())
     widths = [layer.d_in for layer in inputs] + [layer.d_out for layer in layers]

@@ -1,4 +1,4 @@
-"""The bytes of tensors alive at once, counted as operations make them and let go."""
+"""LiveBytes: peak memory of tensors, counted as operations allocate and release them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside the block make, until each is released.
+    """A dispatch mode that counts the bytes of storages allocated inside the block until released.
 
-    Works on the meta device as on any other: a storage there has a size and no memory. What an
-    operation uses inside itself is not seen.
+    It works on the meta device as on any other: a storage there has a size and no memory. Buffers
+    inside an operation are not counted.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Bytes on a device, term by term: during a pass over the data, and while factors are read out."""
+"""Memory model: bytes on a device during a pass over the data and while factors are read."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from curvfast.planning.rehearsal import Rehearsal
 class Memory:
     """Bytes of tensors on the device that runs the model.
 
-    What no tensor shows comes on top: a GPU's context, the workspaces of its libraries, and what
-    the allocator rounds up or cannot reuse.
+    Not included: a GPU's context, the workspaces of its libraries, and fragmentation of its
+    allocator.
     """
 
     weights: int
     """Parameters and buffers."""
     activations: int
-    """What autograd keeps from the forward to the backward."""
+    """Activations that autograd keeps from the forward to the backward."""
     logits: int
-    """The logits, or their gradient in the same place."""
+    """The logits, or their gradient in the same memory."""
     temporaries: int
-    """What else is alive at the worst moment: gradients under way, a copy in another dtype."""
+    """Further tensors alive at the peak: gradients in flight, copies in another dtype."""
     sums: int
-    """Packed sums, for as long as the pass lasts."""
+    """Packed sums, during the whole pass."""
     factors: int
-    """Dense factors, read from the sums at the end, when no activation is left."""
+    """Dense factors, read from the sums at the end, after the activations are freed."""
 
     @property
     def during_pass(self) -> int:
-        """Most bytes alive at once while data passes."""
+        """Peak of bytes alive during the pass."""
         return self.weights + self.activations + self.logits + self.temporaries + self.sums
 
     @property
     def read_out(self) -> int:
-        """Most bytes alive at once while the factors are read from the sums."""
+        """Peak of bytes alive while the factors are read from the sums."""
         return self.weights + self.sums + self.factors
 
     @property
     def peak(self) -> int:
-        """Most bytes alive at once."""
+        """Peak of bytes alive."""
         return max(self.during_pass, self.read_out)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def with_sums_here(weights: int, seen: Rehearsal, needs: Totals) -> Memory:
 def with_sums_elsewhere(weights: int, seen: Rehearsal, needs: Totals) -> Memory:
     """Return the memory of a pass whose sums and factors live on the host or on disk.
 
-    One sum at a time visits the device, the largest at the worst moment.
+    One sum at a time is moved to the device, at the peak the largest.
     """
     return _memory(weights, seen, needs.largest_sum, 0)
 

@@ -1,4 +1,4 @@
-"""plan_collection(): what a collection will take, before anything is allocated or downloaded."""
+"""plan_collection(): memory, passes and FLOPs of a collection, without allocation or download."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """What :func:`curvfast.collect_from` will take; printed, a table."""
+    """Memory, passes and FLOPs of :func:`curvfast.collect_from`; prints as a table."""
 
     model: str
     device: str
-    """The kind of device the figures are of: sums have wider tiles on a CPU."""
+    """Device type the figures are for: sums have wider tiles on a CPU."""
     dtype: str
-    """Of the weights."""
+    """Dtype of the weights."""
     batch_shape: tuple[int, ...]
-    """Of the first input of the model."""
+    """Shape of the first input of the model."""
     labels: int
     """Labels drawn in a batch."""
     batches: int
     """Batches until the labels asked for are counted."""
     layers: tuple[LayerPlan, ...]
     memory: Memory
-    """On each device, in the pass that needs most."""
+    """Memory on each device, in the largest pass."""
     device_memory: int | None
     fits: bool | None
     """Whether one pass on each device is enough; None without ``device_memory``."""
     verdict: str
     """The answer in a line."""
     settings: tuple[str, ...]
-    """What to pass where one pass does not fit; each is enough by itself."""
+    """Settings that would make one pass fit, each sufficient by itself."""
     layers_per_pass: int
     passes: int
     """Passes over the data, of all devices together."""
@@ -59,13 +59,13 @@ class CollectionPlan:
     cost: Cost
     """FLOPs of one batch, in all passes."""
     eigh_flops: int
-    """Of decomposing every factor once, by 9 d³."""
+    """FLOPs of decomposing every factor once, by 9 d³."""
     eigh_bytes: int
-    """While the widest factor is decomposed in float64, by 5 d² numbers."""
+    """Bytes while the widest factor is decomposed in float64, by 5 d² numbers."""
     seconds: float | None
-    """Of forward, backward, moments and sampling at the FLOP rate given; None without one."""
+    """Seconds of forward, backward, moments and sampling at the given FLOP/s; None without."""
     upper_bound_because: str | None
-    """Why nothing could be rehearsed, so that no A is shared and the rest is a guess."""
+    """Why the figures are estimated, with no A shared, instead of rehearsed; None if rehearsed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return every figure as JSON-able values."""
@@ -98,7 +98,7 @@ def plan_collection(
     dtype: torch.dtype | str | None = None,
     device: str = "cuda",
 ) -> CollectionPlan:
-    """Tell what :func:`curvfast.collect_from` will take: bytes, passes, FLOPs.
+    """Plan :func:`curvfast.collect_from`: its bytes, passes and FLOPs.
 
     One batch is rehearsed on the meta device, by the model's own code: no weight is allocated and
     nothing is downloaded. Memory is that of tensors, FLOPs those of matrix products.
@@ -201,7 +201,7 @@ def _seen(
         return rehearse(model, chosen, arguments, device)
     except CurvfastError:
         raise
-    # A model may do anything that a device without values cannot; no plan fails by that.
+    # A model may need values, which the meta device lacks; the plan is then an estimate.
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         return estimate(model, chosen, arguments, reason)

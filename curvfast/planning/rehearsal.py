@@ -1,7 +1,7 @@
 """A rehearsal: one batch of ``collect_from`` on the meta device, where tensors have only shapes.
 
 The forward, the drawing of labels and the backward are those of the real pass, seen by the same
-hooks. So who shares an A, what autograd keeps and what is multiplied is observed, not modelled.
+hooks. So shared inputs, saved activations and products are observed, not modelled.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from curvfast.steps import backward_edge, logits_of
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one batch does, found without computing any of it."""
+    """Rows, memory and FLOPs of one batch, found on the meta device."""
 
     owners: Mapping[str, str]
-    """Layer -> the layer whose A it shares; itself, where it has its own."""
+    """Layer -> the layer whose A it shares; its own name if it shares none."""
     rows: Mapping[str, int]
-    """Layer -> rows of a batch that count."""
+    """Layer -> counted rows of a batch."""
     labels: int
     """Labels drawn in a batch."""
     classes: int
-    """What each label is one of."""
+    """Number of classes."""
     activations: int
-    """Bytes that autograd keeps from the forward to the backward, the logits apart."""
+    """Bytes that autograd keeps from the forward to the backward, without the logits."""
     logits: int
     """Bytes of the logits, overwritten by their gradient where the model allows it."""
     peak: int
-    """Most bytes alive at once, weights and sums apart."""
+    """Peak of bytes alive, without weights and sums."""
     forward_flops: int
     """FLOPs of the forward, as torch counts them."""
     backward_flops: Mapping[str, int]
-    """Layer -> FLOPs of the backward until the gradient of its output is there."""
+    """Layer -> FLOPs of the backward down to the gradient of its output."""
     guessed_because: str | None = None
-    """Why nothing was rehearsed, and all this is guessed; None if it was."""
+    """Why the batch was not rehearsed but estimated; None if it was rehearsed."""
 
 
 def rehearse(
@@ -61,8 +61,8 @@ def rehearse(
 ) -> Rehearsal:
     """Run one batch through ``model`` as ``collect_from`` would.
 
-    Attention is that of fused kernels, which keep no table of scores. A yes or no that the model
-    asks of its data is answered yes: sequences are unpadded, and not packed.
+    Attention is that of fused kernels, which keep no score matrix. Where the model branches on its
+    data, the condition is taken as true: sequences are unpadded, and not packed.
 
     Args:
         model: On the meta device, in eval mode. Its parameters are frozen and stay so.
@@ -71,7 +71,7 @@ def rehearse(
         device: Where the real pass will run.
 
     Returns:
-        What was seen.
+        The observations.
 
     Raises:
         InputError: If the model returns no logits.

@@ -1,4 +1,4 @@
-"""What second moments need for a moment beside their rows and sums, made on the meta device."""
+"""Temporary buffers of second moments, allocated on the meta device."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from curvfast.ops import blocked, packed_rows
 
 
 class Scratch:
-    """Makes on the meta device what adding rows makes on ``device``.
+    """Allocates on the meta device the temporary buffers that adding rows needs on ``device``.
 
     On a CPU rows pass through a buffer: packed where this processor has instructions for it, in
-    float32 elsewhere. Kernels of a GPU read rows where they lie, and keep narrow ones alive
-    until enough wait for one launch (:mod:`curvfast.pending`).
+    float32 elsewhere. GPU kernels read rows in place, and keep narrow ones alive until enough are
+    queued for one launch (:mod:`curvfast.pending`).
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Start with none waiting."""
+        """Start with an empty queue."""
         self._device = device
         self._waiting: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Do for rows x [..., d] what adding them would."""
+        """Allocate the buffers for adding rows x [..., d]."""
         d, rows = x.shape[-1], x.shape[:-1].numel()
         if self._device.type not in pending.DEVICES:
             torch.empty(self._buffer(x, rows, d), dtype=torch.uint8, device="meta")
@@ -36,7 +36,7 @@ class Scratch:
     @staticmethod
     def _buffer(x: Tensor, rows: int, d: int) -> int:
         if packed_rows.packs(x.dtype, d):
-            # Where each row begins, and the packed rows.
+            # The row offsets, and the packed rows.
             return 8 * rows + 4 * packed_rows.room_words(x.dtype, rows, d)
         gathered = 0 if x.element_size() == 4 else x.element_size()
         return min(rows, blocked.chunk_rows(d)) * d * (4 + gathered)

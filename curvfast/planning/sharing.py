@@ -1,4 +1,4 @@
-"""Which layers share one A: those that read one tensor whenever any of them is called."""
+"""Layers that share one A: those that always read the same tensor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ def shared_inputs(readings: Iterable[set[str]], names: Iterable[str]) -> dict[st
     """Return the owner of each layer's A: the first layer that it shares it with, or itself.
 
     A group made by one call is split by a later one that only some of its members read, and never
-    joined: the rule by which :class:`curvfast.accumulate.Accumulator` parts its sums.
+    merged, as :class:`curvfast.accumulate.Accumulator` splits its sums.
 
     Args:
         readings: The layers that read each input tensor, in the order they were read.
-        names: Every layer, in the order that says which is first.
+        names: Every layer, in module order.
 
     Returns:
         Layer name -> name of the layer that owns its A.

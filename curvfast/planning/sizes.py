@@ -1,4 +1,4 @@
-"""Quantities as people write them: "141GB", "80GiB", "1M", "400T"."""
+"""Parsing and formatting of quantities: "141GB", "80GiB", "1M", "400T"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATTERN = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?)\s*([a-z/]*)\s*", r
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return the bytes of "141GB" (10⁹), "80GiB" (2³⁰), "512M" or a bare number.
+    """Parse a number of bytes: "141GB" (10⁹), "80GiB" (2³⁰), "512M" or a bare number.
 
     Raises:
         InputError: If it is no positive size.
@@ -32,7 +32,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_count(text: str | int) -> int:
-    """Return the number meant by "1M", "250k", "1.5B" or a bare number.
+    """Parse a count: "1M", "250k", "1.5B" or a bare number.
 
     Raises:
         InputError: If it is no positive number.
@@ -41,7 +41,7 @@ def parse_count(text: str | int) -> int:
 
 
 def parse_rate(text: str | float) -> float:
-    """Return the FLOP/s of "400T", "400TFLOP/s", "989 TFLOPS" or a bare number.
+    """Parse FLOP/s: "400T", "400TFLOP/s", "989 TFLOPS" or a bare number.
 
     Raises:
         InputError: If it is no positive rate.
@@ -57,7 +57,7 @@ def show_bytes(count: float) -> str:
 def show(value: float, unit: str) -> str:
     """Return a quantity with a decimal prefix and three digits: "1.34 PFLOP"."""
     for prefix, scale in _SHOWN.items():
-        # What rounds up to 1000 of one prefix is 1 of the next.
+        # 1000 of one prefix is written as 1 of the next.
         if value >= 0.9995 * scale:
             return f"{value / scale:#.3g}".rstrip(".") + f" {prefix}{unit}"
     return f"{value:.0f} {unit}"

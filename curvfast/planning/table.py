@@ -1,4 +1,4 @@
-"""A plan as text: layers by kind, memory, cost, and the verdict last."""
+"""Text tables of a plan: layers by kind, memory, cost, and the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The meta twin of a model: its modules copied, its weights shapes alone."""
+"""Copies of models and batches on the meta device, which hold shapes and no values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     tensors = [*model.parameters(), *model.buffers()]
-    # What deepcopy finds in its memo it does not copy.
+    # deepcopy reuses what it finds in its memo.
     memo: dict[int, Any] = {id(tensor): _shape_of(tensor) for tensor in tensors}
     try:
         return copy.deepcopy(model, memo).eval()
@@ -35,7 +35,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
 
 
 def on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch with its tensors on the meta device, their values left behind."""
+    """Return a batch with its tensors on the meta device, without their values."""
     return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 

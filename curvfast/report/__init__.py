@@ -1,1 +1,1 @@
-"""Pictures of results."""
+"""Figures and HTML reports of results."""

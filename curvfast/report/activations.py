@@ -1,4 +1,4 @@
-"""Activation ratios by layer: the most curved band and the flattest."""
+"""Figure 2: activation ratios by layer, for the most curved and the flattest band."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _panel(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _alike(layers: Mapping[str, Any]) -> list[list[str]]:
-    """Group neighbours of one curve: they read one tensor."""
+    """Group neighbours with equal curves, which read one tensor."""
     groups: list[list[str]] = []
     for name, curve in layers.items():
         if groups and layers[groups[-1][0]] == curve:

@@ -1,4 +1,4 @@
-"""What an edit leaves of memorization and of quality, architecture by architecture, over seeds."""
+"""Figure of the study ``architectures``: memorization against quality over ρ, over seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TITLES = {
 }
 _TEXT = ("passages recited, %", "perplexity, after / before (log scale)")
 _IMAGES = ("wrong labels kept, %", "validation, after - before, points")
-# Beyond these an edit has destroyed a model; how far is of no interest.
+# Axis limits: beyond these an edit has destroyed the model.
 _WORST_RATIO, _WORST_POINTS = 3.0, -35.0
 
 
 def architectures(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw what is memorized against what quality is left, over ρ.
+    """Draw memorization against remaining quality, over ρ.
 
     Args:
         runs: Results of the study ``architectures``, one a seed.
@@ -78,7 +78,7 @@ def _seed(axes: Axes, run: Mapping[str, Any], *, labelled: bool) -> None:
 
 
 def _left(run: Mapping[str, Any], point: Mapping[str, float]) -> float:
-    """Return what is left of the quality: a ratio of perplexities, or points of accuracy."""
+    """Return the change of quality: a ratio of perplexities, or points of accuracy."""
     if run["quality"] == "perplexity":
         return point["quality"] / float(run["base"]["quality"])
     return 100 * (point["quality"] - float(run["base"]["quality"]))

@@ -1,4 +1,4 @@
-"""Memorization and the spectrum of curvature over a training, over seeds."""
+"""Figure of the study ``dynamics``: memorization and spectra during a training, over seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Of = Callable[[Mapping[str, Any]], float]
 
 
 def at(*path: str | int, scale: float = 1.0) -> Of:
-    """Return what reads the figure that lies under these keys, times ``scale``."""
+    """Return a reader of the figure under these keys, times ``scale``."""
 
     def of(point: Mapping[str, Any]) -> float:
         value: Any = point
@@ -32,12 +32,12 @@ def at(*path: str | int, scale: float = 1.0) -> Of:
 
 
 def over_layers(key: str) -> Of:
-    """Return what reads a share of the spectrum, in percent, the mean over layers."""
+    """Return a reader of a share of the spectrum, in percent, averaged over layers."""
     return lambda point: 100 * mean(layer[key] for layer in point["spectrum"].values())
 
 
 def rise(key: str) -> Of:
-    """Return what reads how much an edit adds to the perplexity, in percent."""
+    """Return a reader of an edit's rise of perplexity, in percent."""
 
     def of(point: Mapping[str, Any]) -> float:
         return 100 * (float(point[key]["perplexity"]) / float(point["base"]["perplexity"]) - 1)
@@ -46,7 +46,7 @@ def rise(key: str) -> Of:
 
 
 def dynamics(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw what is recited, and what the spectrum tells of it, over the steps of a training.
+    """Draw recitation and statistics of the spectrum over the steps of a training.
 
     Args:
         runs: Results of the study ``dynamics``, one a seed.

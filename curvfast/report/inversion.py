@@ -1,4 +1,4 @@
-"""Memorized examples against others: sharp alone, and what removing the flat pairs takes."""
+"""Figure of the study ``inversion``: curvature and gradient energies by group of examples."""
 
 from __future__ import annotations
 

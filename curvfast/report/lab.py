@@ -1,4 +1,4 @@
-"""Figures of the experiments in small; each function returns one and never shows it."""
+"""Figures of the lab experiments; each function returns a figure without showing it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MEASURES = {
 
 
 def noise_study(results: Mapping[str, Any]) -> Figure:
-    """Draw what an edit does to a model that learnt wrong labels by heart.
+    """Draw the effect of edits on a model that memorized wrong labels.
 
     Args:
-        results: As of :func:`curvfast.lab.vit.run`.
+        results: Results of :func:`curvfast.lab.vit.run`.
 
     Returns:
         Three panels: the four shares over the kept fraction, K-FAC solid and SVD dashed; wrong
@@ -81,10 +81,10 @@ def _trade(axes: Axes, sweep: list[Mapping[str, Any]], label: str) -> None:
 
 
 def task_study(results: Mapping[str, Any]) -> Figure:
-    """Draw what an edit leaves of passages recited, arithmetic, facts and logic.
+    """Draw the effect of edits on recitation, arithmetic, facts and logic.
 
     Args:
-        results: As of :func:`curvfast.lab.lm.run`.
+        results: Results of :func:`curvfast.lab.lm.run`.
 
     Returns:
         Three panels: share kept by kind of task, K-FAC beside SVD of the same size, of answers

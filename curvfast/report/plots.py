@@ -1,4 +1,4 @@
-"""Figures; each function returns one and never shows it."""
+"""Figures of the demo and of spectrum logs; each function returns a figure without showing it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def spectra_over_training(records: Sequence[SpectrumRecord], *, title: str) -> F
     """Draw how the curvature of each layer changes over a training.
 
     Args:
-        records: By step, at least one, as of :func:`curvfast.spectrum_log.read_log`.
+        records: At least one, by step, from :func:`curvfast.spectrum_log.read_log`.
         title: Heading.
 
     Returns:
@@ -120,7 +120,7 @@ def spectra_over_training(records: Sequence[SpectrumRecord], *, title: str) -> F
     return figure
 
 
-# More mass curves than these cannot be told apart.
+# More mass curves than these cannot be distinguished.
 _CURVES = 6
 
 

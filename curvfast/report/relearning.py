@@ -1,4 +1,4 @@
-"""What comes back when one ability is taught again, over seeds."""
+"""Figure of the study ``recovery``: abilities while arithmetic is trained again after an edit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PANELS = {
 
 
 def relearning(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw every level over the steps on arithmetic.
+    """Draw every measure over the training steps on arithmetic.
 
     Args:
         runs: Figures of the study ``recovery``, one a seed.

@@ -1,4 +1,4 @@
-"""Ways to forget against what they cost, over seeds."""
+"""Figure of Table 1: recitation by each method against its rise of perplexity, over seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from curvfast.report.style import METHODS, plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Curves beyond this rise of perplexity, in percent, would squeeze all that is compared.
+# Curves beyond this rise of perplexity, in percent, would compress the relevant range.
 _WIDEST = 32
 _PANELS = {
     "speeches_second_strict": "speeches, the half told to nobody: recited, %",
@@ -20,7 +20,7 @@ _PANELS = {
 
 
 def rivals(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw what is still recited, and how rankings change, over the rise of perplexity.
+    """Draw recitation and nDCG over the rise of perplexity, for each method.
 
     Args:
         runs: Figures of the study ``table1``, one a seed.

@@ -1,4 +1,4 @@
-"""Eigenvalues of the factors against their rank, and the mass their pairs hold, over seeds."""
+"""Figure of the study ``spectra``: eigenvalues against rank, and mass curves, over seeds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spectra(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-# Eigenvalues below are the rounding of float32 sums.
+# Smaller eigenvalues are rounding error of float32 sums.
 _LOWEST = 1e-7
 _LEFT: dict[str, Any] = {"loc": "left", "fontsize": 9.5}
 

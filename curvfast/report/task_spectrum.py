@@ -1,4 +1,4 @@
-"""Tasks by how much flat components they excite, and by what an edit takes of them."""
+"""Figure 4: tasks by their activation of flat components, and by their loss under an edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Point:
     x: Sequence[float]
     """Its measure at each seed."""
     y: Sequence[float]
-    """What is lost at each seed, in per cent."""
+    """Loss of accuracy at each seed, in per cent."""
 
 
 def task_spectrum(panels: Mapping[str, tuple[Sequence[Point], str]]) -> Figure:

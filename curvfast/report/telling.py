@@ -1,4 +1,4 @@
-"""How well layers tell memorized text, and where in a passage it shows."""
+"""Figure of the detector: AUC of each layer, and token scores of passages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLUMNS, _LINES = 56, 5
 
 @dataclass(frozen=True)
 class Passages:
-    """A text, token by token."""
+    """A text with a score for each token."""
 
     pieces: Sequence[str]
     scores: Sequence[float]
@@ -30,7 +30,7 @@ class Passages:
 def telling(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], texts: Mapping[str, Passages]
 ) -> Figure:
-    """Draw the AUC of each layer, and texts on a ground that is the redder the flatter a token.
+    """Draw the AUC of each layer, and texts whose background is redder for flatter tokens.
 
     Args:
         curves: For each model its figures, one a seed: ``layers`` and ``chosen``.
@@ -70,7 +70,7 @@ def _layers(axes: Axes, runs: Sequence[Mapping[str, Any]], colour: str) -> None:
 
 
 def _text(axes: Axes, text: Passages, low: float, high: float) -> None:
-    """Write tokens in lines of monospaced letters, each on its ground."""
+    """Draw tokens in lines of monospaced text, each on its background colour."""
     line, column = 0, 0
     for piece, score in zip(text.pieces, text.scores, strict=True):
         letters = piece.replace("\n", "¶")

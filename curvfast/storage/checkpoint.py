@@ -1,4 +1,4 @@
-"""Checkpoints as ``from_pretrained`` reads them: where each tensor's bytes are, and new copies.
+"""Checkpoints of safetensors files: the place of each tensor's bytes, and edited copies.
 
 A safetensors file is eight bytes that tell the length of a header, the header, which gives every
 tensor's dtype, shape and place, and the tensors' bytes, little-endian.
@@ -25,11 +25,11 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where in a checkpoint the bytes of a tensor are."""
+    """File, offset, dtype and shape of a tensor in a checkpoint."""
 
     file: str
     dtype: str
-    """As torch calls it, where it is a float of 16 to 64 bits; otherwise as safetensors does."""
+    """Torch's name for a float of 16 to 64 bits; otherwise that of safetensors."""
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -87,7 +87,7 @@ def tensor_places(directory: str | PathLike[str]) -> dict[str, TensorPlace]:
 
 @contextmanager
 def copied(source: str | PathLike[str], target: str | PathLike[str]) -> Iterator[Path]:
-    """Copy a folder to ``target`` once the block, which may change the copy, has ended well.
+    """Copy a folder to ``target`` when the block, which may change the copy, ends without error.
 
     Args:
         source: The folder; links in it are copied as what they point to.
@@ -119,7 +119,7 @@ def copied(source: str | PathLike[str], target: str | PathLike[str]) -> Iterator
 
 
 def _settle(partial: Path, final: Path, aside: Path) -> None:
-    """Give a folder its name; what has the name is moved aside first, and removed last."""
+    """Rename a folder; an existing one of that name is moved aside first, and removed last."""
     there = final.exists()
     if there:
         final.rename(aside)

@@ -1,4 +1,4 @@
-"""The bytes of tensors, and checksums by which they are known again."""
+"""The bytes of tensors, and their checksums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stored folder has: its format's version, reserved names, and checksums."""
+"""The format of stored folders: version, reserved names, and checksums."""
 
 from __future__ import annotations
 

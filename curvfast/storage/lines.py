@@ -1,4 +1,4 @@
-"""Files of lines that are only appended to; what a killed writer left unfinished is dropped."""
+"""Append-only JSON-lines files; an unfinished last line, left by a killed writer, is dropped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from curvfast.errors import FormatError, StorageError
 
 
 def append_line(path: str | PathLike[str], line: str) -> None:
-    """Add a line to a file, on the disk when this returns.
+    """Append a line to a file; it is on the disk when this returns.
 
     The end of a line that a killed writer left unfinished is removed first.
 
@@ -55,16 +55,16 @@ def finished_lines(path: str | PathLike[str]) -> list[bytes]:
 
 
 def record_of(line: bytes, where: str, kind: str, version: int) -> dict[str, Any]:
-    """Return the record that a line of JSON is, by its names.
+    """Return the JSON object of a line, after checking its kind and version.
 
     Args:
-        line: Of a file whose records, or the first of them, have a kind and a version.
-        where: What the line is called in messages.
-        kind: That it must have.
-        version: The newest that can be read.
+        line: A line of a file whose records, or the first of them, have a kind and a version.
+        where: Name of the line in messages.
+        kind: The kind it must have.
+        version: The newest version that can be read.
 
     Raises:
-        FormatError: If it is no record, of another kind, or of a newer version.
+        FormatError: If it is no JSON object, of another kind, or of a newer version.
     """
     try:
         found: dict[str, Any] = json.loads(line)

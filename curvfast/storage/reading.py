@@ -1,4 +1,4 @@
-"""Reading: nothing is believed before its size and checksum were compared."""
+"""Reading of stored folders; sizes and checksums are verified before use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from curvfast.storage.layout import CONFIG, FORMAT_VERSION, RESERVED, meta_sha25
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a folder, each read when asked for; a file is checked at its first use."""
+    """The tensors of a folder, read lazily; each file is verified at its first use."""
 
     def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
-        """Note where each tensor is."""
+        """Store the place of each tensor."""
         self._folder = folder
         self._records = {key: record for record in records for key in record["keys"]}
         self._checked: set[str] = set()
@@ -86,12 +86,12 @@ def read_folder(
 def open_folder(
     directory: str | PathLike[str], *, kind: str, index: str = CONFIG
 ) -> tuple[dict[str, Any], StoredTensors]:
-    """Read a folder's metadata; its tensors are read, and their files checked, when asked for.
+    """Read a folder's metadata; its tensors are read lazily, and their files verified then.
 
     Args:
         directory: The folder.
         kind: What it must hold.
-        index: As of :class:`curvfast.storage.FolderWriter`.
+        index: The file that was replaced last; ``config.json`` unless the writer named another.
 
     Returns:
         Metadata and tensors.

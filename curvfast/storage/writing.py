@@ -1,4 +1,4 @@
-"""Writing: each file beside its place, then moved there; ``config.json`` last."""
+"""Atomic writing of folders: each file is written aside, then renamed; ``config.json`` last."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from curvfast.storage.layout import CONFIG, FORMAT_VERSION, meta_sha256, sha256
 
 
 class FolderWriter:
-    """Writes a folder part by part; nothing of it counts until :meth:`finish`."""
+    """Writes a folder part by part; it becomes valid with :meth:`finish`."""
 
     def __init__(self, directory: str | PathLike[str], kind: str, *, index: str = CONFIG) -> None:
         """Make the folder if it is missing.
 
         Args:
             directory: The folder.
-            kind: What it holds; checked on reading.
-            index: The file that is replaced last, where ``config.json`` is another's.
+            kind: Kind of the content; checked on reading.
+            index: The file that is replaced last, where ``config.json`` has another use.
 
         Raises:
             StorageError: If it cannot be made.
@@ -134,7 +134,7 @@ def write_folder(
 
 
 def write_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors as other libraries read them; it is the old one or the new one."""
+    """Write a plain safetensors file atomically."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _scratch(target.parent)
@@ -146,12 +146,12 @@ def write_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor]) -> N
 
 
 def write_json(path: str | PathLike[str], value: Any) -> None:
-    """Write ``value`` as JSON; the file is either the old one or the whole new one."""
+    """Write ``value`` as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | PathLike[str], text: str) -> None:
-    """Write a file of text; it is either the old one or the whole new one."""
+    """Write a text file atomically."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _scratch(target.parent)
@@ -165,7 +165,7 @@ def write_text(path: str | PathLike[str], text: str) -> None:
 def _save(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file of tensors; those that share memory are written once each.
+    """Write a safetensors file; tensors that share memory are each written in full.
 
     Raises:
         OSError: If it cannot be written.

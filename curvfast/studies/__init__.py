@@ -1,4 +1,4 @@
-"""The paper's evidence, and what goes beyond it: one study a claim, measured on models made here.
+"""Studies: the paper's figures and tables, and claims beyond it, on models trained here.
 
-``names`` says what there is, ``catalogue`` holds the studies, ``runs`` measures one over seeds.
+``names`` lists the studies, ``catalogue`` holds them, ``runs`` measures one over seeds.
 """

@@ -1,4 +1,4 @@
-"""Whether an edit does to other architectures what it does to a transformer."""
+"""The edit on an LSTM and an MLP-Mixer, beside a Llama and a vision transformer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from curvfast.lab.vit import accuracies, trained_vit, vit_basis
 from curvfast.lab.vit_recipe import RECIPES, Statistics, VitRecipe
 from curvfast.layers import LayerSpec
 from curvfast.report.architectures import architectures
-from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
+from curvfast.studies.rounding import to_six_digits
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 MASSES = (0.8, 0.9, 0.95, 0.98, 0.99)
 METHODS = ("kfac", "svd")
 MOST_LEFT = 1 / 3
-"""Of what was memorized, after the edit that the comparison is made at."""
+"""Share of memorization left by the edit at which methods are compared."""
 STATISTICS_TOKENS = 20_000
 HELD_OUT_WINDOWS = 120
 TITLES = {
@@ -46,16 +47,16 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A trained model, its curvature, and how it is judged."""
+class JudgedModel:
+    """A trained model, its eigenbasis, and the function that measures it."""
 
     model: nn.Module
     basis: Eigenbasis
     measure: Measure
-    """Gives ``memorized`` and ``quality``, and what else is known."""
+    """Returns ``memorized``, ``quality`` and further figures."""
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = {}
     for name, subject in _subjects(ask):
         ask.say(f"editing the {name}: every ρ, against SVD of that size")
@@ -74,10 +75,10 @@ def _measure(ask: Ask) -> Figures:
                 for mass in MASSES
             ],
         }  # fmt: skip
-    return dict(rounded(found))
+    return dict(to_six_digits(found))
 
 
-def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:
+def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
     text = Recipe(
         seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )
@@ -104,14 +105,16 @@ def _subjects(ask: Ask) -> Iterator[tuple[str, Subject]]:
     yield "mixer", image_subject(trained_mixer(mixer, split), mixer, split)
 
 
-def text_subject(model: nn.Module, recipe: Recipe, corpus: Corpus, layers: LayerSpec) -> Subject:
+def text_subject(
+    model: nn.Module, recipe: Recipe, corpus: Corpus, layers: LayerSpec
+) -> JudgedModel:
     """Return a language model with its curvature on prose.
 
     Args:
         model: It takes ``input_ids`` and returns ``logits``.
         recipe: Tokens of the statistics, and seed.
-        corpus: Lends prose, passages to recite and held-out text.
-        layers: As in :func:`curvfast.collect`.
+        corpus: Source of prose, memorized passages and held-out text.
+        layers: Which linear layers, as in :func:`curvfast.collect`.
 
     Returns:
         The subject; ``memorized`` is the share of passages recited, ``quality`` the perplexity.
@@ -126,16 +129,16 @@ def text_subject(model: nn.Module, recipe: Recipe, corpus: Corpus, layers: Layer
             "loose": report["loose"],
         }
 
-    return Subject(model, prose_factors(model, recipe, corpus, layers).eigh(), measure)
+    return JudgedModel(model, prose_factors(model, recipe, corpus, layers).eigh(), measure)
 
 
-def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Subject:
+def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> JudgedModel:
     """Return an image classifier with its curvature on fresh pictures.
 
     Args:
         model: It takes ``pixel_values`` and returns ``logits``.
-        recipe: Of its training; its seed.
-        split: Lends pictures with wrong labels, fresh ones and those to validate on.
+        recipe: Recipe of its training, with the seed.
+        split: Images with wrong labels, fresh ones and those for validation.
 
     Returns:
         The subject; ``memorized`` is the share of wrong labels kept, ``quality`` the accuracy on
@@ -151,17 +154,17 @@ def image_subject(model: nn.Module, recipe: VitRecipe, split: NoisySplit) -> Sub
         }
 
     basis = vit_basis(model, split, Statistics(), layers="mlp", seed=recipe.seed)
-    return Subject(model, basis, measure)
+    return JudgedModel(model, basis, measure)
 
 
 def chosen_mass(run: Figures) -> float:
-    """Return the mildest ρ whose K-FAC edit leaves at most a third of what was memorized.
+    """Return the largest ρ whose K-FAC edit leaves at most a third of the memorization.
 
     Args:
         run: ``base`` and ``sweep`` of one architecture.
 
     Returns:
-        The largest such ρ; the smallest of the sweep if there is none.
+        That ρ; the smallest of the sweep if there is none.
     """
     enough = [
         point["mass"]
@@ -172,7 +175,7 @@ def chosen_mass(run: Figures) -> float:
 
 
 def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
-    # What is chosen on the first seed is judged on the others.
+    # ρ is chosen on the first seed and evaluated on the others.
     judged = list(found[1:] or found)
     head = ["architecture", "ρ", "pairs kept, %", "memorized, %", "K-FAC", "SVD"]
     lines = [[*head, "quality", "K-FAC", "SVD"]]
@@ -193,7 +196,7 @@ def _sweep(runs: Sequence[Figures]) -> Lines:
 
 
 def _cells(runs: Sequence[Figures], mass: float) -> list[str]:
-    """Return pairs kept, and what is memorized and the quality: unedited, by K-FAC, by SVD."""
+    """Return kept pairs, memorization and quality: unedited, by K-FAC, by SVD."""
     points = [next(p for p in run["sweep"] if p["mass"] == mass) for run in runs]
     share = 100 if runs[0]["quality"] == "validation" else 1
     cells = [spread([100 * point["kfac"]["kept_fraction"] for point in points], "{:.0f}")]

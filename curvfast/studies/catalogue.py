@@ -1,4 +1,4 @@
-"""Every study by name; a new one is a module, an entry here and a line in ``names``."""
+"""The catalogue of studies by name; a new one needs a module, an entry here and in ``names``."""
 
 from __future__ import annotations
 

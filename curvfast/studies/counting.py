@@ -1,4 +1,4 @@
-"""Texts of unequal length in batches, and a rule that counts some positions of each."""
+"""CountedPassages: batches of passages of unequal length, with a row rule."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from curvfast.evals.memorization import Passage
 _ROWS = 32
 
 
-class Counted:
-    """Batches of passages, and the row rule that says which of their positions count.
+class CountedPassages:
+    """Batches of passages, and the row rule that selects the positions to count.
 
-    An analysis runs one batch after another: the rule speaks of the batch drawn last.
+    An analysis runs one batch after another: the rule applies to the last batch drawn.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Counted:
 
         Args:
             passages: Prompts and continuations.
-            whole: Whether all positions count, but the first and the last; else those alone that
+            whole: Whether all positions except the first and the last count; else only those that
                 predict the continuation.
 
         Yields:
@@ -46,5 +46,5 @@ class Counted:
             yield {"input_ids": tokens, "attention_mask": mask}
 
     def __call__(self, _: str, __: torch.Size) -> Tensor:
-        """Return which positions of the batch drawn last count, bool [passages, longest]."""
+        """Return the counted positions of the last batch drawn, bool [passages, longest]."""
         return self._keep

@@ -1,4 +1,4 @@
-"""Tells passages known by heart from windows of the same texts never seen, without labels."""
+"""The label-free detector on memorized passages and unseen windows of the same texts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.nn.functional import cross_entropy
 from curvfast.analysis import (
     TextScores,
     auc,
+    discriminative_layers,
     memorization_scores,
-    telling_layers,
     token_scores,
 )
 from curvfast.report.telling import Passages, telling
-from curvfast.studies.reciters import ROWS, Subject
-from curvfast.studies.rounding import rounded
-from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
+from curvfast.studies.reciters import ROWS, RecitingModel
+from curvfast.studies.rounding import to_four_decimals
+from curvfast.studies.study import Figures, Lines, MatplotlibFigure, Study, StudyConfig, spread
 from curvfast.studies.subjects import demo_lm, lab_lm
 
 MODELS = {"lab": "the lab's model", "demo": "the demo's model"}
@@ -31,25 +31,25 @@ MEASURES = {
     "bible": "all layers, Bible alone",
     "loss": "mean loss of the text instead",
 }
-_SUBJECTS: dict[str, Callable[[Ask], Subject]] = {"lab": lab_lm, "demo": demo_lm}
+_SUBJECTS: dict[str, Callable[[StudyConfig], RecitingModel]] = {"lab": lab_lm, "demo": demo_lm}
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = {}
     for name, make in _SUBJECTS.items():
         subject = make(ask)
         ask.say("scoring passages and windows never seen")
-        found[name] = rounded(_told(subject))
+        found[name] = to_four_decimals(_told(subject))
     return found
 
 
-def _told(subject: Subject) -> Figures:
+def _told(subject: RecitingModel) -> Figures:
     model, basis = subject.model, subject.basis
     texts = subject.passages, subject.controls
     known, unseen = (memorization_scores(model, basis, own.split(ROWS)) for own in texts)
     folds = [_judged(known, unseen, half) for half in (0, 1)]
     totals = [scores.of() for scores in (known, unseen)]
-    # The first half of either set is of speeches, the second of the Bible.
+    # The first half of each set is from speeches, the second from the Bible.
     speeches, bible = (
         [part.tensor_split(2)[number] for part in totals] for number in (0, 1)
     )  # fmt: skip
@@ -77,8 +77,8 @@ def _told(subject: Subject) -> Figures:
 
 
 def _judged(known: TextScores, unseen: TextScores, half: int) -> Figures:
-    """Choose a layer on one half of both sets, and judge it on the other."""
-    (layer,) = telling_layers(_half(known, half), _half(unseen, half), 1)
+    """Choose a layer on one half of both sets, and evaluate it on the other."""
+    (layer,) = discriminative_layers(_half(known, half), _half(unseen, half), 1)
     other = [_half(scores, 1 - half).of(layer) for scores in (known, unseen)]
     return {"layer": layer, "auc": auc(*other)}
 
@@ -96,11 +96,11 @@ def _losses(model: Any, rows: Tensor) -> Tensor:
 
 
 def _middle(scores: Tensor) -> int:
-    """Return where the lower median stands: a text neither easy nor hard to tell."""
+    """Return the index of the lower median: a text of medium difficulty."""
     return int(scores.argsort()[(len(scores) - 1) // 2])
 
 
-def _shown(subject: Subject, text: Tensor, layer: str) -> Figures:
+def _shown(subject: RecitingModel, text: Tensor, layer: str) -> Figures:
     """Return a text's tokens and their scores, without the end-of-text token before it."""
     scores = token_scores(subject.model, subject.basis, text[None], layer)[0, 1:]
     pieces = [subject.corpus.tokenizer.decode([token]) for token in text[1:].tolist()]
@@ -119,7 +119,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
     return {"passages against windows never seen": lines, "layers chosen": chosen}
 
 
-def _picture(found: Sequence[Figures]) -> Picture:
+def _picture(found: Sequence[Figures]) -> MatplotlibFigure:
     shown = found[0]["lab"]["shown"]
     texts = {
         f"{label}, {shown['layer']}": Passages(shown[label]["pieces"], shown[label]["scores"])

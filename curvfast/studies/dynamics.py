@@ -1,4 +1,4 @@
-"""Over training: when what is learnt by heart parts from the rest, in the text and the spectrum."""
+"""Dynamics: memorization and the curvature spectrum over the course of training."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from curvfast.evals.perplexity import perplexity
 from curvfast.evals.suite import evaluate
 from curvfast.lab.snapshots import restored, snapshots
 from curvfast.report.dynamics import at, dynamics, over_layers, rise
-from curvfast.studies.study import Ask, Figures, Lines, Study, rounded, spread
+from curvfast.studies.rounding import to_six_digits
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 PARTS = 8
-"""Into how many equal parts of a training its checkpoints divide it."""
+"""Number of equal intervals between checkpoints."""
 STATISTICS_TOKENS = 20_000
 HELD_OUT_WINDOWS = 120
 FRACTION = 0.35
 """Of the pairs: ρ = 0.95 keeps as many of the trained model, and others of the earlier ones."""
 READS = {"residual": "*.up_proj", "hidden": "*.down_proj"}
-"""Layers by what they read: the residual stream, or what is inside the MLP."""
+"""Layers by their input: the residual stream, or the hidden activations of the MLP."""
 _ROWS = 16
 
 Column = tuple[str, Callable[[Figures], float], int]
-"""Heading, what it shows of a checkpoint, and digits after the point."""
+"""Heading, reader of a checkpoint's figure, and decimals."""
 
 
 def checkpoints(steps: int) -> list[int]:
-    """Return the steps at which a training of so many is looked at, its beginning and end too."""
+    """Return the steps of a training's checkpoints, including its beginning and end."""
     return sorted({round(part * steps / PARTS) for part in range(PARTS + 1)})
 
 
@@ -49,7 +50,7 @@ def with_start(passages: Tensor) -> Tensor:
 
 
 def spectrum_figures(basis: Eigenbasis, mass: float) -> dict[str, dict[str, float]]:
-    """Return what the spectrum of each layer looks like.
+    """Return statistics of the spectrum of each layer.
 
     Args:
         basis: Eigenbases by layer name.
@@ -73,7 +74,7 @@ def spectrum_figures(basis: Eigenbasis, mass: float) -> dict[str, dict[str, floa
     return found
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = Recipe(
         seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )
@@ -89,9 +90,9 @@ def _measure(ask: Ask) -> Figures:
     return {
         "mass": recipe.mass,
         "fraction": FRACTION,
-        # How often a step shows each passage.
+        # Exposures of each passage per step.
         "exposures": 2 * recipe.canary_rows / recipe.passages,
-        "checkpoints": rounded(found),
+        "checkpoints": to_six_digits(found),
         "recipe": asdict(recipe),
     }
 
@@ -123,7 +124,7 @@ def _checkpoint(model: nn.Module, recipe: Recipe, corpus: Corpus) -> Figures:
 
 
 def _separation(model: nn.Module, basis: Eigenbasis, planted: Tensor, unseen: Tensor) -> Figures:
-    """Return how planted passages differ from unseen ones of the same sources, by what is read."""
+    """Return how planted passages differ from unseen ones of the same sources, by layers' input."""
     batches = [rows.split(_ROWS) for rows in (planted, unseen)]
     scores = [memorization_scores(model, basis, rows, progress=False) for rows in batches]
     areas, bands = {}, {}
@@ -174,7 +175,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
 
 
 def _rows(moments: Sequence[Sequence[Figures]], columns: Sequence[Column]) -> Lines:
-    """Return a row a checkpoint, given those of all seeds."""
+    """Return a table row per checkpoint, over all seeds."""
     return [
         [f"{each[0]['step']}", *(spread([*map(of, each)], f"{{:.{n}f}}") for _, of, n in columns)]
         for each in moments

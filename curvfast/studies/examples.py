@@ -1,4 +1,4 @@
-"""Memorized examples of a model, and others to hold against them, as batches by group."""
+"""Groups of memorized, seen and unseen examples of a model, as batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.demo.corpus import load_corpus
 from curvfast.rows import IGNORED_LABEL
 from curvfast.steps import logits_of
-from curvfast.studies.study import Ask
+from curvfast.studies.study import StudyConfig
 from curvfast.studies.subjects import demo_lm, lab_vit
 
 _PICTURES, _TEXTS, _AT_ONCE = 300, 64, 32
@@ -28,17 +28,17 @@ class Groups:
     model: Any
     basis: Eigenbasis
     mass: float
-    """ρ of the edit that is reported elsewhere."""
+    """ρ of the model's reported edit."""
     unit: float
     """Root mean square of the input's entries."""
     batches: Mapping[str, Batches]
     fitted: Mapping[str, float]
-    """Share of each group whose every label is the model's first choice; of what is called
-    memorized before those that are not were left out."""
+    """Share of each group for which every label is the model's top prediction; for
+    ``memorized`` before the others were left out."""
 
 
-def pictures(ask: Ask) -> Groups:
-    """Return wrongly labelled digits known by heart, rightly labelled ones, and new ones."""
+def pictures(ask: StudyConfig) -> Groups:
+    """Return digits with memorized wrong labels, rightly labelled ones, and unseen ones."""
     subject = lab_vit(ask)
     split = subject.split
     noisy = split.noisy.nonzero().squeeze(1)[:_PICTURES]
@@ -56,11 +56,11 @@ def pictures(ask: Ask) -> Groups:
     return _groups(subject.model, subject.basis, subject.recipe.mass, unit, examples, shift=0)
 
 
-def texts(ask: Ask) -> Groups:
+def texts(ask: StudyConfig) -> Groups:
     """Return recited passages, prose of the training text, and other passages of their sources.
 
-    The loss is of the suffix, which is recited, given the prefix. The unseen ones are of the same
-    speeches and the same books as the passages, and were planted by no one.
+    The loss is that of the suffix given the prefix. The unseen ones are of the same speeches and
+    books as the passages, but were not trained on.
     """
     subject = demo_lm(ask)
     recipe, corpus = subject.recipe, subject.corpus
@@ -95,7 +95,7 @@ def _groups(
     *,
     shift: int,
 ) -> Groups:
-    """Keep of what should be memorized what is, unless nothing is, and cut all into batches."""
+    """Restrict the memorized group to recited examples, if any, and split all into batches."""
     batches, shares = {}, {}
     for name, group in examples.items():
         known = _fitted(model, group, shift)
@@ -109,7 +109,7 @@ def _groups(
 
 @torch.no_grad()
 def _fitted(model: nn.Module, group: Mapping[str, Tensor], shift: int) -> Tensor:
-    """Return of which examples every label is the model's first choice, bool [examples]."""
+    """Return whether every label is the model's top prediction, bool [examples]."""
     labels = group["labels"]
     inputs = {key: value for key, value in group.items() if key != "labels"}
     found = logits_of(model(**inputs)).argmax(-1)

@@ -1,4 +1,4 @@
-"""Figure 2: what is known by heart excites flat components more, and curved ones less."""
+"""Figure 2: activation ratios of memorized inputs, by curvature band."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from curvfast.lab.vit_recipe import RECIPES
 from curvfast.report.activations import activations, short
 from curvfast.rows import RowRule
 from curvfast.studies.reciters import ROWS
-from curvfast.studies.rounding import rounded
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.rounding import to_four_decimals
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 from curvfast.studies.subjects import demo_lm
 
 BANDS = (0.1, 0.25, 0.5, 1)
@@ -27,13 +27,13 @@ ORDERS = {"index": "share of components", "mass": "share of curvature mass"}
 _PICTURES_AT_ONCE = 500
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = _language(ask) | _vision(ask)
-    return {name: rounded(curves) for name, curves in found.items()}
+    return {name: to_four_decimals(curves) for name, curves in found.items()}
 
 
-def _language(ask: Ask) -> Figures:
-    """Compare passages with windows never seen, where the suffix is predicted and everywhere."""
+def _language(ask: StudyConfig) -> Figures:
+    """Compare memorized passages with unseen windows, on suffix positions and on all."""
     subject = demo_lm(ask)
     recipe = subject.recipe
     texts = subject.passages.split(ROWS), subject.controls.split(ROWS)
@@ -47,8 +47,8 @@ def _language(ask: Ask) -> Figures:
     }
 
 
-def _vision(ask: Ask) -> Figures:
-    """Compare training pictures whose wrong label is known by heart with rightly labelled ones."""
+def _vision(ask: StudyConfig) -> Figures:
+    """Compare training images with memorized wrong labels with rightly labelled ones."""
     own = replace(RECIPES["mnist"], seed=ask.seed)
     recipe = own.quick() if ask.quick else own
     split = vit.split_of(recipe, ask.data)
@@ -108,7 +108,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
 
 
 def _row(curves: Sequence[Figures]) -> list[str]:
-    """Return ratios by band over seeds, and of how many seeds the interval holds no 1."""
+    """Return ratios by band over seeds, and the number of seeds whose interval excludes 1."""
     cells = [_spread(curve["ratio"][band] for curve in curves) for band in range(len(BANDS))]
     below = sum(curve["high"][0] is not None and curve["high"][0] < 1 for curve in curves)
     above = sum(curve["low"][-1] is not None and curve["low"][-1] > 1 for curve in curves)

@@ -1,4 +1,4 @@
-"""Figure 3: which abilities an edit takes, from passages recited to logic."""
+"""Figure 3: the effect of an edit on abilities, from recitation to logic."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from curvfast.lab import lm
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.abilities import abilities
 from curvfast.studies import pretrained
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 METHODS = {"kfac": "K-FAC edit", "svd": "truncated SVD"}
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = LmRecipe().seeded(ask.seed)
     trained = lm.run(recipe.quick() if ask.quick else recipe, None, ask.say)
     return {"smollm": pretrained.abilities(ask), "lab": trained}
@@ -42,7 +42,7 @@ def _kept(runs: Sequence[Figures]) -> Lines:
 
 
 def _levels(runs: Sequence[Figures]) -> Lines:
-    """Return what was recited and answered, in percent, and perplexity."""
+    """Return recitation and accuracies, in percent, and perplexity."""
     tasks = runs[0]["tasks"]
     names = ["memorization", *(f"{task}.generated" for task in tasks)]
     heads = [task.replace("_", " ") for task in tasks]

@@ -1,4 +1,4 @@
-"""Figure 4: do tasks that excite flat components lose more to an edit? With the correlation."""
+"""Figure 4: correlation of tasks' activation of flat components with their loss under an edit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from curvfast.lab.lm import lm_basis, measure_of
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.questions import as_passage
 from curvfast.report.task_spectrum import Point, task_spectrum
-from curvfast.studies.counting import Counted
-from curvfast.studies.rounding import rounded
-from curvfast.studies.study import Ask, Figures, Lines, Picture, Study, spread
+from curvfast.studies.counting import CountedPassages
+from curvfast.studies.rounding import to_four_decimals
+from curvfast.studies.study import Figures, Lines, MatplotlibFigure, Study, StudyConfig, spread
 
 BANDS = (0.1, 0.25, 0.5, 1)
 MEASURES = {
@@ -34,11 +34,11 @@ MEASURES = {
 Coefficient = Callable[[Any, Any], float]
 COEFFICIENTS: dict[str, Coefficient] = {"Pearson": pearson, "Spearman": spearman}
 LEAST = 0.5
-"""Accuracy below which a task is left out: what is only guessed cannot be lost."""
+"""Accuracy below which a task is left out, as chance performance cannot be lost."""
 _MEMORIZATION = "memorization"
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     whole = LmRecipe().seeded(ask.seed)
     recipe = whole.quick() if ask.quick else whole
     corpus, tasks = corpus_of(recipe), tasks_of(recipe)
@@ -63,14 +63,16 @@ def _measure(ask: Ask) -> Figures:
     for name, kind in kinds.items():
         key = name if name == _MEMORIZATION else f"{name}.generated"
         levels = {"kind": kind, "before": before[key], "after": after[key]}
-        found[name] = rounded(levels | activations[name])
+        found[name] = to_four_decimals(levels | activations[name])
     return {
         "mass": recipe.mass,
         "tasks": found,
-        "perplexity": rounded([before["perplexity"], after["perplexity"]]),
+        "perplexity": to_four_decimals([before["perplexity"], after["perplexity"]]),
         "correlations": {
             key: {
-                name: rounded(_correlation([{"tasks": found}], key, of, _known([{"tasks": found}])))
+                name: to_four_decimals(
+                    _correlation([{"tasks": found}], key, of, _known([{"tasks": found}]))
+                )
                 for name, of in COEFFICIENTS.items()
             }
             for key in MEASURES
@@ -82,7 +84,7 @@ def _activations(
     model: Any, basis: Eigenbasis, texts: Sequence[Passage], prose: Sequence[Passage]
 ) -> Figures:
     """Return both measures of low-curvature activation, of answers and of whole texts."""
-    counted = Counted()
+    counted = CountedPassages()
     found = {}
     for where in ("answer", "whole"):
         own = {"whole": where == "whole"}
@@ -97,7 +99,7 @@ def _activations(
 
 
 def _known(found: Sequence[Figures]) -> list[str]:
-    """Return the tasks that the unedited model of every seed can."""
+    """Return the tasks that the unedited models of all seeds solve."""
     return [
         name
         for name in found[0]["tasks"]
@@ -112,7 +114,7 @@ def _lost(task: Figures) -> float:
 def _correlation(
     found: Sequence[Figures], key: str, of: Coefficient, names: Sequence[str]
 ) -> tuple[float, float, float] | None:
-    """Return a measure's correlation with what is lost, of means over seeds, and its interval."""
+    """Return a measure's correlation with the loss, of means over seeds, and its interval."""
     value = _mean_correlation(found, key, of, names)
     if value is None:
         return None
@@ -122,7 +124,7 @@ def _correlation(
 def _mean_correlation(
     found: Sequence[Figures], key: str, of: Coefficient, names: Sequence[str]
 ) -> float | None:
-    """Return the correlation of means over seeds; None of two tasks, which lie on any line."""
+    """Return the correlation of means over seeds; None for two tasks, where it is trivial."""
     if len(names) < 3:
         return None
     means = (
@@ -135,7 +137,7 @@ def _mean_correlation(
 def _measured(
     found: Sequence[Figures], key: str, names: Sequence[str]
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Return a measure and what is lost, each by seed and task."""
+    """Return a measure and the loss, each by seed and task."""
     x = [[run["tasks"][name][key] for name in names] for run in found]
     return x, [[_lost(run["tasks"][name]) for name in names] for run in found]
 
@@ -158,7 +160,7 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
 
 
 def _correlations(found: Sequence[Figures], names: Sequence[str]) -> Lines:
-    """Return each measure's correlation with what is lost, over the tasks named."""
+    """Return each measure's correlation with the loss, over the tasks named."""
     lines = [
         [f"correlation with what is lost, {len(names)} tasks", *COEFFICIENTS]
         + [f"{name}, each seed" for name in COEFFICIENTS]
@@ -180,7 +182,7 @@ def _written(found: Sequence[float] | None) -> str:
     return "none" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(*found)
 
 
-def _picture(found: Sequence[Figures]) -> Picture:
+def _picture(found: Sequence[Figures]) -> MatplotlibFigure:
     panels = {}
     for key, label in MEASURES.items():
         points = [

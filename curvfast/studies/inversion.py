@@ -1,4 +1,4 @@
-"""Sharp alone, flat together: what is memorized, example by example and for the population."""
+"""Curvature of memorized examples, each by itself and along the population's eigenpairs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from curvfast.core.corrections import POSITION
 from curvfast.editing import edited
 from curvfast.report.inversion import MODELS, inversion
 from curvfast.studies.examples import Groups, pictures, texts
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
-SUBJECTS: Mapping[str, Callable[[Ask], Groups]] = {"lab_vit": pictures, "demo_lm": texts}
+SUBJECTS: Mapping[str, Callable[[StudyConfig], Groups]] = {"lab_vit": pictures, "demo_lm": texts}
 STEPS = {"curvature": 1e-3, "curvature_mid": 0.1, "curvature_far": 1.0}
 """How far probes go, in root mean squares of the input: where it is certain, a loss is flat nearby
 and may have walls further off."""
@@ -32,17 +32,17 @@ MEASURES = {
     "population": "population's curvature along it",
     "rise": "loss added by removing the pairs",
 }
-"""What is measured of each example; ``population`` is of the direction of its own gradient."""
+"""Measures of each example; ``population`` is the curvature along its own gradient."""
 GROUPS = ("memorized", "seen", "unseen")
 AREAS = ("AUC against seen", "against unseen")
 _DIGITS = "{:.4g}"
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     return {name: _subject(groups_of(ask), ask) for name, groups_of in SUBJECTS.items()}
 
 
-def _subject(groups: Groups, ask: Ask) -> Figures:
+def _subject(groups: Groups, ask: StudyConfig) -> Figures:
     ask.say("curvature of each example alone, and where its gradient lies")
     kept = groups.basis.keep(mass=groups.mass)
     examples = {}

@@ -1,4 +1,4 @@
-"""Curves of ways to forget, read where each first costs the same perplexity."""
+"""Interpolation of methods' curves at equal perplexity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Measures = Mapping[str, float]
 def at_perplexity(
     base: Measures, points: Sequence[Measures], value: float
 ) -> dict[str, float] | None:
-    """Return a way to forget at one perplexity, linear between neighbouring strengths.
+    """Return a method's measures at one perplexity, interpolated between strengths.
 
     Args:
         base: Measures of the unedited model, where every curve begins.
@@ -21,7 +21,7 @@ def at_perplexity(
         value: The perplexity; where a curve reaches it more than once, the first time counts.
 
     Returns:
-        What ``base`` and all points have measures of; None where the curve does not get there.
+        The measures common to ``base`` and all points; None if the curve does not reach it.
     """
     curve = [base, *points]
     try:

@@ -1,4 +1,4 @@
-"""What each study shows, and which figure or table of arXiv 2510.24256 it repeats in kind."""
+"""Titles of the studies, and the figures or tables of arXiv 2510.24256 that they replicate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM2 before and after an edit: passages it recites, sums, facts and logic."""
+"""Figure 3 on SmolLM2: recitation, arithmetic, facts and logic before and after an edit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvfast.evals.memorization import Passage, memorization
 from curvfast.evals.perplexity import perplexity
 from curvfast.lab.lm import kept_by_kind
 from curvfast.lab.logic import logic
-from curvfast.studies.study import Ask, Figures
+from curvfast.studies.study import Figures, StudyConfig
 
 _KINDS = {
     "addition": "arithmetic",
@@ -28,50 +28,56 @@ _SHOTS = 4
 _METHODS = ("kfac", "svd")
 
 
-def abilities(ask: Ask) -> Figures:
-    """Edit SmolLM2 by its demo's plan, and ask it every kind of question before and after.
+def abilities(ask: StudyConfig) -> Figures:
+    """Measure every ability of SmolLM2 before and after the edit of its demo.
 
     Args:
         ask: Seed of the text curvature is measured on and of the questions.
 
     Returns:
-        Figures as of :func:`curvfast.lab.lm.run`, answers generated alone.
+        Figures as in :func:`curvfast.lab.lm.run`, for generated answers only.
 
     Raises:
         DownloadError: If the model or a text cannot be had.
         CurvfastError: If the model recites nothing of the text searched.
     """
-    plan = smollm.Plan(seed=ask.seed)
-    plan = plan.quick() if ask.quick else plan
-    subject = smollm.gather(plan, ask.say)
+    recipe = smollm.SmolLMRecipe(seed=ask.seed)
+    recipe = recipe.quick() if ask.quick else recipe
+    subject = smollm.gather(recipe, ask.say)
     model = subject.model
     asked = {
-        **questions(subject.tokenizer, plan.questions, ask.seed),
-        **logic_questions(subject.tokenizer, plan.questions, ask.seed),
+        **questions(subject.tokenizer, recipe.questions, ask.seed),
+        **logic_questions(subject.tokenizer, recipe.questions, ask.seed),
     }
 
     def measure(model: nn.Module) -> dict[str, float]:
         return {
             "memorization": memorization(model, subject.spans).strict,
-            "perplexity": perplexity(model, subject.held_out.split(plan.batch)),
+            "perplexity": perplexity(model, subject.held_out.split(recipe.batch)),
             **{f"{n}.generated": memorization(model, items).strict for n, items in asked.items()},
         }
 
     ask.say(f"asking the unedited model: {len(subject.spans)} spans, {len(asked)} tasks")
     base = {**measure(model), "kept_fraction": 1.0}
-    ask.say(f"measuring curvature of {len(plan.layers)} layers on speeches, and editing")
+    ask.say(f"measuring curvature of {len(recipe.layers)} layers on speeches, and editing")
     basis = collect_from(
-        model, [{"input_ids": part} for part in subject.statistics.split(plan.batch)],
-        layers=list(plan.layers), tokens=plan.statistics_tokens, seed=plan.seed,
+        model, [{"input_ids": part} for part in subject.statistics.split(recipe.batch)],
+        layers=list(recipe.layers), tokens=recipe.statistics_tokens, seed=recipe.seed,
     ).eigh()  # fmt: skip
     point = compare(
-        model, basis, svd_basis(model, basis), plan.mass, measure, seed=plan.seed, methods=_METHODS
+        model,
+        basis,
+        svd_basis(model, basis),
+        recipe.mass,
+        measure,
+        seed=recipe.seed,
+        methods=_METHODS,
     )
     return {
         "tasks": _KINDS,
         "base": base,
         **{method: point[method] for method in _METHODS},
-        "mass": plan.mass,
+        "mass": recipe.mass,
         "spans": len(subject.spans),
         "kept": {
             method: {"generated": kept_by_kind(base, point[method], _KINDS, "generated")}

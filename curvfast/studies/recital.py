@@ -1,4 +1,4 @@
-"""The demo's model, its passages by kind and half, and what Table 1 measures of it."""
+"""Table1Model: the demo's model with its passages by kind and half, and Table 1's measures."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ SCORES = ("strict", "loose", "levenshtein")
 _ROWS = 16
 _RANKED_WINDOWS = 32
 _BIBLE_WINDOWS = 120
-# More than any token of the demo's tokenizer takes of the Bible, on average over a window.
+# An upper bound of characters per token of the Bible, averaged over a window.
 _CHARACTERS_A_TOKEN = 8
 _LEFT, _RIGHT, _OFFSETS = (8, 32), (4, 8, 16), (16,)
 
 
 @dataclass(frozen=True, eq=False)
-class Recital:
-    """A model that recites, and what it is measured on."""
+class Table1Model:
+    """A reciting model, and the texts it is measured on."""
 
     model: Any
     passages: dict[str, list[Passage]]
     """By kind and half: ``speeches_first``, ``speeches_second``, ``bible_first``..."""
     statistics: list[dict[str, Tensor]]
-    """Prose trained on, which holds none of the passages."""
+    """Training prose, which holds none of the passages."""
     prose: Sequence[Tensor]
-    """Windows of speeches never trained on."""
+    """Windows of held-out speeches."""
     scripture: Sequence[Tensor]
-    """Windows of the Bible, after the part that passages are of."""
+    """Windows of the Bible, after the part with the passages."""
     ranking: Tensor
     """The unedited model's likeliest tokens on some of ``prose``."""
 
     def measures(self) -> dict[str, float]:
-        """Measure the model as it is now.
+        """Measure the model in its current state.
 
         Returns:
             ``KIND_HALF_SCORE`` for each of :data:`SCORES`; ``perplexity`` and
@@ -64,11 +64,11 @@ class Recital:
         }
 
     def stressed(self) -> dict[str, Any]:
-        """Recite from prompts lengthened by other prose, moved into the suffix, and renumbered.
+        """Run the stress test: prompts lengthened by other prose, shifted, with offset positions.
 
         Returns:
             By variant ``recited`` (share of passages to their end) and ``length`` (mean tokens
-            before the first miss), ``any`` being each passage's best variant; and
+            before the first mismatch), ``any`` being each passage's best variant; and
             ``offsets_are_void``.
         """
         passages = [passage for own in self.passages.values() for passage in own]
@@ -87,14 +87,14 @@ class Recital:
         return {"variants": variants, "offsets_are_void": report.offsets_are_void}
 
 
-def recital(recipe: Recipe) -> Recital:
-    """Train the demo's model, or load it, and read its texts.
+def recital(recipe: Recipe) -> Table1Model:
+    """Return the demo's model, trained or loaded, with its texts.
 
     Args:
         recipe: Sizes and seed.
 
     Returns:
-        The unedited model and everything it is measured on.
+        The unedited model and its texts.
 
     Raises:
         DownloadError: If the text cannot be had.
@@ -102,7 +102,7 @@ def recital(recipe: Recipe) -> Recital:
     corpus = load_corpus(recipe)
     model = trained_model(recipe, corpus)
     windows = corpus.held_out.split(_ROWS)
-    return Recital(
+    return Table1Model(
         model=model,
         passages=quarters(corpus.passages()),
         statistics=prose(recipe, corpus),
@@ -113,7 +113,7 @@ def recital(recipe: Recipe) -> Recital:
 
 
 def quarters(passages: Sequence[Passage]) -> dict[str, list[Passage]]:
-    """Return passages, speeches before the Bible, by kind and in turns by half."""
+    """Split passages by kind, speeches before the Bible, and alternately into halves."""
     middle = len(passages) // 2
     kinds = dict(zip(KINDS, (passages[:middle], passages[middle:]), strict=True))
     return {
@@ -124,11 +124,11 @@ def quarters(passages: Sequence[Passage]) -> dict[str, list[Passage]]:
 
 
 def scripture(recipe: Recipe, corpus: Corpus) -> Tensor:
-    """Return windows at equal distances over the part of the Bible that no passage is of.
+    """Return evenly spaced windows of the part of the Bible without passages.
 
     Args:
-        recipe: How much of the Bible passages are of, and a window's tokens.
-        corpus: Lends the tokenizer.
+        recipe: Extent of the Bible used for passages, and tokens of a window.
+        corpus: Source of the tokenizer.
 
     Returns:
         int64 [windows, length]; a window is left out where the text ends before it does.

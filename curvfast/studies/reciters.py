@@ -1,4 +1,4 @@
-"""Language models that recite: what each recites, and windows of the same texts it never saw."""
+"""RecitingModel: a language model with its memorized passages and unseen controls."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """A trained model, its curvature, and texts it knows by heart or has never seen.
+class RecitingModel:
+    """A trained model with its eigenbasis, memorized passages and unseen controls.
 
-    Both sets are of the same sources, half speeches, then half Bible, equally long, each text after
-    an end-of-text token; the text curvature is measured on holds none of them.
+    Both sets are from the same sources, half speeches, then half Bible, of equal length, each text
+    after an end-of-text token; curvature is measured on text without them.
     """
 
     recipe: Recipe
-    """Of the text and of the model's size."""
+    """Recipe of the text and of the model's size."""
     model: Any
     basis: Eigenbasis
     corpus: Corpus
@@ -41,7 +41,7 @@ class Subject:
     """int64 [controls, 1 + prefix + suffix], as many where the sources are long enough."""
 
 
-def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> Subject:
+def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> RecitingModel:
     """Return the demo's model, trained now or read from the cache, and its texts.
 
     Args:
@@ -61,7 +61,7 @@ def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> Subject:
     return _subject(recipe, model, prose_factors(model, recipe, corpus).eigh(), corpus)
 
 
-def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> Subject:
+def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> RecitingModel:
     """Return the lab's model, trained now or read from the cache, and its texts.
 
     Args:
@@ -82,6 +82,6 @@ def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> Subject:
     return _subject(recipe.text, model, lm_basis(model, recipe, corpus), corpus)
 
 
-def _subject(recipe: Recipe, model: Any, basis: Eigenbasis, corpus: Corpus) -> Subject:
+def _subject(recipe: Recipe, model: Any, basis: Eigenbasis, corpus: Corpus) -> RecitingModel:
     passages, controls = (pad(texts, (1, 0)) for texts in (corpus.canaries, corpus.controls))
-    return Subject(recipe, model, basis, corpus, passages, controls)
+    return RecitingModel(recipe, model, basis, corpus, passages, controls)

@@ -1,4 +1,4 @@
-"""Beyond the paper: arithmetic is taught again after an edit; does recitation come back with it?"""
+"""Recovery: does recitation return when arithmetic is trained again after an edit?"""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from curvfast.lab.lm import KINDS, Measure, lm_basis, measure_of
 from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.report.relearning import relearning
 from curvfast.selecting import select
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 STEPS = (0, 10, 25, 50, 100)
-"""Steps on lessons of arithmetic after which everything is measured."""
+"""Training steps on arithmetic after which everything is measured."""
 LEARNING_RATE = 3e-4
-"""A seventh of what the model learnt with; warmed up, and let down by the last of the steps."""
+"""A seventh of the training's learning rate; with warm-up, and decay to the last step."""
 ROWS = 16
 METHODS = {"base": "unedited", "kfac": "K-FAC edit", "svd": "truncated SVD"}
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = LmRecipe().seeded(ask.seed)
     recipe = recipe.quick() if ask.quick else recipe
     steps = STEPS[:2] if ask.quick else STEPS
@@ -56,7 +56,7 @@ def _measure(ask: Ask) -> Figures:
         ask.say(f"{METHODS[method]}: {steps[-1]} steps on arithmetic")
         if chosen is not None:
             edit(model, chosen[0], selection=chosen[1])
-        # The same lessons for each.
+        # The same lessons for each method.
         lessons = lesson_batches(
             corpus.tokenizer, sums, rows=ROWS, length=recipe.text.length,
             seed=f"{recipe.seed} recovery",
@@ -80,12 +80,12 @@ def _measure(ask: Ask) -> Figures:
 def relearn(
     model: Any, batches: Iterable[Mapping[str, Any]], measure: Measure, steps: Sequence[int]
 ) -> list[dict[str, float]]:
-    """Train a model in place and measure it on the way.
+    """Train a model in place and measure it after given steps.
 
     Args:
         model: A language model of transformers.
-        batches: Its keyword arguments, a step each.
-        measure: Gives figures by name.
+        batches: Its keyword arguments, one batch per step.
+        measure: Returns figures by name.
         steps: Numbers of steps, rising, after which it is measured; the last ends the training.
 
     Returns:
@@ -104,10 +104,10 @@ def relearn(
 def levels(
     curves: Mapping[str, Sequence[Mapping[str, float]]], kinds: Mapping[str, str]
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the level of every kind of ability over the steps.
+    """Return the accuracy of every kind of ability over the steps.
 
     Args:
-        curves: By method, figures as of :func:`relearn`.
+        curves: Results of :func:`relearn` by method.
         kinds: Kind of each task.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Runs a study seed by seed, each kept on disk once it is measured."""
+"""Runs of studies, seed by seed, with results saved on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from curvfast.errors import InputError, StorageError
 from curvfast.provenance import versions
 from curvfast.storage import write_json
 from curvfast.studies.catalogue import STUDIES
-from curvfast.studies.study import Ask, Figures
+from curvfast.studies.study import Figures, StudyConfig
 
 SCHEMA_VERSION = 1
 
@@ -27,15 +27,15 @@ def run(
     again: bool = False,
     data: Path | None = None,
 ) -> list[Figures]:
-    """Measure a study at every seed that is not on disk yet, and draw it.
+    """Measure a study at every seed without saved results, and draw it.
 
     Args:
         name: One of :data:`curvfast.studies.catalogue.STUDIES`.
-        seeds: Seeds of everything random, each a run of its own.
-        out: Holds ``NAME/seed-N.json`` for each seed, and ``NAME/figure.png``.
+        seeds: Seeds of everything random, one run each.
+        out: Folder for ``NAME/seed-N.json`` of each seed, and ``NAME/figure.png``.
         say: Called with one line before each stage.
-        quick: Whether to cut it to seconds.
-        again: Whether to measure what is on disk again.
+        quick: Whether to run a version of seconds.
+        again: Whether to repeat saved measurements.
         data: Folder of Fashion-MNIST's files; None looks in the usual places.
 
     Returns:
@@ -54,7 +54,7 @@ def run(
         kept = None if again or not path.is_file() else read(path)
         if kept is None or kept["quick"] != quick:
             say(f"{name}, seed {seed}")
-            kept = _measured(name, Ask(seed, quick, say, data))
+            kept = _measured(name, StudyConfig(seed, quick, say, data))
             write_json(path, kept)
         found.append(kept["figures"])
     study.picture(found).savefig(folder / "figure.png")
@@ -63,16 +63,16 @@ def run(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read what an earlier run measured at one seed.
+    """Read the saved results of one seed.
 
     Args:
         path: A ``seed-N.json``.
 
     Returns:
-        Its content: ``figures``, and what they came from.
+        Its content: ``figures`` and their provenance.
 
     Raises:
-        StorageError: If the file is damaged, or of a schema this library does not read.
+        StorageError: If the file is damaged, or of another schema.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _measured(name: str, ask: Ask) -> dict[str, Any]:
+def _measured(name: str, ask: StudyConfig) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
     figures = STUDIES[name].measure(ask)
     return {

@@ -1,4 +1,4 @@
-"""A study's folder as a part of a report."""
+"""The report part of a study's folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvfast.errors import CurvfastError, StorageError
-from curvfast.report.page.document import Block, Facts, Part, Picture, Table, sections
+from curvfast.report.page.document import Block, Facts, Picture, ReportPart, Table, sections
 from curvfast.report.page.experiments import QUICK, again
 from curvfast.report.page.inline import inline
 from curvfast.studies.catalogue import STUDIES
@@ -16,11 +16,11 @@ from curvfast.studies.names import NAMES
 from curvfast.studies.runs import read
 
 
-def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -> Part | None:
+def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -> ReportPart | None:
     """Return tables and picture of a study over the seeds that a folder holds.
 
     Args:
-        folder: Holds a ``seed-N.json`` for each seed.
+        folder: Folder with a ``seed-N.json`` for each seed.
         source: Its name on the page.
         trouble: Called with the name of each file that cannot be read, and why.
 
@@ -28,8 +28,7 @@ def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -
         The part; None if no seed can be read.
 
     Raises:
-        StorageError: If the study is one that this library does not know, or seeds are of more than
-            one study.
+        StorageError: If the study is unknown to this library, or seeds are of more than one study.
     """
     runs = []
     for path in sorted(folder.glob("seed-*.json"), key=_number):
@@ -51,7 +50,7 @@ def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -
     figures = [run["figures"] for run in runs]
     heading = f"{title[:1].upper()}{title[1:]}"
     seeds = [run["seed"] for run in runs]
-    # Any: a study says of its picture only that it can be written.
+    # Any: the type of a study's picture only declares savefig.
     draw: Callable[[], Any] = partial(study.picture, figures)
     shown: list[Block] = [Picture(inline(draw), heading, f"{heading}; {_seeds(seeds)}.")]
     for caption, (head, *rows) in study.tables(figures).items():
@@ -59,7 +58,7 @@ def study_part(folder: Path, source: str, trouble: Callable[[str, str], None]) -
         shown.append(Table(caption[:1].upper() + caption[1:], tuple(head), made))
     quick = any(run["quick"] for run in runs)
     command = f"curvfast study {name} --seeds {' '.join(map(str, seeds))}{' --quick' * quick}"
-    return Part(
+    return ReportPart(
         f"{name}: {title}",
         source,
         sections(

@@ -1,4 +1,4 @@
-"""Spectra: how few directions hold the curvature, layer by layer, and how fast it falls off."""
+"""Spectra of curvature by layer: mass curves, effective ranks and power laws."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from curvfast.core.power_law import power_law
 from curvfast.core.spectrum import effective_rank, mass_curve, participation_ratio
 from curvfast.errors import InputError
 from curvfast.report.spectra import TITLES, spectra
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 from curvfast.studies.subjects import demo_lm, lab_lm, lab_vit
 
 MASSES = (0.5, 0.75, 0.9, 0.95, 0.99)
 FRACTIONS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-"""Shares of all pairs at which mass curves are drawn."""
-MODELS: dict[str, Callable[[Ask], Eigenbasis]] = {
+"""Shares of all pairs at which mass curves are evaluated."""
+MODELS: dict[str, Callable[[StudyConfig], Eigenbasis]] = {
     "demo_lm": lambda ask: demo_lm(ask).basis,
     "lab_lm": lambda ask: lab_lm(ask).basis,
     "lab_vit": lambda ask: lab_vit(ask).basis,
@@ -32,12 +32,12 @@ _FACTORS = (
 )  # fmt: skip
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     return {name: _layers(basis_of(ask)) for name, basis_of in MODELS.items()}
 
 
 def _layers(basis: Eigenbasis) -> Figures:
-    """Describe every layer of a basis."""
+    """Return the spectral statistics of every layer of a basis."""
     kept = dict(zip(MASSES, basis.keep_each(MASSES), strict=True))
     found = {}
     for name, own in basis.items():
@@ -55,7 +55,7 @@ def _layers(basis: Eigenbasis) -> Figures:
 
 
 def _factor(values: Tensor) -> dict[str, Any]:
-    """Describe the eigenvalues of one factor; no law where too few of them are above rounding."""
+    """Return statistics of one factor's eigenvalues; no power law if too few exceed rounding."""
     ranks = np.unique(np.geomspace(1, len(values), _POINTS).round().astype(int))
     try:
         fit = power_law(values)

@@ -1,8 +1,8 @@
-"""What a study is: figures of one seed, and a table and a picture over seeds."""
+"""Study: figures of one seed, and tables and a picture over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,20 +12,20 @@ Figures = dict[str, Any]
 Lines = list[list[str]]
 
 
-class Picture(Protocol):
-    """A figure of matplotlib."""
+class MatplotlibFigure(Protocol):
+    """The interface used of matplotlib's figures."""
 
     def savefig(self, path: Path, /) -> None:
-        """Write it."""
+        """Write the figure to a file."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a study is asked for."""
+class StudyConfig:
+    """Options of one run of a study."""
 
     seed: int
     quick: bool
-    """Whether to cut it to seconds, which proves nothing."""
+    """Whether to run a version of seconds, whose results mean nothing."""
     say: Callable[[str], None]
     """Called with one line before each stage."""
     data: Path | None = None
@@ -34,26 +34,17 @@ class Ask:
 
 @dataclass(frozen=True)
 class Study:
-    """One claim, and how it is measured."""
+    """A study of one claim."""
 
-    measure: Callable[[Ask], Figures]
+    measure: Callable[[StudyConfig], Figures]
     """Returns JSON-able figures of one seed."""
     tables: Callable[[Sequence[Figures]], dict[str, Lines]]
     """Returns tables over seeds by name, each a head and rows of cells."""
-    picture: Callable[[Sequence[Figures]], Picture]
+    picture: Callable[[Sequence[Figures]], MatplotlibFigure]
     """Draws the figures of one or more seeds."""
 
 
 def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Return mean ± standard deviation over seeds as text; of one value, the value."""
+    """Format mean ± standard deviation over seeds; a single value without deviation."""
     middle = form.format(mean(values))
     return f"{middle} ± {form.format(stdev(values))}" if len(values) > 1 else middle
-
-
-def rounded(value: Any) -> Any:
-    """Return nested figures with six digits that count in each number that is no integer."""
-    if isinstance(value, Mapping):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value

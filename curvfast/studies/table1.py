@@ -1,4 +1,4 @@
-"""Table 1: what is recited, and at what price, by edits and by a rival told what to forget."""
+"""Table 1: recitation and its cost, for edits and for a supervised baseline."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from curvfast.progress import track
 from curvfast.report.rivals import rivals
 from curvfast.selecting import select
 from curvfast.studies.matching import at_perplexity
-from curvfast.studies.recital import HALVES, KINDS, SCORES, Recital, recital
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.recital import HALVES, KINDS, SCORES, Table1Model, recital
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 EDITS = ("kfac", "svd")
 MASSES = (0.99, 0.98, 0.97, 0.95)
 """ρ of the K-FAC edit, weak to strong; SVD keeps as much of each layer as that edit does."""
 RATIOS = (0.02, 0.04, 0.08)
-"""Shares of weights BalancedSubnet drops, weak to strong; the first is the library's default."""
+"""Shares of weights that BalancedSubnet drops, rising; the first is the library's default."""
 TOLD = {"bsn": ("speeches_first", "bible_first"), "bsn_speeches": ("speeches_first",)}
-"""Passages each BalancedSubnet is told of."""
+"""Sets of passages that each BalancedSubnet is trained to forget."""
 RISE = 0.05
 LABELS = {
     "base": "unedited",
@@ -42,7 +42,7 @@ _CLEAN_BATCHES = 8
 Result = TypeVar("Result")
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     recipe = Recipe(seed=ask.seed)
     recipe = recipe.quick() if ask.quick else recipe
     ask.say(f"training a small Llama until it recites {recipe.passages} passages (cached)")
@@ -76,8 +76,8 @@ def _measure(ask: Ask) -> Figures:
     }
 
 
-def _edits(subject: Recital, recipe: Recipe) -> tuple[dict[str, list[Figures]], Figures]:
-    """Return a curve for each edit, and how the K-FAC edit at the recipe's ρ stands stress."""
+def _edits(subject: Table1Model, recipe: Recipe) -> tuple[dict[str, list[Figures]], Figures]:
+    """Return a curve for each edit, and the stress test of the K-FAC edit at the recipe's ρ."""
     model = subject.model
     basis, basis_seconds = _timed(
         lambda: collect_from(
@@ -112,8 +112,8 @@ def _share(basis: Eigenbasis, kept: Selection) -> float:
     return sum(kept.pairs.values()) / total
 
 
-def _subnet(subject: Recital, rival: BalancedSubnet, told: Sequence[str], seed: int) -> Figures:
-    """Let the rival forget what it is told of, measure, and put the weights back."""
+def _subnet(subject: Table1Model, rival: BalancedSubnet, told: Sequence[str], seed: int) -> Figures:
+    """Run the baseline on the given passages, measure, and restore the weights."""
     model = subject.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     passages = [passage for name in told for passage in subject.passages[name]]

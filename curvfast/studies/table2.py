@@ -1,4 +1,4 @@
-"""Table 2: a vision transformer that learnt wrong labels by heart forgets them, and sees better."""
+"""Table 2: edits of a vision transformer that memorized wrong labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from curvfast.lab import vit
 from curvfast.lab.vit_recipe import RECIPES, Statistics
 from curvfast.report.labels import labels
-from curvfast.studies.study import Ask, Figures, Lines, Study, spread
+from curvfast.studies.study import Figures, Lines, Study, StudyConfig, spread
 
 METHODS = {
     "base": "unedited",
@@ -25,7 +25,7 @@ MEASURES = {
 }
 
 
-def _measure(ask: Ask) -> Figures:
+def _measure(ask: StudyConfig) -> Figures:
     found = {}
     for name, recipe in RECIPES.items():
         own = replace(recipe, seed=ask.seed)
@@ -44,13 +44,13 @@ def _tables(found: Sequence[Figures]) -> dict[str, Lines]:
 
 
 def _methods(runs: Sequence[Figures]) -> Lines:
-    """Return the edit at its own ρ beside rivals that keep as much."""
+    """Return the edit at its reported ρ beside baselines that keep as much."""
     lines = [[f"pictures, %, ρ = {runs[0]['mass']:g}", *MEASURES.values()]]
     return lines + [[label, *_cells([run[key] for run in runs])] for key, label in METHODS.items()]
 
 
 def _statistics(runs: Sequence[Figures]) -> Lines:
-    """Return one kept fraction, and curvature of other pictures, tokens and labels."""
+    """Return edits at one kept fraction by curvature of other images, tokens and labels."""
     lines = [["curvature measured on (pictures, tokens, labels)", *MEASURES.values()]]
     for arms in zip(*(run["statistics"] for run in runs), strict=True):
         label = str(Statistics(**arms[0]["statistics"]))
@@ -59,7 +59,7 @@ def _statistics(runs: Sequence[Figures]) -> Lines:
 
 
 def _blocks(runs: Sequence[Figures]) -> Lines:
-    """Return edits of one block, or of the first and the last, at the edit's ρ."""
+    """Return edits of single blocks, or of the first and the last, at the edit's ρ."""
     lines = [["blocks edited", *MEASURES.values()]]
     for parts in zip(*(run["blocks"] for run in runs), strict=True):
         for method in ("kfac", "svd"):

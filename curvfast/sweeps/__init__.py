@@ -1,1 +1,1 @@
-"""Sweeps: one model edited many ways, each measured and undone, compared at equal cost."""
+"""Sweeps: many edits of one model, each measured and undone, compared at equal cost."""

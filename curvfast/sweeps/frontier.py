@@ -1,4 +1,4 @@
-"""Points of a sweep, and its curves compared at one perplexity, at one size, or at one of any."""
+"""Points of a sweep, and comparison of its curves at equal perplexity, size, or other metric."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SIZE = "kept_fraction"
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One edit, measured."""
+    """The measurements of one edit."""
 
     importance: str
-    """What pairs were ranked by; ``"unedited"`` for the model as it is."""
+    """The importance that ranked pairs; ``"unedited"`` for the unedited model."""
     layers: str
     """The entry of ``layers=`` that was edited."""
     names: tuple[str, ...]
-    """The layers it means."""
+    """Names of the edited layers."""
     mass: float | None
     """The rule, if it was a share of the summed score."""
     fraction: float | None
@@ -30,13 +30,13 @@ class SweepPoint:
     kept_fraction: float
     """Kept pairs over all pairs of the edited layers; for ``"svd"`` singular directions."""
     metrics: Mapping[str, float]
-    """What was measured, by name; NaN for what is not finite."""
+    """Measured values by name; NaN for values that are not finite."""
     seconds: float
-    """Of editing, measuring and restoring."""
+    """Duration of editing, measuring and restoring."""
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells this point from the others of its sweep."""
+        """The key of this point within its sweep."""
         return self.importance, self.names, self.mass, self.fraction
 
     def value(self, metric: str) -> float:
@@ -46,7 +46,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class MatchedRow:
-    """One curve at the value that all are compared at."""
+    """One curve, interpolated at the common value."""
 
     importance: str
     layers: str
@@ -54,9 +54,9 @@ class MatchedRow:
     metrics: Mapping[str, float]
     """Interpolated between two points; empty if the curve does not reach the value."""
     times: int
-    """How often the curve reaches the value: the row is of the first time, the weakest edit."""
+    """Number of times the curve reaches the value; the row is the first, of the weakest edit."""
     refusal: str | None
-    """Why there is no value, if there is none."""
+    """Reason why there is no value, or None."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Matched:
     rows: tuple[MatchedRow, ...]
 
     def __str__(self) -> str:
-        """Return the rows as an aligned table, and what is missing in plain words."""
+        """Return the rows as an aligned table, with notes on missing values."""
         names = [name for name in next((r.metrics for r in self.rows if r.metrics), {})]
         head = ["importance", "layers", SIZE, *names]
         table = [head, *([r.importance, r.layers, *_cells(r, names)] for r in self.rows)]
@@ -81,18 +81,17 @@ def matched(
 ) -> Matched:
     """Compare curves where each first reaches ``value``, from the unedited model on.
 
-    A curve is the points of one importance in one set of layers, by falling kept fraction, begun by
-    the unedited model, which keeps all; it is linear between neighbours.
+    A curve consists of the points of one importance and one set of layers, by falling kept
+    fraction, from the unedited model on, which keeps all; it is linear between neighbours.
 
     Args:
-        unedited: The model as it is.
-        points: Of any number of curves.
-        metric: What is to be equal: a name in ``metrics``, or ``"kept_fraction"``.
-        value: Where.
+        unedited: The point of the unedited model.
+        points: Points of any number of curves.
+        metric: The metric to equalise: a name in ``metrics``, or ``"kept_fraction"``.
+        value: The common value.
 
     Returns:
-        A row for each curve; one that does not reach the value says so, for nothing is
-        extrapolated.
+        A row for each curve; one that does not reach the value says so, as nothing is extrapolated.
 
     Raises:
         InputError: If no curve has such a metric.

@@ -1,4 +1,4 @@
-"""search_layers(): which layers to edit, found greedily by a measure that knows the labels."""
+"""search_layers(): greedy forward selection of the layers to edit, by a supervised objective."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from curvfast.sweeps.trials import Measure, Trials
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """What a greedy search chose, and by what."""
+    """Result of a greedy layer search."""
 
     chosen: tuple[str, ...]
-    """Candidates in the order they were taken; none if no edit was better than none."""
+    """Candidates in the order they were added; empty if no edit was an improvement."""
     names: tuple[str, ...]
-    """The layers they mean: ``layers=`` of :func:`curvfast.edit`."""
+    """The layers of the candidates: ``layers=`` of :func:`curvfast.edit`."""
     objective: str
-    """The metric that was to fall, or with a minus sign to rise."""
+    """The minimised metric, or with a minus sign the maximised one."""
     labels: str
-    """What the search was told about the data, in the caller's words."""
+    """The caller's description of the labels that the search used."""
     steps: tuple[SweepPoint, ...]
     """The best edit of each round."""
     tried: tuple[SweepPoint, ...]
     """Every edit, round by round."""
     unedited: SweepPoint
-    """The model as it is."""
+    """The point of the unedited model."""
 
     def __str__(self) -> str:
-        """Return what each round added, what it came to, and which labels chose it."""
+        """Return a table of the rounds, and the labels that were used."""
         points = zip(("unedited", *(f"+ {title}" for title in self.chosen)),
                      (self.unedited, *self.steps), strict=True)  # fmt: skip
         lines = [
@@ -76,40 +76,40 @@ def search_layers(
     hold: Hold = "device",
     progress: bool = True,
 ) -> LayerSearch:
-    """Add layers to the edit one candidate at a time, the best first, while it gets better.
+    """Select layers to edit greedily, one candidate at a time, while the objective improves.
 
-    Each round edits what is chosen with each remaining candidate, at one size, and takes the one of
-    the lowest ``objective`` among those within ``at_most``; it stops when none is lower than
-    before. With n candidates that is at most n (n + 1) / 2 edits; the best set may be another.
+    Each round edits the layers chosen so far with each remaining candidate, at one size, and adds
+    the candidate of lowest ``objective`` among those within ``at_most``; it stops when none
+    improves. With n candidates that is at most n (n + 1) / 2 edits; the optimal set may be another.
 
-    This is no label-free method: it sees whatever ``evaluate`` sees, passages known to be memorized
-    above all. ``labels`` says what that was, and is shown with the result. Report figures on data
-    that the search has not seen.
+    This is a supervised method: it uses whatever ``evaluate`` uses, such as passages known to be
+    memorized. ``labels`` describes that, and is shown with the result. Report figures on data that
+    the search has not used.
 
     Args:
-        model: As in :func:`curvfast.sweep`.
-        basis: As in :func:`curvfast.sweep`.
+        model: The model the basis was measured on, unedited.
+        basis: Eigenbases by layer name.
         mass: Share in (0, 1] of each layer's summed score to keep.
-        importance: As in :func:`curvfast.select`.
+        importance: How pairs are ranked, as in :func:`curvfast.select`.
         candidates: Sets of layers, as ``layers`` of :func:`curvfast.sweep`; None: each layer of the
             basis by itself.
-        evaluate: As in :func:`curvfast.sweep`.
-        objective: Which of its numbers should fall, such as ``"strict"``; with a minus sign before
-            it, rise.
-        labels: What ``evaluate`` knows about the data, in words: ``"200 passages known to be
+        evaluate: Measures of an edited model, as in :func:`curvfast.sweep`.
+        objective: The metric to minimise, such as ``"strict"``; with a minus sign before it, to
+            maximise.
+        labels: Description of the labels that ``evaluate`` uses: ``"200 passages known to be
             memorized; perplexity of held-out text"``.
-        at_most: Upper bounds of numbers, such as ``{"perplexity": 22.8}``. Where the unedited model
-            is beyond one, any edit within them is better.
-        most: How many candidates to take at most.
+        at_most: Upper bounds of metrics, such as ``{"perplexity": 22.8}``. If the unedited model
+            exceeds one, any edit within them is an improvement.
+        most: Largest number of candidates to add.
         fraction: Instead of ``mass``: share in [0, 1] of each layer's pairs.
-        corrections: As in :func:`curvfast.select`.
-        seed: For ``"random"``.
-        out: As in :func:`curvfast.sweep`; it is also of these ``labels``.
-        hold: As in :func:`curvfast.sweep`.
+        corrections: Λ by layer name, for the importances that take them.
+        seed: Seed of ``"random"``.
+        out: Log of the edits, as in :func:`curvfast.sweep`; it is also bound to ``labels``.
+        hold: Where C is cached, as in :func:`curvfast.sweep`.
         progress: Whether a bar counts edits (on a terminal only).
 
     Returns:
-        What was chosen, and every edit that was tried.
+        The chosen layers, and every edit that was tried.
 
     Raises:
         InputError: As in :func:`curvfast.sweep`; or if ``labels`` is empty, or ``objective`` or
@@ -159,7 +159,7 @@ def search_layers(
 def _score(
     objective: str, at_most: Mapping[str, float], unedited: SweepPoint
 ) -> Callable[[SweepPoint], float]:
-    """Return what is to be small: the objective, or infinity beyond a bound."""
+    """Return the value to minimise: the objective, or infinity beyond a bound."""
     sign, metric = (-1, objective[1:]) if objective.startswith("-") else (1, objective)
     unknown = [name for name in (metric, *at_most) if name not in unedited.metrics]
     if unknown:

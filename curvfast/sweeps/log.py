@@ -1,7 +1,7 @@
-"""The file of a sweep: its first line says of what it is, every other is a point; only appended to.
+"""The append-only log of a sweep: a header line that identifies it, then a line for each point.
 
 ``{"kind", "version", "of": {...}, "totals": {...}}``, then ``{"importance", "layers", "names",
-"mass", "fraction", "kept_fraction", "metrics", "seconds"}`` a line. What is not finite is null.
+"mass", "fraction", "kept_fraction", "metrics", "seconds"}`` a line. Non-finite values are null.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Key = tuple[object, ...]
 
 
 class SweepLog:
-    """The points of one sweep, known from its file and added to it; without a file in memory."""
+    """The points of one sweep, read from its file and appended to it; or in memory only."""
 
     def __init__(self, path: str | PathLike[str] | None, trials: Trials, note: str = "") -> None:
-        """Read what is known already.
+        """Read the points measured earlier.
 
         Args:
-            path: The file, made by the first point if missing; None for none.
-            trials: What is measured.
-            note: What else must be the same.
+            path: The file, created by the first point if missing; None for none.
+            trials: The edits to measure.
+            note: Further text that must be the same.
 
         Raises:
             InputError: If the file is of another sweep.
@@ -55,18 +55,18 @@ class SweepLog:
         self._known = {point.key: point for point in _points(str(path), lines)}
 
     def __contains__(self, key: Key) -> bool:
-        """Say whether a point is known."""
+        """Return whether a point was measured."""
         return key in self._known
 
     def __getitem__(self, key: Key) -> SweepPoint:
-        """Return a known point."""
+        """Return a measured point."""
         return self._known[key]
 
     def add(self, point: SweepPoint) -> None:
-        """Take note of a point; it is on the disk when this returns.
+        """Append a point; it is on the disk when this returns.
 
         Raises:
-            InputError: If other metrics were measured than of the points before.
+            InputError: If its metrics differ from those of earlier points.
             StorageError: If it cannot be written.
         """
         for earlier in self._known.values():
@@ -105,7 +105,7 @@ def read_points(path: str | PathLike[str]) -> tuple[SweepPoint | None, list[Swee
 
 
 def _facts(trials: Trials, note: str) -> dict[str, Any]:
-    """Return what points depend on, besides the rule, the importance and ``evaluate``."""
+    """Return the facts that points depend on, besides rule, importance and ``evaluate``."""
     model = model_facts(trials.model)
     del model["versions"], model["dtype"]
     basis, corrections = trials.basis, trials.corrections

@@ -1,4 +1,4 @@
-"""Weights in the vectors that pairs are of: each is rotated once, however often it is edited."""
+"""Rotations: cached coefficients C of weights, so that each weight is rotated once per frame."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from curvfast.core.selection import Frame, Mask, Staircase
 from curvfast.core.singular import singular_vectors
 
 Hold = Literal["device", "cpu", "anew"]
-"""Where C = U_Gᵀ W U_A is between edits: beside W, on the CPU, or nowhere, and computed anew."""
+"""Where C = U_Gᵀ W U_A is cached between edits: beside W, on the CPU, or not at all."""
 
 
 class Rotations:
-    """C of the layers of a model, in the vectors of one frame at a time."""
+    """Cache of the coefficients C of a model's layers, in one frame at a time."""
 
     def __init__(
         self, basis: Eigenbasis, weights: Callable[[str], Tensor], hold: Hold = "device"
     ) -> None:
-        """Rotate nothing yet.
+        """Create an empty cache.
 
         Args:
-            basis: Of the layers.
-            weights: Layer name -> W [d_out, d_in], unedited whenever a layer is asked for.
-            hold: Where C is meanwhile, [d_out, d_in] float32, or float64 if W is.
+            basis: The eigenbasis of the layers.
+            weights: Layer name -> W [d_out, d_in]; must be unedited whenever it is called.
+            hold: Where C is cached, [d_out, d_in] float32, or float64 if W is.
         """
         self._given, self._weights, self._hold = basis, weights, hold
         self._frame: Frame | None = None
@@ -35,11 +35,11 @@ class Rotations:
         self._held: dict[str, Tensor] = {}
 
     def vectors(self, frame: Frame, names: Iterable[str]) -> Eigenbasis:
-        """Return the vectors that pairs of some layers are of; those of W are found when needed.
+        """Return the vectors of a frame for some layers; singular vectors are computed when needed.
 
         Args:
-            frame: What pairs are of; ``"standard"`` has no vectors: the basis as it was given.
-            names: Of the layers.
+            frame: Frame of the pairs; ``"standard"`` has no vectors: the given basis is returned.
+            names: Names of the layers.
         """
         if frame != self._frame:
             self._frame, self._vectors = frame, None
@@ -52,7 +52,7 @@ class Rotations:
         return self._vectors.restricted(names)
 
     def coefficients(self, name: str) -> Tensor:
-        """Return C of a layer in the vectors of the frame that was asked for last."""
+        """Return C of a layer in the frame of the last :meth:`vectors` call."""
         if name in self._held:
             return self._held[name].to(self._weights(name).device)
         found = rotate(self._weights(name), self._basis()[name])

@@ -1,4 +1,4 @@
-"""sweep(): one model edited and measured at many sizes, by many importances, in many layers."""
+"""sweep(): edits of one model at many sizes, by many importances, in many sets of layers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LayerSets = LayerSpec | Mapping[str, LayerSpec | None] | None
 
 @dataclass(frozen=True)
 class Sweep:
-    """Edits of one model, measured; prints as a table."""
+    """Measured edits of one model; prints as a table."""
 
     unedited: SweepPoint
-    """The model as it is."""
+    """The point of the unedited model."""
     points: tuple[SweepPoint, ...]
     """In the order they were measured."""
 
@@ -43,9 +43,9 @@ class Sweep:
         extrapolated: a curve that does not reach the value says how far it goes.
 
         Args:
-            metric: What is to be equal: a name that ``evaluate`` gave, such as ``"perplexity"``, or
-                ``"kept_fraction"``.
-            value: Where.
+            metric: The metric to equalise: a name returned by ``evaluate``, such as
+                ``"perplexity"``, or ``"kept_fraction"``.
+            value: The common value.
 
         Returns:
             A row for each importance and set of layers.
@@ -57,7 +57,7 @@ class Sweep:
 
     @classmethod
     def from_jsonl(cls, path: str | PathLike[str]) -> Sweep:
-        """Read the file of a sweep, also while it is being written.
+        """Read the log of a sweep, also while it is being written.
 
         Raises:
             FormatError: If it is no file of a sweep, of a newer format, or holds no point yet.
@@ -97,35 +97,35 @@ def sweep(
     hold: Hold = "device",
     progress: bool = True,
 ) -> Sweep:
-    """Edit and measure at every size, by every importance, in every set of layers.
+    """Edit and measure a model at every size, by every importance, in every set of layers.
 
-    Each weight is rotated once for all points of one kind of vectors, C = U_Gᵀ W U_A. After each
+    Each weight is rotated once for all points of one frame, C = U_Gᵀ W U_A. After each
     point the weights are the original ones, bit for bit, also if ``evaluate`` raises. A point's
     weights are those of :func:`curvfast.edit`, but for rounding.
 
-    The same mass means another size for each importance: compare with :meth:`Sweep.matched`, at one
-    perplexity or one kept fraction, or sweep over ``fraction``.
+    The same mass gives different sizes for different importances: compare with
+    :meth:`Sweep.matched`, at one perplexity or kept fraction, or sweep over ``fraction``.
 
     Args:
         model: The model the basis was measured on, unedited. With several processes every rank
-            makes the call, with an ``out`` of its own.
+            makes the call, each with a separate ``out``.
         basis: Eigenbases by layer name.
         mass: Shares in (0, 1] of each layer's summed score to keep, as in :func:`curvfast.select`.
         importance: One or several, as in :func:`curvfast.select`.
         layers: Sets of layers, edited one set at a time: one set as in :func:`curvfast.collect`
-            (None: all of the basis), a sequence of such, or several by a name of your own.
+            (None: all of the basis), a sequence of such, or a mapping from names to such.
         evaluate: Given the edited model, returns numbers by name; or several such functions, whose
-            numbers are joined. What is not finite counts as NaN. Modes and random states are its
-            own affair.
+            numbers are merged. Non-finite numbers count as NaN. It must restore modes and random
+            states itself.
         fraction: Shares in [0, 1] of each layer's pairs, instead of ``mass`` or besides.
         corrections: As in :func:`curvfast.select`, for the importances that take them.
-        seed: For ``"random"``.
-        out: A file of lines of JSON: points are added as they are measured, and those it holds
-            already are not measured again. A line that a killed run left half written is dropped.
-            It is of one model, basis, set of edited layers and seed; ``evaluate`` it cannot know.
-        hold: Where C is between points: ``"device"``, 4 bytes a weight beside it; ``"cpu"``; or
-            ``"anew"``, nowhere, and computed for each point. Weights are copied in any case, and
-            ``"svd"`` holds all singular vectors.
+        seed: Seed of ``"random"``.
+        out: A file of JSON lines: points are appended as they are measured, and those in it are not
+            measured again. An unfinished line, left by a killed run, is dropped. It belongs to one
+            model, basis, set of edited layers and seed; ``evaluate`` is not checked.
+        hold: Where C is cached between points: ``"device"``, 4 bytes per weight beside it;
+            ``"cpu"``; or ``"anew"``, not at all: it is recomputed for each point. Weights are
+            copied in any case, and ``"svd"`` holds all singular vectors.
         progress: Whether a bar counts points (on a terminal only).
 
     Returns:
@@ -149,7 +149,7 @@ def sweep(
         model, basis, names, importances, evaluate, corrections=corrections, seed=seed, hold=hold
     )
     log = SweepLog(out, trials)
-    # One kind of vectors after the other, so that each weight is rotated once.
+    # One frame after the other, so that each weight is rotated once per frame.
     frames = list(dict.fromkeys(map(importance_frame, importances)))
     importances.sort(key=lambda each: frames.index(importance_frame(each)))
     points = []
@@ -165,7 +165,7 @@ def sweep(
 
 
 def measured_unedited(trials: Trials, log: SweepLog) -> SweepPoint:
-    """Return the unedited model's point, measured unless it is known."""
+    """Return the unedited model's point, measured unless it is in the log."""
     key = (UNEDITED, (), None, None)
     if key not in log:
         log.add(trials.unedited())
@@ -180,7 +180,7 @@ def measured(
     layers: str,
     names: Sequence[str],
 ) -> SweepPoint:
-    """Return a point of :meth:`Trials.point`, measured unless it is known."""
+    """Return a point of :meth:`Trials.point`, measured unless it is in the log."""
     key = (importance, tuple(names), *size)
     if key not in log:
         log.add(trials.point(importance, size, layers, names))
@@ -190,10 +190,10 @@ def measured(
 def layer_sets(
     model: nn.Module, basis: Eigenbasis, layers: LayerSets | Sequence[LayerSpec | None]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the names of each set of layers, by what it is called.
+    """Return the layer names of each set of layers, by the title of the set.
 
     Raises:
-        InputError: If two sets are called alike, or are the same.
+        InputError: If two sets have one title, or are the same.
         BasisMismatch: If the basis is of another model.
         LayerNotFound: If a set matches nothing in the basis.
     """
@@ -238,7 +238,7 @@ def _sizes(
 
 
 def _each(title: str, given: T | Sequence[T]) -> list[T]:
-    """Return what was given, one or several, each once."""
+    """Return one or several given values as a list without duplicates."""
     found = [given] if isinstance(given, (str, float, int)) else list(given)
     if not found:
         raise InputError(f"{title}= is empty")

@@ -1,4 +1,4 @@
-"""Edits of a model that are measured and undone, one after another."""
+"""Trials: edits of a model that are measured and undone, one after another."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from curvfast.sweeps.rotations import Hold, Rotations
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 Size = tuple[float | None, float | None]
-"""Share of the mass, or share of the pairs; the other is None."""
+"""(mass, fraction): share of the mass or of the pairs; the other is None."""
 
 
 class Trials:
-    """Edits of some layers of one model; between two of them its weights are the original bits."""
+    """Trial edits of one model's layers; between two of them its weights are the original bits."""
 
     def __init__(
         self,
@@ -45,15 +45,15 @@ class Trials:
             model: The model the basis was measured on, unedited.
             basis: Eigenbases by layer name.
             names: Which layers may be edited.
-            importances: Which will be asked for.
-            evaluate: What to measure of an edited model: functions that return numbers by name.
+            importances: The importances to be used.
+            evaluate: Measures of an edited model: functions that return numbers by name.
             corrections: As in :func:`curvfast.select`; for those importances that take them.
-            seed: For ``"random"``.
-            hold: As of :class:`Rotations`.
+            seed: Seed of ``"random"``.
+            hold: Where C is cached between edits; see :class:`Rotations`.
 
         Raises:
             InputError: If an importance does not go with the basis or ``corrections``, a weight
-                cannot be edited, or an argument is none of those that there are.
+                cannot be edited, or an argument is unknown.
             BasisMismatch: If the basis is of another model.
             LayerNotFound: If ``corrections`` lack a layer, or a weight is shared with another
                 module.
@@ -91,13 +91,13 @@ class Trials:
     def point(
         self, importance: Importance, size: Size, layers: str, names: Sequence[str]
     ) -> SweepPoint:
-        """Edit some layers, measure, and undo, also where measuring fails.
+        """Edit some layers, measure, and undo, also if measuring fails.
 
         Args:
-            importance: What pairs are ranked by.
+            importance: The importance that ranks pairs.
             size: How much to keep of each layer.
-            layers: What the layers are called together.
-            names: Theirs.
+            layers: Title of the set of layers.
+            names: Names of its layers.
 
         Raises:
             InputError: If the size or the scores do not go with the basis, or what ``evaluate``

@@ -1,1 +1,1 @@
-"""Ways to keep an edit: patches, checkpoints with a card, factored layers, LoRA adapters."""
+"""Export of edits: patches, checkpoints with a model card, factored layers, LoRA adapters."""

@@ -1,4 +1,4 @@
-"""What a model card says of an edit: a section between markers, and the checkpoint it is of."""
+"""save_edited(): a checkpoint of an edited model, with a section on the edit in its model card."""
 
 from __future__ import annotations
 
@@ -57,26 +57,25 @@ def save_edited(
     *,
     perplexity: Mapping[str, float] | None = None,
 ) -> None:
-    """Write an edited model as a checkpoint that ``from_pretrained`` loads, and say what it is.
+    """Write an edited model as a checkpoint for ``from_pretrained``, and document the edit.
 
-    Beside it come ``curvfast.json``, the report with its provenance, and in ``README.md`` a section
-    "Edited with curvfast"; a README that is there is kept, and such a section in it replaced.
-    On one process.
+    Also written are ``curvfast.json``, the report with its provenance, and in ``README.md`` a
+    section "Edited with curvfast"; of an existing README only such a section is replaced. To be
+    called on one process.
 
     Args:
         model: An edited model of transformers.
-        report: What :func:`curvfast.edit` returned.
+        report: The report that :func:`curvfast.edit` returned.
         directory: Made if missing.
-        tokenizer: Saved as well.
-        perplexity: Perplexities to be told, by what they are of: ``{"unedited": 35.4, "edited":
-            44.4}``.
+        tokenizer: Saved as well, if given.
+        perplexity: Perplexities to document, by name: ``{"unedited": 35.4, "edited": 44.4}``.
 
     Raises:
-        InputError: If the model cannot be saved so: no model of transformers, one wrapped by
-            PEFT, sharded, or with factored layers.
+        InputError: If the model is not of transformers, wrapped by PEFT, sharded, or has factored
+            layers.
         BasisMismatch: If the report is of another model.
-        StorageError: If a README that is there has one marker of a section without the other, or a
-            file cannot be written.
+        StorageError: If an existing README has one marker of a section without the other, or a file
+            cannot be written.
     """
     inner = whole_model(model)
     if factored_layers(inner):
@@ -103,7 +102,7 @@ def save_edited(
 
 
 def edit_section(report: EditReport, perplexity: Mapping[str, float] | None = None) -> str:
-    """Return the section of a model card that tells of an edit, in Markdown."""
+    """Return the model card's section on an edit, in Markdown."""
     provenance = report.provenance
     rows = [
         (f"`{e.name}`", *map(_percent, (e.mass, e.fraction, e.relative_change)))
@@ -125,10 +124,10 @@ def edit_section(report: EditReport, perplexity: Mapping[str, float] | None = No
 
 
 def with_section(text: str, section: str) -> str:
-    """Return a model card with the section, in the place of an earlier one or at the end.
+    """Return a model card with the section, which replaces an earlier one or is appended.
 
     Raises:
-        StorageError: If one marker stands without the other.
+        StorageError: If one marker is there without the other.
     """
     marked = f"{_BEGIN}\n{section}{_END}"
     found = re.findall(f"{_BEGIN}|{_END}", text)
@@ -145,14 +144,14 @@ def with_section(text: str, section: str) -> str:
 
 
 def _facts(report: EditReport, perplexity: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Return a report as it is written beside a checkpoint."""
+    """Return the contents of ``curvfast.json``."""
     head = {"kind": "curvfast-edit", "format_version": FORMAT_VERSION}
     told = {} if perplexity is None else {"perplexity": dict(perplexity)}
     return {**head, "curvfast_version": __version__, **report.to_dict(), **told}
 
 
 def _what(report: EditReport) -> str:
-    """Return what was done, in words; no curvature is told of where none decided."""
+    """Return a sentence on the edit; it names curvature only if that determined the selection."""
     rule, strength = report.provenance.get("rule", {}), report.strength
     importance = rule.get("importance", "kfac")
     known = importance == "kfac" and "selection" not in rule

@@ -1,4 +1,4 @@
-"""A patch applied to a checkpoint on disk, tensor by tensor; the model is never built."""
+"""Application of a patch to a checkpoint on disk, tensor by tensor, without building the model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def patch_checkpoint(
     *,
     revert: bool = False,
 ) -> None:
-    """Apply a patch to the folder of a checkpoint, or take it back.
+    """Apply a patch to the folder of a checkpoint, or revert it.
 
-    Only the bytes of edited weights change: applied and reverted, each file is as it was. Every
-    check comes before the first write, and the folder is either the old one or the whole new one.
+    Only the bytes of edited weights change: applied and reverted, each file is as it was.
+    Everything is checked before the first write, and the folder is replaced atomically.
 
     Args:
         patch: The patch.
         model: A folder that ``save_pretrained`` wrote: safetensors, in one file or many.
         out: A new folder; None replaces the old one.
-        revert: Whether to take the patch back.
+        revert: Whether to revert the patch.
 
     Raises:
         PatchMismatch: If a weight is not the one it must be, or not stored by itself.
@@ -57,7 +57,7 @@ def _places_of(patch: Patch, there: Mapping[str, TensorPlace]) -> dict[str, Tens
     places = {}
     for name, layer in patch.layers.items():
         wanted = layer.tensor
-        # Checkpoints of a base model lack the first part of the names, or have one more.
+        # Names in checkpoints of a base model lack the first component, or have one more.
         alike = [k for k in there if k.endswith(f".{wanted}") or wanted.endswith(f".{k}")]
         found = [wanted] if wanted in there else alike
         if len(found) != 1:

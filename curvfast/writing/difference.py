@@ -1,6 +1,6 @@
-"""Exact differences of floating-point tensors, as bits: they lead from one to the other and back.
+"""Exact, invertible differences of the bits of floating-point tensors.
 
-Bits read as integers in the order of the numbers they stand for put close floats few units apart.
+Read as integers in the order of the numbers they represent, bits of close floats differ little.
 These integers are subtracted modulo 2ⁿ, so either tensor and the difference give the other exactly,
 NaN, infinities and both zeros included. A small difference of either sign becomes a small natural
 number, and bytes are kept apart by significance: those that are mostly zero deflate to little.
@@ -38,7 +38,7 @@ def with_bits(like: Tensor, bits: Bits) -> Tensor:
 
 
 def difference(before: Bits, after: Bits) -> Bits:
-    """Return what :func:`forward` adds to ``before`` to get ``after``: small where they are close.
+    """Return the difference that leads from ``before`` to ``after``: small where they are close.
 
     Args:
         before: Bits of floats, [n].
@@ -53,26 +53,26 @@ def difference(before: Bits, after: Bits) -> Bits:
 
 
 def forward(before: Bits, change: Bits) -> Bits:
-    """Return ``after`` of :func:`difference`."""
+    """Add a :func:`difference` to ``before``; returns ``after``."""
     return _ordered(_ordered(before) + _steps(change))
 
 
 def backward(after: Bits, change: Bits) -> Bits:
-    """Return ``before`` of :func:`difference`."""
+    """Subtract a :func:`difference` from ``after``; returns ``before``."""
     return _ordered(_ordered(after) - _steps(change))
 
 
-def pack(change: Bits) -> list[bytes]:
-    """Return the bytes of naturals by significance, the lowest first, deflated where that pays."""
+def compress(change: Bits) -> list[bytes]:
+    """Return planes of bytes of equal significance, the lowest first, deflated if shorter."""
     planes = change.astype(change.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     return [_deflated(planes[i :: change.itemsize].tobytes()) for i in range(change.itemsize)]
 
 
-def unpack(planes: Sequence[bytes], count: int) -> Bits:
-    """Return the ``count`` naturals that :func:`pack` packed.
+def decompress(planes: Sequence[bytes], count: int) -> Bits:
+    """Return the ``count`` naturals that :func:`compress` was given.
 
     Raises:
-        StorageError: If these are not their bytes.
+        StorageError: If the bytes are damaged.
     """
     width = len(planes)
     whole = np.empty((count, width), np.uint8)
@@ -101,19 +101,19 @@ def _top(bits: Bits) -> int:
 
 
 def _deflated(plane: bytes) -> bytes:
-    # Bytes of floats do not repeat as text does: run lengths and Huffman codes find what there is.
+    # Bytes of floats do not repeat as text does: run lengths and Huffman codes suffice.
     squeeze = zlib.compressobj(strategy=zlib.Z_RLE)
     packed = squeeze.compress(plane) + squeeze.flush()
     return packed if len(packed) < len(plane) else plane
 
 
 def _inflated(plane: bytes, count: int) -> bytes:
-    # A plane that is as long as it would be unpacked was not worth deflating.
+    # A plane of full length was stored uncompressed.
     if len(plane) == count:
         return plane
     stream = zlib.decompressobj()
     try:
-        # Of a stream that claims any length no more is inflated than shows that it is too long.
+        # One byte too many is enough to detect a damaged stream of excessive length.
         raw = stream.decompress(plane, count + 1)
     except zlib.error as error:
         raise StorageError(f"a difference is damaged: {error}") from error

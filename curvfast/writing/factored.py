@@ -1,4 +1,4 @@
-"""Layers kept as the two factors an edit leaves of them, where those have fewer numbers."""
+"""factorize(): edited layers stored as two low-rank factors where those have fewer parameters."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class FactoredLinear(nn.Sequential):
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, bias: bool, dtype: torch.dtype
     ) -> None:
-        """Make it on the meta device, to be given its weights.
+        """Create the layer on the meta device, to be given its weights.
 
         Args:
             in_features: d_in.
             out_features: d_out.
             rank: r.
-            bias: Whether there is one.
-            dtype: Of the weights.
+            bias: Whether it has a bias.
+            dtype: Dtype of the weights.
         """
         with warnings.catch_warnings():
-            # Of rank 0, which is what is left where nothing is kept.
+            # Rank 0 results if nothing is kept.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             # On the meta device nothing is initialised, so no random number is drawn.
             right = nn.Linear(in_features, rank, bias=False, device="meta", dtype=dtype)
@@ -70,7 +70,7 @@ class FactoredLinear(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """W' = L R, [d_out, d_in], multiplied anew each time: for code that looks at a weight."""
+        """W' = L R, [d_out, d_in], computed at each access: for code that reads ``weight``."""
         return self.left.weight @ self.right.weight
 
     @property
@@ -81,13 +81,13 @@ class FactoredLinear(nn.Sequential):
 
 @dataclass(frozen=True)
 class LayerForm:
-    """The form one layer was given. Biases are not counted."""
+    """The form of one layer after :func:`factorize`. Biases are not counted."""
 
     name: str
     form: str
-    """``"low rank"``, or ``"dense"`` where two factors would be more numbers."""
+    """``"low rank"``, or ``"dense"`` where two factors would have more parameters."""
     rank: int
-    """Of W', at most; the width between the factors."""
+    """Upper bound of the rank of W'; the width between the factors."""
     parameters_before: int
     """d_out · d_in."""
     parameters_after: int
@@ -101,30 +101,30 @@ class LayerForm:
 
 @dataclass(frozen=True)
 class FactorReport:
-    """What :func:`factorize` did, layer by layer; prints as a table. Biases are not counted."""
+    """Report of :func:`factorize`, layer by layer; prints as a table. Biases are not counted."""
 
     layers: tuple[LayerForm, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What it was made from, JSON-able: model, rule, factors."""
+    """Provenance, JSON-able: model, rule, factors."""
 
     @property
     def parameters_before(self) -> int:
-        """Numbers in the weights of these layers before."""
+        """Parameters in the weights of these layers before."""
         return sum(layer.parameters_before for layer in self.layers)
 
     @property
     def parameters_after(self) -> int:
-        """Numbers in the weights of these layers now."""
+        """Parameters in the weights of these layers now."""
         return sum(layer.parameters_after for layer in self.layers)
 
     @property
     def flops_before(self) -> int:
-        """Floating-point operations these layers took a token: two for each number."""
+        """FLOPs of these layers per token before: two per parameter."""
         return 2 * self.parameters_before
 
     @property
     def flops_after(self) -> int:
-        """Floating-point operations these layers take a token now."""
+        """FLOPs of these layers per token now."""
         return 2 * self.parameters_after
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[EditRule]) -> 
 
     A layer whose W' is a product of two factors of fewer numbers than d_out · d_in becomes a
     :class:`FactoredLinear` of its dtype, with its bias; it computes the edited layer to rounding.
-    Any other layer is edited in place. Everything is checked before the first is replaced. What
-    holds the model's parameters, an optimizer or DistributedDataParallel, is to be made after.
+    Any other layer is edited in place. Everything is checked before the first is replaced. Create
+    objects that hold the model's parameters, such as optimizers or DistributedDataParallel, after.
 
     Args:
         model: The model the basis was measured on; changed in place.

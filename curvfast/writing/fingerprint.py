@@ -1,4 +1,4 @@
-"""Which weights these are: what a patch was made from, what it gave, or something else."""
+"""Fingerprints of weights, by which a patch recognises its original and its edited weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from curvfast.writing.difference import bits_of
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells a stored weight from any other."""
+    """Dtype, shape and hash of a stored weight."""
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str
-    """Of its bytes, in row-major order."""
+    """SHA-256 of its bytes, in row-major order."""
 
 
 def fingerprint_of(tensor: Tensor) -> Fingerprint:
@@ -46,17 +46,17 @@ def require(
     *,
     revert: bool,
 ) -> None:
-    """Raise unless each layer's weight is the one that a patch was made from, or that it gave.
+    """Raise unless each layer's weight is the one that a patch was made from, or that it produced.
 
     Args:
-        found: What is there, by layer name.
-        before: What the patch was made from.
-        after: What it gives.
-        source: Name of the model it was made from, if it has one.
-        revert: Whether ``after`` is wanted.
+        found: Fingerprints of the weights, by layer name.
+        before: Fingerprint of the weights that the patch was made from.
+        after: Fingerprint of the weights that it produces.
+        source: Name of the model that it was made from, if known.
+        revert: Whether to compare with ``after``.
 
     Raises:
-        PatchMismatch: If one is not; the message tells the other side from foreign weights.
+        PatchMismatch: If one is not; the message says whether it is of the other side or foreign.
     """
     wanted, other = (after, before) if revert else (before, after)
     for name, have in found.items():

@@ -1,6 +1,6 @@
-"""An edit as a LoRA adapter: ΔW = α (W' − W) cut to a rank by its singular values, PEFT's format.
+"""Export of an edit as a LoRA adapter in PEFT's format: ΔW = α (W' − W), truncated by its SVD.
 
-ΔW is what is removed and as a rule of full rank: an adapter is an approximation, of stated error.
+ΔW is usually of full rank, so an adapter is an approximation; the report states its error.
 A folder has ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT reads them, and the
 report in ``curvfast.json``.
 """
@@ -34,7 +34,7 @@ _PREFIX = "base_model.model"
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """What an adapter makes of the edit of one layer."""
+    """The approximation of one layer's edit by an adapter."""
 
     name: str
     rank: int
@@ -48,14 +48,14 @@ class LayerAdapter:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What :func:`export_lora` wrote, layer by layer; prints as a table."""
+    """Report of :func:`export_lora`, layer by layer; prints as a table."""
 
     layers: tuple[LayerAdapter, ...]
     energy: float
     """Kept share of Σ ‖ΔW‖² over all layers."""
     strength: float = 1.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What it was made from, JSON-able: model, rule, factors."""
+    """Provenance, JSON-able: model, rule, factors."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
@@ -87,13 +87,13 @@ def export_lora(
     rank: int,
     **options: Unpack[EditOptions],
 ) -> AdapterReport:
-    """Write what :func:`curvfast.edit` would change as a LoRA adapter; the model stays as it is.
+    """Write the change of :func:`curvfast.edit` as a LoRA adapter; the model stays unchanged.
 
     Args:
         model: The model the basis was measured on.
         basis: Eigenbases by layer name.
-        directory: Of the adapter; made if missing.
-        rank: r of the adapter; a layer narrower than that has its own width instead.
+        directory: Folder of the adapter; created if missing.
+        rank: r of the adapter, limited to the width of a narrower layer.
         options: ``mass``, ``layers``, ``fraction``, ``pairs``, ``selection``, ``importance``,
             ``corrections`` and ``strength``, as in :func:`curvfast.edit`.
 
@@ -142,14 +142,14 @@ def export_lora(
 
 
 def truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A and B with B A the matrix of rank r nearest to a change, and all singular values.
+    """Return A and B with B A the best rank-r approximation of ΔW, and all singular values.
 
     Args:
         change: ΔW, [d_out, d_in], float32 or float64.
         rank: r, cut to the smaller of the two widths.
 
     Returns:
-        A [r, d_in] and B [d_out, r], of one Frobenius norm; singular values, descending.
+        A [r, d_in] and B [d_out, r], of equal Frobenius norm; singular values, descending.
     """
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     root = s[:rank].sqrt()
@@ -157,7 +157,7 @@ def truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def adapter_config(model: nn.Module, layers: list[LinearLayer], rank: int) -> dict[str, Any]:
-    """Return what PEFT needs to know of an adapter of these layers, scaled by 1."""
+    """Return PEFT's configuration of an adapter of these layers, with scale 1."""
     narrow = {n.name: min(n.d_in, n.d_out) for n in layers if min(n.d_in, n.d_out) < rank}
     return {
         "peft_type": "LORA",

@@ -1,4 +1,4 @@
-"""The edited weight as a product of two factors, exactly: W' = L R of the least rank.
+"""Exact low-rank factorisation of the edited weight: W' = L R of the least rank.
 
 Take the first s rows of what a staircase keeps whole, and of the rows below only the k columns they
 still use: W' = U_G[:, :s] (M ∘ C)[:s] U_Aᵀ + U_G[:, s:] (M ∘ C)[s:, :k] U_A[:, :k]ᵀ has rank s + k,
@@ -21,14 +21,14 @@ from curvfast.core.selection import Mask, Staircase
 
 
 def cover(kept: Staircase | Mask) -> tuple[Tensor, Tensor]:
-    """Return rows and columns that hold every kept pair between them, few in all.
+    """Return a small cover: rows and columns that together contain every kept pair.
 
     Args:
-        kept: What is kept of a layer.
+        kept: The kept pairs of a layer.
 
     Returns:
-        Indices of rows and of columns, int64: the fewest there can be for a staircase; the rows
-        used, or the columns if those are fewer, for any other mask.
+        Indices of rows and of columns, int64: for a staircase a minimum cover; for any other mask
+        the rows used, or the columns if those are fewer.
     """
     if isinstance(kept, Staircase):
         widths = torch.cat([kept.widths.cpu().long(), torch.zeros(1, dtype=torch.int64)])
@@ -47,7 +47,7 @@ def low_rank_factors(
     Args:
         weight: W, [d_out, d_in], any float dtype; computed in float32, or float64 if it is.
         basis: The layer's eigenbasis.
-        kept: What is kept.
+        kept: The kept pairs.
 
     Returns:
         L [d_out, r] and R [r, d_in] in the working dtype, r being the size of :func:`cover`.

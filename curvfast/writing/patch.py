@@ -1,9 +1,9 @@
-"""Patch: an edit as a file of its own, applied to the weights it was made from, and taken back.
+"""Patch: an edit as a separate file, which can be applied to its original weights and reverted.
 
 It holds the difference of the bits as the model stores them, so both ways are exact in every dtype,
 and the hashes of the weights on either side, so it fits nothing else; those of the factors and of
-what was kept say where it is from. Its size goes with what is
-changed: for weights that change by 30 % (in Frobenius norm) it is 0.62 of the edited weights in
+the selection record its origin. Its size depends on the size of the
+change: for weights that change by 30 % (in Frobenius norm) it is 0.62 of the edited weights in
 bfloat16, 0.78 in float16 and 0.81 in float32; by 1 %, 0.29, 0.50 and 0.65.
 """
 
@@ -30,10 +30,10 @@ from curvfast.writing.difference import (
     Bits,
     backward,
     bits_of,
+    compress,
+    decompress,
     difference,
     forward,
-    pack,
-    unpack,
     with_bits,
 )
 from curvfast.writing.fingerprint import Fingerprint, digest_of, fingerprint_of, require
@@ -48,28 +48,28 @@ class LayerPatch:
     tensor: str
     """Its name in the model's state."""
     expert: int | None
-    """Which slice of the tensor it is, where experts are stacked."""
+    """Index of the slice of a stacked tensor of experts; None: the whole tensor."""
     before: Fingerprint
     after: Fingerprint
     factors: str
-    """SHA-256 of the eigenvalues of G and A, by which factors are told apart."""
+    """SHA-256 of the eigenvalues of G and A, which identifies the factors."""
     kept: str
-    """SHA-256 of what was kept: a staircase's widths, or a mask."""
+    """SHA-256 of the selection: a staircase's widths, or a mask."""
     planes: tuple[bytes, ...] = field(repr=False)
-    """As of :func:`curvfast.writing.difference.pack`."""
+    """The compressed bytes, from :func:`curvfast.writing.difference.compress`."""
 
     def applied(self, bits: Bits) -> Bits:
         """Return the edited weight's bits from those of the weight."""
-        return forward(bits, unpack(self.planes, len(bits)))
+        return forward(bits, decompress(self.planes, len(bits)))
 
     def reverted(self, bits: Bits) -> Bits:
         """Return the weight's bits from those of the edited weight."""
-        return backward(bits, unpack(self.planes, len(bits)))
+        return backward(bits, decompress(self.planes, len(bits)))
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """An edit of some layers, kept apart from the model; see :func:`make_patch`."""
+    """An edit of some layers, stored separately from the model; see :func:`make_patch`."""
 
     layers: Mapping[str, LayerPatch]
     report: EditReport
@@ -95,21 +95,21 @@ class Patch:
         self._write(model, revert=False)
 
     def revert(self, model: nn.Module) -> None:
-        """Take the edit back, bit for bit; checked as :meth:`apply` is.
+        """Revert the edit, bit for bit; checked as :meth:`apply` is.
 
         Raises:
-            PatchMismatch: If a weight is not the one the patch gave.
-            InputError: As of :meth:`apply`.
-            LayerNotFound: As of :meth:`apply`.
+            PatchMismatch: If a weight is not the one that the patch produced.
+            InputError: If a weight is stored quantised, or laid out in a way that is not supported.
+            LayerNotFound: If a layer shares its weight with another module.
         """
         self._write(model, revert=True)
 
     def require(self, found: Mapping[str, Fingerprint], *, revert: bool) -> None:
-        """Raise unless the weights are those that the patch was made from, or that it gave.
+        """Raise unless the weights are those that the patch was made from, or that it produced.
 
         Args:
-            found: Of every layer of the patch.
-            revert: Whether those that it gave are meant.
+            found: The fingerprint of every layer of the patch.
+            revert: Whether to compare with those that it produced.
 
         Raises:
             PatchMismatch: If one is not.
@@ -199,7 +199,7 @@ def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOption
     layers, entries = {}, []
     for step, (layer, new, entry) in zip(plan.steps, plan.evaluated(), strict=True):
         before, after = gathered(layer.stored()), layer.as_stored(new)
-        change = pack(difference(bits_of(before), bits_of(after)))
+        change = compress(difference(bits_of(before), bits_of(after)))
         layers[layer.name] = LayerPatch(
             *_tensor_of(layer), fingerprint_of(before), fingerprint_of(after),
             digest_of(step.basis.values_g, step.basis.values_a), _digest_of_kept(step.kept),

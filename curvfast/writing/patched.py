@@ -1,4 +1,4 @@
-"""patched(): a model as patches make it, for a while only."""
+"""patched(): a context manager that applies patches temporarily."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from curvfast.writing.patch import Patch
 def patched(model: nn.Module, patches: Sequence[Patch], *, strength: float = 1.0) -> Iterator[None]:
     """Apply patches inside a ``with`` block; afterwards the weights are the same, bit for bit.
 
-    The weights that are patched are held twice meanwhile.
+    The patched weights are held twice inside the block.
 
     Args:
         model: The model the patches were made of, in their dtype; changed in place.
-        patches: Applied in this order, each to what those before it gave.
-        strength: α, of W + α (W' − W) with W' as all patches make it: 1 is W' to the bit, 0 leaves
-            every bit, below 0 what they remove is amplified.
+        patches: Applied in this order, each to the result of those before it.
+        strength: α, of W + α (W' − W) with W' the result of all patches: 1 is W' to the bit, 0
+            leaves every bit, below 0 what they remove is amplified.
 
     Yields:
         Nothing.
 
     Raises:
-        InputError: If the strength is not finite, or as of :meth:`curvfast.Patch.apply`.
-        PatchMismatch: As of :meth:`curvfast.Patch.apply`.
-        LayerNotFound: As of :meth:`curvfast.Patch.apply`.
+        InputError: If the strength is not finite, or a weight is quantised or of another layout.
+        PatchMismatch: If a weight is not the one that a patch was made from.
+        LayerNotFound: If a layer shares its weight with another module.
     """
     if not math.isfinite(strength):
         raise InputError(

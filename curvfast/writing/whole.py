@@ -1,4 +1,4 @@
-"""Models of transformers that can be written as they are: whole, bare, in one process."""
+"""Check that a model of transformers can be saved as it is: unwrapped and not sharded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ def whole_model(model: Any) -> Any:
     """Return the model inside wrappers of data parallelism and ``torch.compile``.
 
     Raises:
-        InputError: If what it would save is not the model: it is not of transformers, wrapped by
-            PEFT, or sharded.
+        InputError: If the model is not of transformers, wrapped by PEFT, or sharded.
     """
     inner: Any = unwrap(model)
     if hasattr(inner, "get_base_model"):

@@ -1,4 +1,4 @@
-"""How much of each row lies in each band of components: the projections are never written."""
+"""Band energies of rows, without writing the projections."""
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ def band_energies(
             b_at = vectors + k.to(tl.int64)[:, None] * stride_v
             b_at += component.to(tl.int64)[None, :] * stride_component
             b = tl.load(b_at, mask=(k < d)[:, None] & (component < stop)[None, :], other=0.0)
-            # The interpreter multiplies the bit patterns of bfloat16, so it is given float32.
+            # Triton's interpreter multiplies bit patterns of bfloat16, so it gets float32.
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)

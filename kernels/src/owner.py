@@ -1,4 +1,4 @@
-"""Whose tile a program computes, where tiles of many owners are numbered through."""
+"""The owner of a program's tile, where tiles of many owners are numbered consecutively."""
 
 import triton
 import triton.language as tl

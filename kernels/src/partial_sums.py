@@ -1,4 +1,4 @@
-"""Adds the partial sums of a split reduction in a fixed order: the same inputs, the same bits."""
+"""Deterministic reduction of the partial sums of a split reduction."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The gradient of the loss for labels drawn from the model, in the memory of its logits."""
+"""Sampled-label gradient of the loss with respect to the logits, in place."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def sampled_gradient(logits, counts, labels, seed, classes, stride, BLOCK: tl.co
             at = start + tl.arange(0, BLOCK)
             z = tl.load(base + at, mask=at < classes, other=-float("inf")).to(tl.float32)
             block_largest = tl.maximum(largest, tl.max(z, axis=0))
-            # Of classes ruled out by -inf alone there is nothing to scale.
+            # If every class is -inf there is nothing to scale.
             shift = tl.where(block_largest == -float("inf"), 0.0, block_largest)
             total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), axis=0)
             largest = block_largest
@@ -50,7 +50,7 @@ def gumbel(key, row, at):
     """Return -log(-log(u)) for u uniform on (0, 1), by Philox at the counter (class, row)."""
     low = (row & 0x7FFFFFFF).to(tl.int32)
     bits, _, _, _ = tl.philox(key, at, low, (row >> 31).to(tl.int32), 0)
-    # 1 - u rather than u: the largest noise needs the finest steps, and floats have them near 0.
+    # 1 - u rather than u: the largest noise needs the finest resolution, which floats have near 0.
     v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     exponential = tl.where(v < 1e-3, v * (1.0 + v * (0.5 + v * 0.33333333)), -tl.log(1.0 - v))
     return -tl.log(exponential)

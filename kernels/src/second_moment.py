@@ -1,7 +1,7 @@
-"""Second moments of whole rows, fetched by the tensor memory accelerator (Hopper and later).
+"""Second moments of whole rows, loaded by the tensor memory accelerator (Hopper and later).
 
-Both operands of xᵀx lie with their features contiguous, and the matrix units take them so: the
-tiles that a descriptor brings to shared memory are multiplied as they are, never transposed.
+Both operands of xᵀx have contiguous features, which the matrix units accept: the tiles that a
+descriptor loads into shared memory are multiplied without a transposition.
 """
 
 import triton
@@ -48,7 +48,7 @@ def second_moment_tiles(
                 at_a = at_a // 2
             a = left.load([at_a, row, j * TILE]).reshape(BLOCK_K, TILE)
             b = right.load([at_b, row, i * COLUMNS]).reshape(BLOCK_K, COLUMNS)
-        # The interpreter multiplies the bit patterns of bfloat16, so it is given float32.
+        # Triton's interpreter multiplies bit patterns of bfloat16, so it gets float32.
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)

@@ -1,4 +1,4 @@
-"""Second moments of many layers in one launch: together, small sums fill a GPU."""
+"""Grouped second moments: many layers in one launch, so that small sums fill a GPU."""
 
 import triton
 import triton.language as tl

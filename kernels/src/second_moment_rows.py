@@ -1,4 +1,4 @@
-"""Second moments of chosen or weighted rows, of any strides, fetched row by row."""
+"""Second moments of chosen or weighted rows, of any strides, loaded row by row."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def second_moment_rows(
     INDEX: tl.constexpr, LENGTHS: tl.constexpr, WEIGHTS: tl.constexpr, ALSO: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of the rows that count to the packed tiles of ``out``, and of ``also``.
+    """Add the products of the counted rows to the packed tiles of ``out``, and of ``also``.
 
     ``rows`` is the length of ``index``, or all rows of x. With SPLIT, ``out`` and ``also`` are
     workspaces of ``splits`` stacks of tiles, which are written rather than added to. PARTS programs
@@ -38,7 +38,7 @@ def second_moment_rows(
         else:
             row = place
         if SEQUENCES:
-            # In 32 bits: a 64-bit division would take the registers the sum needs.
+            # In 32 bits: a 64-bit division would need registers of the accumulator.
             sequence = row // length
             within = row - sequence * length
             start = x + sequence.to(tl.int64) * stride_sequence + within.to(tl.int64) * stride_row
@@ -93,7 +93,7 @@ def _multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc, UPCAST: tl.constexpr):
-    # The interpreter multiplies the bit patterns of bfloat16, so it is given float32.
+    # Triton's interpreter multiplies bit patterns of bfloat16, so it gets float32.
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -1,7 +1,7 @@
 """Products with a staircase: only tiles within the widths are computed, no mask is stored.
 
-``widths`` say how many columns each row of C keeps, non-increasing. *Expanding* T V fills C within
-the staircase; *contracting* C Vᵀ stops each row block's sum at the width of its first row.
+``widths`` hold the number of columns each row of C keeps, non-increasing. *Expanding* T V fills C
+within the staircase; *contracting* C Vᵀ stops each row block's sum at the width of its first row.
 """
 
 import triton
@@ -53,7 +53,7 @@ def contract(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        # Within the widest row of the block every tile was written, zeros past each row's width.
+        # Within the block's widest row every tile was written, with zeros past each row's width.
         a_at = c + row.to(tl.int64)[:, None] * columns + k[None, :]
         a = tl.load(a_at, mask=(row < rows)[:, None] & (k < width)[None, :], other=0.0)
         b_at = v + out.to(tl.int64)[None, :] * stride_v_n

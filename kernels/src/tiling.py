@@ -1,7 +1,7 @@
-"""Which tiles a kernel runs with: a static table per architecture, chosen from by a wave model.
+"""Tile sizes of the kernels: a static table per architecture, and a wave model to choose.
 
 Nothing is tuned at run time: an accumulating kernel that tried tiles on the caller's sums would
-change them. ``benchmarks/tune.py`` measures every entry on a GPU and prints the rates to put here.
+change them. ``benchmarks/tune.py`` measures every entry on a GPU and prints the rates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from curvfast.kernels.triangle import tiles_to_compute
 TILE = 128
 ARCHITECTURES = (80, 90, 100)
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-# Bytes per second the memory gives to partial sums, written once and read once.
+# Memory bandwidth for partial sums, in bytes per second, written once and read once.
 _BANDWIDTH = {80: 1.5e12, 90: 4.0e12, 100: 6.0e12}
 # Dense-equivalent FLOP/s of whole waves by block width: models, until benchmarks/tune.py ran.
 _RATES = {
@@ -29,7 +29,7 @@ _LEAST_STEPS = 8
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one launch is cut into programs."""
+    """The tiling of one launch into programs."""
 
     block_k: int
     """Rows multiplied at a time."""
@@ -40,7 +40,7 @@ class Tiling:
     parts: int = 1
     """Programs that share a tile, where two sums would overflow the registers of one."""
     splits: int = 1
-    """Programs that share a tile's rows, each with a partial sum of its own."""
+    """Programs that share a tile's rows, each with a separate partial sum (split-K)."""
 
 
 _WHOLE_ROWS = {paired: Tiling(64, 8, 4, paired=paired) for paired in (False, True)}
@@ -67,7 +67,7 @@ _INTERPRETED = Tiling(32, 4, 1)
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a product of two matrices is cut into programs."""
+    """Block sizes of a product of two matrices."""
 
     block_m: int
     block_n: int
@@ -91,17 +91,17 @@ INTERPRETED_STAIRCASE = Blocks(32, 32, 32, 4, 1)
 
 
 def architecture(capability: tuple[int, int]) -> int:
-    """Return the entry of the table that serves a compute capability."""
+    """Return the architecture of the table for a compute capability."""
     number = 10 * capability[0] + capability[1]
     return max([a for a in ARCHITECTURES if a <= number], default=ARCHITECTURES[0])
 
 
 def whole_rows(d: int, rows: int, arch: int) -> Tiling:
-    """Return the tiling with which whole rows of 16-bit features are summed soonest.
+    """Return the fastest tiling for whole rows of 16-bit features, by the wave model.
 
     Args:
         d: Features.
-        rows: Rows, four times over for the parts of float32 rows.
+        rows: Number of rows, times four for the parts of float32 rows.
         arch: 90 or 100.
     """
     candidates = [
@@ -113,7 +113,7 @@ def whole_rows(d: int, rows: int, arch: int) -> Tiling:
 
 
 def chosen_rows(d: int, rows: int, arch: int, precision: str, two_sums: bool) -> Tiling:
-    """Return the tiling with which chosen or weighted rows are summed.
+    """Return the tiling for chosen or weighted rows.
 
     Args:
         d: Features.
@@ -143,7 +143,7 @@ def energies(arch: int, precision: str) -> Blocks:
 
 
 def interpreted(rows: int, *, paired: bool = False, parts: int = 1) -> Tiling:
-    """Return a tiling small enough for Triton's interpreter; it splits what is not tiny."""
+    """Return a tiling for Triton's interpreter, which splits all but tiny sums."""
     splits = 2 if rows > 4 * _INTERPRETED.block_k else 1
     return replace(_INTERPRETED, splits=splits, paired=paired, parts=parts)
 

@@ -1,4 +1,4 @@
-"""Which tile of the packed triangle a program computes."""
+"""The tile of the packed triangle that a program computes."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ def tile_of(t, PAIRED: tl.constexpr):
 
     Unpaired, a column block is one tile wide and has rows 0 to its own: t = i(i+1)/2 + j. Paired,
     it is two tiles wide and has rows 0 to 2i+1: t = i(i+1) + j; the one tile below the diagonal
-    that this computes is not stored. The square root may be off by one, which is mended.
+    that this computes is not stored. The square root may be off by one, which is corrected.
     """
     if PAIRED:
         i = ((tl.sqrt(4.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)

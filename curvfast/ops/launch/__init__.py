@@ -1,1 +1,1 @@
-"""The host side of the Triton kernels: one file an operation. Nothing here imports Triton early."""
+"""The host side of the Triton kernels, one file per operation. Triton is imported lazily."""

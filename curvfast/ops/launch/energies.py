@@ -13,14 +13,14 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def refusal(x: Tensor, vectors: Tensor) -> str | None:
-    """Return why the kernel cannot take these tensors, or None."""
+    """Return the reason why the kernel cannot take these tensors, or None."""
     if x.dtype not in (*_HALF, torch.float32):
         return f"the kernel takes bfloat16, float16 and float32 activations, not {x.dtype}"
     return refuses_device(x)
 
 
 def band_energies(x: Tensor, vectors: Tensor, edges: Sequence[int]) -> Tensor:
-    """Project and square in registers; rows of 16 bits meet vectors of the same dtype."""
+    """Project and square in registers; vectors are cast to the dtype of 16-bit rows."""
     from curvfast.kernels import band_energies as kernel
     from curvfast.kernels import tiling
 

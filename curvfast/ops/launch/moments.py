@@ -1,4 +1,4 @@
-"""Host side of the second-moment kernels: what they can take, and how they are launched."""
+"""Host side of the second-moment kernels: supported calls, and launches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from curvfast.ops.triangular import TriangularSum
 
 _HALF = (torch.bfloat16, torch.float16)
 _TILES = (16, 32, 64, 128)
-# Rows in one launch: a longer float32 sum in registers loses bits a sum in memory keeps.
+# Rows in one launch: a longer float32 sum in registers would lose accuracy.
 _LAUNCH_ROWS = 1 << 15
 DEFAULT_PRECISION = "bf16x4"
 
 
 def refusal(call: MomentRequest) -> str | None:
-    """Return why the kernels cannot take this second moment, or None."""
+    """Return the reason why the kernels cannot take this second moment, or None."""
     elsewhere = refuses_device(call.x)
     if elsewhere:
         return elsewhere
@@ -37,7 +37,7 @@ def refusal(call: MomentRequest) -> str | None:
 
 
 def second_moment_(call: MomentRequest) -> None:
-    """Add the products of the rows that count, by the kernel that suits them."""
+    """Add the products of the counted rows, by the kernel for whole or for chosen rows."""
     if call.x.shape[:-1].numel() == 0:
         return
     if _describable(call):
@@ -47,12 +47,12 @@ def second_moment_(call: MomentRequest) -> None:
 
 
 def _describable(call: MomentRequest) -> bool:
-    """Return whether the tensor memory accelerator can fetch x as it lies, every row counting."""
+    """Return whether all rows count and the tensor memory accelerator can load x in place."""
     plain = call.rows is None and call.lengths is None and call.weights is None
     if not plain or call.also is not None or arch(call.x) < 90:
         return False
     if call.x.dtype == torch.float32:
-        # The parts are written anew, aligned; only a width of no whole 16 bytes stands against it.
+        # The parts are copied and aligned; only a width of no whole 16 bytes prevents it.
         return (call.precision or DEFAULT_PRECISION) == "bf16x4" and call.d % 8 == 0
     strides = call.x.stride()
     aligned = all(s > 0 and s * call.x.element_size() % 16 == 0 for s in strides[:-1])

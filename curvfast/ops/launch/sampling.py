@@ -12,7 +12,7 @@ _LARGEST_SEED = 2**63 - 1
 
 
 def refusal(logits: Tensor) -> str | None:
-    """Return why the kernel cannot take these logits, or None."""
+    """Return the reason why the kernel cannot take these logits, or None."""
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernel takes bfloat16, float16 and float32 logits, not {logits.dtype}"
     if logits.stride(-1) != 1:
@@ -21,7 +21,7 @@ def refusal(logits: Tensor) -> str | None:
 
 
 def sampled_gradient_(logits: Tensor, rows: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Draw and overwrite, one program a row; the seed stays on the device."""
+    """Draw labels and overwrite logits, one program per row; the seed stays on the device."""
     from curvfast.kernels.sampled_gradient import sampled_gradient
 
     count, classes = logits.shape
@@ -36,6 +36,6 @@ def sampled_gradient_(logits: Tensor, rows: Tensor | None, generator: torch.Gene
         sampled_gradient[(count,)](
             logits, counts, labels, seed, classes, logits.stride(0), BLOCK=block, num_warps=8
         )
-        # A kernel's writes are unseen by autograd; this tells it.
+        # Autograd does not see a kernel's writes; this bumps the version counter.
         torch.autograd.graph.increment_version(logits)
     return labels

@@ -1,6 +1,5 @@
-"""One page of HTML that holds everything of a folder of results, and asks for nothing else.
+"""One self-contained HTML page of all results in a folder.
 
-``folder`` finds what is there; ``experiments``, ``saved`` and ``log`` turn it into blocks of
-``document``; ``inline`` makes pictures of it that can be read on light and on dark; ``render``
-fills the templates.
+``folder`` finds the results; ``experiments``, ``saved`` and ``log`` convert them to blocks of
+``document``; ``inline`` makes SVG drawings for light and dark mode; ``render`` fills the templates.
 """

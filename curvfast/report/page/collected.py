@@ -1,4 +1,4 @@
-"""What was measured and with what, read off a provenance; nothing in it is taken for granted."""
+"""Blocks on the provenance of factors; every missing entry is tolerated."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LABELS = {
 
 
 def collected(provenance: Mapping[str, Any]) -> Facts | None:
-    """Return what was collected: model, layers, rows, tokens, labels, precision.
+    """Return the facts of a collection: model, layers, rows, tokens, labels, precision.
 
     Args:
-        provenance: As of :class:`curvfast.Factors`; what it lacks is left out.
+        provenance: The provenance of :class:`curvfast.Factors`; missing entries are left out.
 
     Returns:
         The facts; None if there are none.
@@ -51,7 +51,7 @@ def collected(provenance: Mapping[str, Any]) -> Facts | None:
 
 
 def uncovered(provenance: Mapping[str, Any]) -> Table | None:
-    """Return why parameters were not measured, with their number; None if nothing is said."""
+    """Return the reasons why parameters were not measured, with counts; None if unknown."""
     reasons = Counter(_mapping(_mapping(provenance, "coverage"), "uncovered").values())
     if not reasons:
         return None
@@ -60,14 +60,14 @@ def uncovered(provenance: Mapping[str, Any]) -> Table | None:
 
 
 def versions(provenance: Mapping[str, Any]) -> Facts | None:
-    """Return the versions of what computed; None if they are not said."""
+    """Return the library versions of the collection; None if unknown."""
     model = _mapping(provenance, "model")
     found = _mapping(model, "versions") or _mapping(provenance, "versions")
     return Facts(tuple((name, str(v)) for name, v in found.items())) if found else None
 
 
 def recipe(values: Mapping[str, Any], title: str) -> Table:
-    """Return every field of a recipe, folded."""
+    """Return a collapsed table of every field of a recipe."""
     return Table(title, ("field", "value"), tuple(flat(values)), folded=True)
 
 

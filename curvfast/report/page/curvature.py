@@ -1,4 +1,4 @@
-"""The curvature of a layer in as few numbers as a picture needs, in memory and as JSON."""
+"""Compact outlines of layers' spectra and staircases for figures, in memory and as JSON."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class Stairs:
-    """The outline of a staircase: what it keeps and where it turns."""
+    """The outline of a staircase: its corners, and the pairs and mass it keeps."""
 
     rows: int
     """d_out."""
     columns: int
     """d_in."""
     pairs: int
-    """How many pairs it keeps."""
+    """Number of pairs kept."""
     mass: float
-    """Share of the curvature mass it keeps."""
+    """Share of the curvature mass kept."""
     corners: tuple[tuple[int, int], ...]
-    """(row, width): from this row to that of the next corner, so many columns are kept. At most 48
-    of all; the last has width 0 unless every row keeps some."""
+    """Corners (row, width): from this row to the next corner ``width`` columns are kept. At most
+    48; the last has width 0 unless every row keeps some."""
 
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """The spectrum of one layer and what is kept of it."""
+    """The sampled spectrum of one layer and the outline of its kept pairs."""
 
     spectrum: CurvatureSpectrum
     values_g: tuple[Point, ...]
-    """(number from 1, λ), at numbers that grow geometrically, the last eigenvalue included."""
+    """(rank from 1, λ) at geometrically spaced ranks, including the last eigenvalue."""
     values_a: tuple[Point, ...]
     """Likewise of A."""
     stairs: Stairs | None = None
@@ -63,7 +63,7 @@ def layer_curvature(
     Args:
         values_g: λ, [d_out], descending and non-negative.
         values_a: μ, [d_in], likewise.
-        kept: What is kept of it.
+        kept: The kept pairs.
 
     Returns:
         Its outline.
@@ -84,7 +84,7 @@ def curvature_of(basis: Eigenbasis, kept: Selection | None = None) -> dict[str, 
 
     Args:
         basis: Eigenbases by layer name.
-        kept: What is kept of them; masks have no outline.
+        kept: The kept pairs; masks have no outline.
 
     Returns:
         By layer name.
@@ -101,13 +101,13 @@ def curvature_of(basis: Eigenbasis, kept: Selection | None = None) -> dict[str, 
 
 
 def sampled(values: Tensor) -> tuple[Point, ...]:
-    """Return at most 40 eigenvalues and their numbers from 1, which grow geometrically."""
+    """Return at most 40 eigenvalues at geometrically spaced ranks, counted from 1."""
     numbers = np.unique(np.geomspace(1, len(values), _SAMPLES).round().astype(int))
     return tuple((int(n), float(f"{float(values[n - 1]):.5g}")) for n in numbers)
 
 
 def outline(kept: Staircase) -> Stairs:
-    """Return where a staircase turns; of more than 48 corners, so many spread evenly."""
+    """Return the corners of a staircase, thinned to at most 48, evenly spread."""
     widths = kept.widths.numpy()
     turns = np.flatnonzero(np.diff(widths, prepend=-1))
     if len(turns) > _STEPS:
@@ -123,13 +123,13 @@ def save_curvature(
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the outline of a basis and of what is kept of it as JSON, a layer a line.
+    """Write the outlines of a basis and of its kept pairs as JSON, a layer per line.
 
     Args:
         path: The file.
         basis: Eigenbases by layer name.
-        kept: What is kept of them.
-        provenance: What the factors were measured on; None takes that of the basis.
+        kept: The kept pairs.
+        provenance: Provenance of the factors; None takes that of the basis.
     """
     layers = {name: asdict(layer) for name, layer in curvature_of(basis, kept).items()}
     facts = dict(basis.provenance if provenance is None else provenance)
@@ -142,7 +142,7 @@ def save_curvature(
 def read_curvature(
     content: Mapping[str, Any],
 ) -> tuple[dict[str, LayerCurvature], dict[str, Any]]:
-    """Return what :func:`save_curvature` wrote.
+    """Read outlines that :func:`save_curvature` wrote.
 
     Args:
         content: The file's JSON.

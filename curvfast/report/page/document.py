@@ -1,7 +1,7 @@
-"""What a page is made of: blocks in sections, sections in parts; all of it plain text and numbers.
+"""The document model of a report page: blocks in sections, sections in parts; text and numbers.
 
-Nothing here is HTML but the drawing of a :class:`Picture`, which :mod:`.inline` made: every other
-string is escaped when the page is rendered.
+Only the drawing of a :class:`Picture`, made by :mod:`.inline`, is markup: every other string is
+escaped when the page is rendered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they are."""
+    """A list of names and values."""
 
     kind: ClassVar[str] = "facts"
     entries: tuple[tuple[str, str], ...]
@@ -31,33 +31,33 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head, the first cell of each row its name."""
+    """A table: rows of cells under a head; the first cell of each row is its name."""
 
     kind: ClassVar[str] = "table"
     caption: str
     head: Row
     rows: tuple[Row, ...]
     folded: bool = False
-    """Whether it is shown once its caption is chosen: for what few look up."""
+    """Whether it is collapsed under its caption."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture as SVG that stands in the page itself."""
+    """An inline SVG drawing."""
 
     svg: str
     """Markup; made by :func:`curvfast.report.page.inline.inline` alone."""
     width: float
-    """Natural width in CSS pixels, at which its letters have the size they were given."""
+    """Natural width in CSS pixels, at which text has its nominal size."""
     mark: str
-    """What all names in it begin with; equal drawings have equal marks."""
+    """Prefix of all ids in it; equal drawings have equal marks."""
     colours: tuple[str, ...] = ()
     """Colours the page must define, as ``rrggbb``."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing, what it shows for who cannot see it, and a caption."""
+    """A drawing with alternative text and a caption."""
 
     kind: ClassVar[str] = "picture"
     drawing: Drawing
@@ -67,7 +67,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Small pictures of one kind, side by side as many as fit."""
+    """A grid of small pictures of one kind."""
 
     kind: ClassVar[str] = "gallery"
     caption: str
@@ -76,7 +76,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of words, and whether the true text has them there."""
+    """A run of words, and whether it differs from the true text."""
 
     text: str
     differs: bool
@@ -84,7 +84,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Recital:
-    """A passage: its prompt, how it truly goes on, and how a model went on before and after."""
+    """A passage: prompt, true continuation, and a model's before and after an edit."""
 
     prompt: str
     truth: str
@@ -94,7 +94,7 @@ class Recital:
 
 @dataclass(frozen=True)
 class Recitals:
-    """Passages, before and after side by side."""
+    """A block of passages, before and after side by side."""
 
     kind: ClassVar[str] = "recitals"
     recitals: tuple[Recital, ...]
@@ -102,7 +102,7 @@ class Recitals:
 
 @dataclass(frozen=True)
 class Code:
-    """Something to be typed."""
+    """A code block."""
 
     kind: ClassVar[str] = "code"
     text: str
@@ -110,7 +110,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The few figures that matter most: what, before, after."""
+    """Tiles of key figures: name, before, after."""
 
     kind: ClassVar[str] = "tiles"
     entries: tuple[tuple[str, str, str], ...]
@@ -128,15 +128,15 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One run, study or measurement."""
+class ReportPart:
+    """The part of a report page on one run, study or measurement."""
 
     title: str
     source: str
-    """Where in the folder it was found."""
+    """Path in the folder."""
     sections: tuple[Section, ...]
     note: str = ""
-    """A warning that belongs above everything else."""
+    """A warning shown at the top."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Document:
-    """A whole page."""
+class ReportPage:
+    """A whole report page."""
 
     title: str
-    parts: tuple[Part, ...]
+    parts: tuple[ReportPart, ...]
     troubles: tuple[Trouble, ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
-    """Of what made the page, not of what made the results."""
+    """Versions of the software that made the page, not the results."""
 
 
 def sections(*given: tuple[str, Sequence[Block | None]]) -> tuple[Section, ...]:
@@ -164,7 +164,7 @@ def sections(*given: tuple[str, Sequence[Block | None]]) -> tuple[Section, ...]:
     return tuple(section for section in made if section.blocks)
 
 
-def drawings(document: Document) -> list[Drawing]:
+def drawings(document: ReportPage) -> list[Drawing]:
     """Return every drawing of a page, in order."""
     found = []
     for part in document.parts:

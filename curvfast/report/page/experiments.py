@@ -1,4 +1,4 @@
-"""The results.json of ``curvfast demo`` and ``curvfast lab`` as parts of a page."""
+"""Report parts from the results.json of ``curvfast demo`` and ``curvfast lab``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from curvfast.report.page.collected import MEASURED, collected, recipe, uncovere
 from curvfast.report.page.document import (
     Block,
     Code,
-    Part,
     Picture,
+    ReportPart,
     Section,
     Table,
     Text,
@@ -49,8 +49,8 @@ _PLAIN = {"perplexity": 2, "levenshtein": 3}
 Results = Mapping[str, Any]
 
 
-def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> Part:
-    """Return the part of a results.json of the demo or the lab.
+def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> ReportPart:
+    """Return the report part of a results.json of the demo or the lab.
 
     Args:
         results: Its JSON.
@@ -68,7 +68,7 @@ def experiment(results: Results, source: str, more: Sequence[Section] = ()) -> P
     return _demo(results, source, more)
 
 
-def _demo(results: Results, source: str, more: Sequence[Section]) -> Part:
+def _demo(results: Results, source: str, more: Sequence[Section]) -> ReportPart:
     pretrained = "plan" in results
     plan = results["plan" if pretrained else "recipe"]
     title = "SmolLM2-135M, edited" if pretrained else "A small Llama that recites, edited"
@@ -84,7 +84,7 @@ def _demo(results: Results, source: str, more: Sequence[Section]) -> Part:
     return _part(title, source, results, plan, [*figures, _sweep(results)], more)
 
 
-def _lab_lm(results: Results, source: str, more: Sequence[Section]) -> Part:
+def _lab_lm(results: Results, source: str, more: Sequence[Section]) -> ReportPart:
     heads = ("task", "kind", *(METHODS[m] for m in METHODS if m in results))
     rows = tuple(
         (
@@ -119,7 +119,7 @@ def _lab_lm(results: Results, source: str, more: Sequence[Section]) -> Part:
     return _part(title, source, results, results["recipe"], figures, more)
 
 
-def _lab_vit(results: Results, source: str, more: Sequence[Section]) -> Part:
+def _lab_vit(results: Results, source: str, more: Sequence[Section]) -> ReportPart:
     measures = _measures(results["base"])
     head = ("", *(_NAMES.get(m, m) for m in measures))
     arms = tuple(
@@ -159,11 +159,11 @@ def _part(
     plan: Mapping[str, Any],
     figures: Sequence[Block],
     more: Sequence[Section],
-) -> Part:
+) -> ReportPart:
     edit = results.get("edit")
     report = None if edit is None else EditReport.from_dict(edit)
     factors = {} if report is None else report.provenance.get("factors", {})
-    # The curvature kept beside results says what it was measured on too.
+    # The curvature saved beside results has a provenance too.
     measured = [block for each in more if each.title == MEASURED for block in each.blocks]
     command = results.get("command")
     own = sections(
@@ -175,16 +175,16 @@ def _part(
         ("To make it again", [again(str(command))] if command else []),
     )
     quick = QUICK if command and "--quick" in command.split() else ""
-    return Part(title, source, own, quick)
+    return ReportPart(title, source, own, quick)
 
 
 def again(command: str) -> Code:
-    """Return how results are made, and this page of them."""
+    """Return the commands that reproduce the results and this page."""
     return Code(f"{command} --out DIR\ncurvfast report DIR")
 
 
 def _tiles(results: Results, what: str, key: str, other: str = "perplexity") -> Tiles:
-    """Return what an edit takes, what it costs, and how much it keeps."""
+    """Return tiles of an edit: what it removes, its cost, and the kept share."""
     base, kfac = results["base"], results["kfac"]
     return Tiles(
         (
@@ -199,7 +199,7 @@ def _tiles(results: Results, what: str, key: str, other: str = "perplexity") -> 
 
 
 def _methods(results: Results) -> Table:
-    """Return the figures of the unedited model and of each way to edit it."""
+    """Return a table of the unedited model and of each edit method."""
     measures = _measures(results["base"])
     rows = tuple(
         (label, *_cells(results[key], measures)) for key, label in METHODS.items() if key in results
@@ -209,7 +209,7 @@ def _methods(results: Results) -> Table:
 
 
 def _sweep(results: Results, measures: Sequence[str] | None = None) -> Table:
-    """Return every point of a sweep over ρ, folded."""
+    """Return a collapsed table of every point of a sweep over ρ."""
     names = [*(measures or _measures(results["base"])[:-1]), "kept_fraction"]
     rows = tuple(
         (f"{point['mass']:g}", METHODS[method].split(",")[0], *_cells(point[method], names))

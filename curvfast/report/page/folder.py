@@ -1,4 +1,4 @@
-"""Finds what there is in a folder of results, and makes a document of it."""
+"""read_folder(): builds a report page from the results in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curvfast.errors import CurvfastError, InputError
 from curvfast.report.page.collected import MEASURED, collected, uncovered
 from curvfast.report.page.curvature import KIND as CURVATURE
 from curvfast.report.page.curvature import read_curvature
-from curvfast.report.page.document import Document, Part, Section, Trouble, sections
+from curvfast.report.page.document import ReportPage, ReportPart, Section, Trouble, sections
 from curvfast.report.page.experiments import experiment
 from curvfast.report.page.log import log_part
 from curvfast.report.page.recitals import KIND as PASSAGES
@@ -23,9 +23,8 @@ from curvfast.report.page.saved import KINDS, Saved
 from curvfast.report.page.shown import recited, spectra, staircases
 from curvfast.spectrum_log import FILE as LOG
 
-StudyPart = Callable[[Path, str, "Callable[[str, str], None]"], Part | None]
-"""Makes a part of a study's folder: takes the folder, its name on the page, and who is told of
-files that cannot be read."""
+StudyPart = Callable[[Path, str, "Callable[[str, str], None]"], ReportPart | None]
+"""(folder, name on the page, callback for unreadable files) -> a study's report part."""
 _DEPTH = 3
 _CHECKPOINT = "checkpoint"
 _WRITERS = """\
@@ -34,17 +33,17 @@ _WRITERS = """\
   curvfast study figure3 --out DIR    a figure of the paper, over seeds
   factors.save_pretrained(...), basis.save_pretrained(...), selection.save_pretrained(...),
   patch.save(...), and the JSON of an edit's report.to_dict()"""
-# What damaged or foreign JSON makes of code that expects its own.
+# Exceptions that damaged or foreign JSON causes in code that expects another structure.
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
 
 
 @dataclass
 class _Reading:
-    """What was found so far."""
+    """Parts and troubles found so far."""
 
     root: Path
     study: StudyPart
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ReportPart] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
 
     def name(self, path: Path) -> str:
@@ -54,11 +53,11 @@ class _Reading:
         self.troubles.append(Trouble(path, reason))
 
     def attempt(self, path: Path, read: Callable[[], Any]) -> Any:
-        """Return what a reader returns, or None and note why it could not."""
+        """Return a reader's result; or None, after recording why it failed."""
         try:
             return read()
         except CurvfastError as error:
-            # Messages name whole paths, which differ from machine to machine.
+            # Messages hold absolute paths, which differ between machines.
             told = str(error).replace(str(self.root) + "/", "").replace(str(self.root), ".")
             self.trouble(self.name(path), told)
         except _DAMAGE as error:
@@ -67,15 +66,15 @@ class _Reading:
         return None
 
 
-def read_folder(directory: Path, study: StudyPart) -> Document:
-    """Return a document of everything in a folder that this library wrote.
+def read_folder(directory: Path, study: StudyPart) -> ReportPage:
+    """Return a report page of everything in a folder that this library wrote.
 
     Args:
-        directory: The folder; folders in it are looked into, three deep.
+        directory: The folder; subfolders are searched, three levels deep.
         study: Makes the part of a study's folder.
 
     Returns:
-        The document, parts in the order of their names. What cannot be shown is among its troubles.
+        The page, parts in the order of their names. Unreadable files are among its troubles.
 
     Raises:
         InputError: If the folder is missing, or holds nothing to show.
@@ -92,11 +91,11 @@ def read_folder(directory: Path, study: StudyPart) -> Document:
             f"{str(directory)!r} holds nothing a report could show. It is made of what these write:"
             f"\n{_WRITERS}" + (f"\nWhat is there:{told}" if told else "")
         )
-    return Document(root.name or "results", tuple(reading.parts), tuple(reading.troubles))
+    return ReportPage(root.name or "results", tuple(reading.parts), tuple(reading.troubles))
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield a folder and those in it, by name; hidden ones and links are passed over."""
+    """Yield a folder and its subfolders, by name, without hidden ones and links."""
     yield folder
     if depth:
         for inner in sorted(folder.iterdir()):
@@ -108,7 +107,7 @@ def _read(reading: _Reading, folder: Path) -> None:
     """Add the parts of one folder."""
     kind = _kind(folder)
     if kind is not None and kind != _CHECKPOINT and folder != reading.root:
-        # Read with what lies beside it, by the folder that holds it.
+        # Read together with the files beside it, from the parent folder.
         return
     names = "curvfast.json" if kind == _CHECKPOINT else "*.json"
     found = [] if kind in KINDS else sorted(folder.glob(names))
@@ -133,7 +132,7 @@ def _read(reading: _Reading, folder: Path) -> None:
 def _add_results(
     reading: _Reading, folder: Path, contents: Mapping[Path, Any], saved: Saved
 ) -> None:
-    """Add experiments, with what was kept beside them, and reports of edits."""
+    """Add experiments, with the files saved beside them, and reports of edits."""
     beside, shown = _beside(reading, contents), False
     for path, content in contents.items():
         keys = content.keys() if isinstance(content, dict) else set()
@@ -150,7 +149,7 @@ def _add_results(
         elif content is not None and not _read_elsewhere(path, content):
             reading.trouble(reading.name(path), "nothing that a report knows: left out")
     if beside and not shown:
-        reading.parts.append(Part("Curvature and passages", reading.name(folder), beside))
+        reading.parts.append(ReportPart("Curvature and passages", reading.name(folder), beside))
 
 
 def _read_elsewhere(path: Path, content: Any) -> bool:
@@ -159,7 +158,7 @@ def _read_elsewhere(path: Path, content: Any) -> bool:
 
 
 def _beside(reading: _Reading, contents: Mapping[Path, Any]) -> tuple[Section, ...]:
-    """Return sections of the curvature and the passages kept beside results."""
+    """Return sections of the curvature and the passages saved beside results."""
     found: list[Section] = []
     for kind, made_of in ((PASSAGES, _passages), (CURVATURE, _curvature)):
         for path, content in contents.items():
@@ -183,7 +182,7 @@ def _curvature(content: Mapping[str, Any]) -> tuple[Section, ...]:
 
 
 def _saved_folders(reading: _Reading, folder: Path) -> list[tuple[str, Path]]:
-    """Return kind and path of what the library saved in this folder, in the order of reading."""
+    """Return kind and path of saved objects in this folder, in reading order."""
     inner = [folder] if folder == reading.root else []
     inner += [path for path in sorted(folder.iterdir()) if path.is_dir()]
     kinds = {path: kind for path in inner if (kind := _kind(path)) not in (None, _CHECKPOINT)}
@@ -195,7 +194,7 @@ def _saved_folders(reading: _Reading, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _kind(folder: Path) -> str | None:
-    """Return what a folder's config.json says that it holds, if it is one of ours or a model."""
+    """Return the kind that a folder's config.json declares, if it is ours or a model's."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("kind")

@@ -1,4 +1,4 @@
-"""Figures as SVG that stands in a page: same input, same bytes; legible on light and on dark."""
+"""Conversion of figures to deterministic inline SVG with light and dark colours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STYLE = {
     "ytick.color": INK,
     "font.family": "sans-serif",
 }
-# What a page needs not, or what would reach beyond the picture.
+# Elements that a page does not need, or that would affect the page outside the picture.
 _DROPPED = re.compile(
     r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>"
     r"| xmlns(?::\w+)?=\"[^\"]*\"|(?<=[;\"]) ?font-family: [^;\"]*;",
@@ -44,11 +44,11 @@ _COLOUR = re.compile(r"(?<=[ :\"])#([0-9a-f]{6})\b(?=[;\"])")
 
 
 def inline(draw: Callable[[], Figure], *, size: tuple[float, float] | None = None) -> Drawing:
-    """Return a figure as SVG to be put into a page.
+    """Return a figure as inline SVG.
 
-    Letters stay text, in the page's own font. Colours become variables of the page, which
-    :func:`dark` gives a second value; a figure that holds a raster image keeps its own and stands
-    on a light ground. Names begin with the drawing's mark, which differs unless drawings are equal.
+    Text stays text, in the page's font. Colours become CSS variables of the page, with a second
+    value from :func:`dark`; a figure with a raster image keeps its colours on a light background.
+    Ids begin with the drawing's mark, a hash of its content.
 
     Args:
         draw: Makes the figure.
@@ -78,7 +78,7 @@ def inline(draw: Callable[[], Figure], *, size: tuple[float, float] | None = Non
 
 
 def dark(colour: str) -> str:
-    """Return what a colour is on a dark ground: greys mirrored, others lightened, in order.
+    """Return a colour's value for dark mode: greys inverted, others lightened, in order.
 
     Args:
         colour: As ``rrggbb``.
@@ -95,12 +95,12 @@ def dark(colour: str) -> str:
 
 
 def _framed(svg: str, box: str, kind: str) -> str:
-    """Give the drawing a root that a page's style can size; who shows it names it."""
+    """Replace the root element by one that CSS can size; the page's template labels it."""
     return _ROOT.sub(f'<svg class="{kind}" viewBox="{box}" aria-hidden="true">', svg, count=1)
 
 
 def _own_names(svg: str, mark: str) -> str:
-    """Keep the names that something refers to, marked as this drawing's."""
+    """Keep only ids that are referred to, prefixed with this drawing's mark."""
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(
         r' id="([^"]*)"',

@@ -1,20 +1,20 @@
-"""A spectrum log as a part of a page."""
+"""The report part of a spectrum log."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from curvfast.report.page.document import Code, Part, Picture, sections
+from curvfast.report.page.document import Code, Picture, ReportPart, sections
 from curvfast.report.page.inline import inline
 from curvfast.report.plots import spectra_over_training
 from curvfast.spectrum_log import read_log
 
 
-def log_part(folder: Path, source: str) -> Part | None:
+def log_part(folder: Path, source: str) -> ReportPart | None:
     """Return the last run of a folder's spectrum log.
 
     Args:
-        folder: Holds the log.
+        folder: Folder of the log.
         source: Its name on the page.
 
     Returns:
@@ -33,7 +33,7 @@ def log_part(folder: Path, source: str) -> Part | None:
         "A thin line is a layer, the first ones dark; the thick line is their median.",
     )
     told = f"Run {records[-1].run}, {len(records)} measurements"
-    return Part(
+    return ReportPart(
         "Curvature over a training",
         source,
         sections((told, [picture]), ("To see it again", [Code("curvfast spectrum-log DIR")])),

@@ -1,4 +1,4 @@
-"""Numbers as a page writes them: equal ones alike, thousands apart, and None as a dash."""
+"""Formatting of numbers for report pages; None is a dash."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def significant(value: float | None) -> str:
 
 
 def count(number: int) -> str:
-    """Return a whole number, its thousands apart."""
+    """Return a whole number with separated thousands."""
     return f"{number:,}"
 
 
 def said(value: Any) -> str:
-    """Return any JSON value as a reader would say it."""
+    """Format any JSON value for readers."""
     if value is None:
         return DASH
     if isinstance(value, bool):
@@ -46,13 +46,13 @@ def said(value: Any) -> str:
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Return the entries of nested mappings as names and what they are, one a line."""
+    """Flatten nested mappings to names and formatted values."""
     found = []
     for key, value in values.items():
         name = f"{before}{key}".replace("_", " ")
         if isinstance(value, Mapping):
             found += flat(value, f"{name}: ")
         else:
-            # A seed is a name, not an amount.
+            # A seed is an identifier: its thousands are not separated.
             found.append((name, str(value) if name.endswith("seed") else said(value)))
     return found

@@ -1,4 +1,4 @@
-"""The small pictures of a page: a spectrum, a staircase; and all layers' mass in one."""
+"""Small figures of a page: a layer's spectrum and staircase, and the mass curves of all layers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def spectrum_panel(layer: LayerCurvature) -> Figure:
 
 
 def staircase_panel(stairs: Stairs) -> Figure:
-    """Draw what a staircase keeps of all pairs, the largest at the upper left."""
+    """Draw a staircase among all pairs, the largest at the upper left."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.1, 2.05), layout="constrained")

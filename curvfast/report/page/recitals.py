@@ -1,4 +1,4 @@
-"""Passages a model was asked to go on with, before and after an edit, as JSON and as a section."""
+"""Continuations of passages before and after an edit, as JSON and as report blocks."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ FILE = "passages.json"
 
 @dataclass(frozen=True)
 class Continuation:
-    """One passage, as text."""
+    """One passage with its continuations, as text."""
 
     prompt: str
     truth: str
-    """How it truly goes on."""
+    """The true continuation."""
     before: str
-    """How the unedited model goes on."""
+    """The unedited model's continuation."""
     after: str
-    """How the edited model goes on."""
+    """The edited model's continuation."""
 
 
 def save_passages(
     path: str | PathLike[str], passages: Sequence[Continuation], *, chosen: str = ""
 ) -> None:
-    """Write passages as JSON that a report shows side by side.
+    """Write continuations as JSON, for a report to show side by side.
 
     Args:
         path: The file.
         passages: At least one.
-        chosen: How these were chosen, of how many: what a reader must know not to be misled.
+        chosen: How these were chosen, and of how many, so that readers are not misled.
 
     Raises:
         InputError: If there is none.
@@ -52,7 +52,7 @@ def save_passages(
 
 
 def read_passages(content: Mapping[str, Any]) -> tuple[list[Continuation], str]:
-    """Return the passages that :func:`save_passages` wrote, and how they were chosen.
+    """Read continuations that :func:`save_passages` wrote, and how they were chosen.
 
     Args:
         content: The file's JSON.
@@ -72,7 +72,7 @@ def read_passages(content: Mapping[str, Any]) -> tuple[list[Continuation], str]:
 
 
 def recital(passage: Continuation) -> Recital:
-    """Return a passage with the words marked that are not those of the true text."""
+    """Return a passage with words marked that differ from the true text."""
     return Recital(
         passage.prompt,
         passage.truth,
@@ -82,17 +82,16 @@ def recital(passage: Continuation) -> Recital:
 
 
 def marked(truth: str, said: str) -> tuple[Piece, ...]:
-    """Return what was said in runs of words, each of the true text or differing from it.
+    """Split a continuation into runs of words that agree or differ from the true text.
 
-    Words are aligned as by an edit distance, so that a word left out does not make all that follow
-    differ.
+    Words are aligned as by an edit distance, so that after an omitted word the rest still agrees.
 
     Args:
-        truth: How the passage truly goes on.
-        said: How a model went on.
+        truth: The true continuation.
+        said: A model's continuation.
 
     Returns:
-        Runs whose texts add up to ``said``.
+        Runs whose concatenation is ``said``.
     """
     true, own = _words(truth), _words(said)
     same = SequenceMatcher(None, [w.strip() for w in true], [w.strip() for w in own], False)

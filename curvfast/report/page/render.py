@@ -1,4 +1,4 @@
-"""Fills the templates: a document in, a whole page of HTML out, that loads nothing."""
+"""Rendering of a report page as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from curvfast._version import __version__
-from curvfast.report.page.document import Document, Drawing, drawings
+from curvfast.report.page.document import Drawing, ReportPage, drawings
 from curvfast.report.page.inline import dark
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 _NUMBER = re.compile(r"[-−+]?[\d.,]+(e[-+]?\d+)?( ?%)?( ± [\d.,]+)?|–|nan|inf")
-# Share of a drawing's natural width below which its letters are too small to be read.
+# Share of a drawing's natural width below which its text is too small to read.
 _SMALLEST = 0.66
 
 
-def render(document: Document) -> str:
-    """Return a document as one file of HTML: styles and drawings inside, no script, no request.
+def render(document: ReportPage) -> str:
+    """Render a page as one HTML file: styles and drawings inlined, no script, no request.
 
-    All text is escaped; drawings alone are put in as they are.
+    All text is escaped, except the markup of drawings.
 
     Args:
         document: The document.
@@ -44,13 +44,13 @@ def render(document: Document) -> str:
 
 
 def anchor(*titles: str) -> str:
-    """Return a name for a place in the page, of letters, digits and hyphens."""
+    """Return an anchor id for a place in the page, of letters, digits and hyphens."""
     words = re.findall(r"[a-z0-9]+", " ".join(titles).lower())
     return "-".join(words) or "part"
 
 
 def numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Say whether a column holds numbers only, which are then aligned right."""
+    """Return whether a column holds numbers only and is to be right-aligned."""
     return all(_NUMBER.fullmatch(row[column].strip() or "0") for row in rows)
 
 
@@ -76,9 +76,9 @@ def _environment() -> Environment:
         "anchor": anchor,
         "numeric": numeric,
         "narrowest": narrowest,
-        # Names of layers break after a full stop; numbers do not.
+        # Layer names may break after a full stop; numbers may not.
         "breakable": lambda text: Markup("<wbr>").join(re.split(r"(?<=\.)(?=[^\d\s])", text)),
-        # Equal drawings get names of their own as well.
+        # Equal drawings get distinct ids too.
         "drawn": lambda drawing: Markup(
             drawing.svg.replace(drawing.mark, f"drawing{next(number)}")
         ),

@@ -1,4 +1,4 @@
-"""Factors, bases, selections, edits and patches that a user saved, together as one part."""
+"""The report part of saved factors, bases, selections, edits and patches of one folder."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from curvfast.core.spectrum import layer_eigenvalues
 from curvfast.edit_report import EditReport
 from curvfast.report.page.collected import MEASURED, collected, uncovered, versions
 from curvfast.report.page.curvature import layer_curvature, outline
-from curvfast.report.page.document import Block, Code, Part, Table, Text, sections
+from curvfast.report.page.document import Block, Code, ReportPart, Table, Text, sections
 from curvfast.report.page.numbers import count, percent
 from curvfast.report.page.shown import edit_table, spectra, staircases
 from curvfast.writing.patch import KIND as PATCH
 
 FACTORS, SELECTION = "curvfast-factors", "curvfast-selection"
 KINDS = (BASIS, FACTORS, SELECTION, PATCH)
-"""In the order they are read: factors are decomposed where no basis knows their eigenvalues."""
+"""In reading order: factors are decomposed only if no basis has their eigenvalues."""
 _MASS = 0.9
 
 
 @dataclass
 class Saved:
-    """What lies side by side in one folder, read as far as a page needs it."""
+    """The saved objects of one folder, read as far as the page needs them."""
 
     spectra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(λ, μ) by layer name."""
@@ -41,10 +41,10 @@ class Saved:
     patches: list[tuple[str, ...]] = field(default_factory=list)
     """Name, layers, bytes, first digits of the hash of the factors."""
     found: list[tuple[str, str]] = field(default_factory=list)
-    """Kind and name, as they were read."""
+    """Kind and name, in reading order."""
 
     def add(self, kind: str, path: Path) -> None:
-        """Read one folder that the library saved.
+        """Read one saved folder.
 
         Args:
             kind: One of :data:`KINDS`, in their order.
@@ -77,8 +77,8 @@ class Saved:
         self.edits[name] = report
         self.found.append(("edit", name))
 
-    def part(self, source: str) -> Part:
-        """Return all of it as a part of a page."""
+    def part(self, source: str) -> ReportPart:
+        """Return everything as a report part."""
         layers = {name: layer_curvature(g, a) for name, (g, a) in self.spectra.items()}
         edits: list[Block] = []
         for name, report in self.edits.items():
@@ -88,7 +88,7 @@ class Saved:
         facts = self.provenance or next(
             (dict(report.provenance.get("factors", {})) for report in self.edits.values()), {}
         )
-        return Part(
+        return ReportPart(
             "Curvature and edits, as saved",
             source,
             sections(
@@ -138,7 +138,7 @@ class Saved:
         return [how, *staircases(stairs)] if stairs else []
 
     def _code(self, facts: dict[str, Any]) -> list[Block]:
-        """Return the calls that measure and edit so, as far as what was saved tells."""
+        """Return the calls that measure and edit, as far as the saved facts determine them."""
         names = {kind: name for kind, name in reversed(self.found)}
         lines = ["import curvfast", ""]
         if FACTORS in names:

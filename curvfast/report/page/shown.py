@@ -1,4 +1,4 @@
-"""Blocks of a page that more than one kind of result has: spectra, staircases, edits, passages."""
+"""Blocks shared by several kinds of results: spectra, staircases, edits, passages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def spectra(layers: Mapping[str, LayerCurvature]) -> list[Block]:
-    """Return the spectra of layers: mass curves, a panel a layer, and the numbers."""
+    """Return blocks of layers' spectra: mass curves, a panel per layer, and a table."""
     if not layers:
         return []
     few = _few(layers)
@@ -56,7 +56,7 @@ def spectra(layers: Mapping[str, LayerCurvature]) -> list[Block]:
 
 
 def staircases(kept: Mapping[str, Stairs]) -> list[Block]:
-    """Return a panel for the staircase of each layer."""
+    """Return a gallery of each layer's staircase."""
     few = _few(kept)
     panels = tuple(_staircase(name, stairs) for name, stairs in few.items())
     if not panels:
@@ -79,7 +79,7 @@ def _staircase(name: str, stairs: Stairs) -> Picture:
 
 
 def edit_table(report: EditReport) -> list[Block]:
-    """Return what an edit did, layer by layer, and in all."""
+    """Return tables of an edit, in total and layer by layer."""
     rows = tuple(
         (
             e.name, count(e.pairs), percent(e.fraction), percent(e.mass),

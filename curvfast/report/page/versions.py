@@ -1,4 +1,4 @@
-"""Files that a page is made of: of the version that is read here, or refused."""
+"""Version check of the JSON files of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from curvfast.errors import FormatError
 
 
 def require_version(content: Mapping[str, Any], kind: str, version: int) -> None:
-    """Refuse a file's JSON of another version.
+    """Raise if a file's JSON is of another version.
 
     Raises:
         FormatError: If it is not of ``version``.
