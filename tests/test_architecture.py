@@ -18,6 +18,7 @@ FLOORS = [
     ["kernels", "_C", "_cuda"],
     [
         "ops.registry",
+        "ops.selection",
         "ops.staircases",
         "ops.reference",
         "ops.reference_scores",
@@ -38,8 +39,7 @@ FLOORS = [
         "ops.sampling",
         "ops._library",
         "ops.launch",
-        "ops.staircase",
-        "ops.scores",
+        "ops.implementations",
         "ops",
     ],
     ["storage", "distributed"],

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 # Program, and the sources it is linked with.
 PROGRAMS = {
-    "native_fuzz": ["hook.cpp", "scores.cpp", "second_moment.cpp", "staircase.cpp"],
+    "native_fuzz": ["split.cpp", "scores.cpp", "second_moment.cpp", "staircase.cpp"],
     "triangle_fuzz": ["triangle.cpp"],
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from curvfast.core.selection import spectrum
 from curvfast.errors import InputError
-from curvfast.ops.reference import Values
+from curvfast.ops.selection import Values
 
 # Of factors summed in float32, an eigenvalue this far below the largest is their rounding.
 _ROUNDING = 1e-6

@@ -1,6 +1,6 @@
 """The cheapest exact way to evaluate W' = U (M ∘ (Uᵀ W V)) Vᵀ for a staircase mask M.
 
-A dense evaluation of W [o, i] takes 4·o·i·(o + i) FLOPs. A staircase is hugged by a *hook*: rows
+A dense evaluation of W [o, i] takes 4·o·i·(o + i) FLOPs. A staircase is *split* in two: rows
 before s are evaluated rows first (Uᵀ W, then only the columns each row keeps), rows from s on
 columns first (W V for the few columns k they keep, then only the rows each column keeps). That
 takes 4·(o·i·(s + k) + i·area above + o·area below). If most is kept, the complement, a staircase
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from curvfast.ops import _native, reference
+from curvfast.ops import registry
 from curvfast.ops.staircases import BAND, Widths
 
 # A dense evaluation is a few large products; many small ones must promise more than that.
@@ -65,9 +65,9 @@ def plan(widths: npt.ArrayLike, columns: int, *, band: int = BAND) -> Plan:
     """
     kept = np.asarray(widths, np.int64)
     rows = len(kept)
-    cost, split, reach = _hook(kept, columns, band)
+    cost, split, reach = _split(kept, columns, band)
     removed = complement_widths(kept, columns)
-    other, other_split, other_reach = _hook(removed, columns, band)
+    other, other_split, other_reach = _split(removed, columns, band)
     whole = dense_flops(rows, columns)
     if min(cost, other) > _GAIN * whole:
         return Plan(rows, columns, 0, 0, complement=False, dense=True, flops=whole)
@@ -83,9 +83,9 @@ def complement_widths(widths: Widths, columns: int) -> Widths:
     return columns - widths[::-1]
 
 
-def _hook(widths: Widths, columns: int, band: int) -> tuple[int, int, int]:
+def _split(widths: Widths, columns: int, band: int) -> tuple[int, int, int]:
     """Return the least FLOPs, and the row and reach of the split that gives them."""
     if not len(widths):
         return 0, 0, 0
-    search = reference.cheapest_hook if _native.unavailable() else _native.cheapest_hook
-    return search(widths, columns, band)
+    found: tuple[int, int, int] = registry.resolve("cheapest_split")(widths, columns, band)
+    return found

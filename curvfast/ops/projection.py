@@ -99,11 +99,11 @@ def banded(call: ProjectionRequest) -> Tensor:
     if call.plan.dense:
         coefficients = call.left.T @ call.weight @ call.right
         return call.left @ keep_(coefficients, call.widths) @ call.right.T
-    return hook(call, _expand_contract)
+    return staircase_split(call, _expand_contract)
 
 
-def hook(call: ProjectionRequest, expand_contract: ExpandContract) -> Tensor:
-    """Evaluate the plan's staircase: what is kept, or with ``complement`` what is removed.
+def staircase_split(call: ProjectionRequest, expand_contract: ExpandContract) -> Tensor:
+    """Evaluate the plan's staircase in two parts: what is kept, or with ``complement`` removed.
 
     Args:
         call: The projection.
