@@ -17,8 +17,7 @@ from curvfast import ops
 from curvfast.core.selection import staircase_by_mass
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
 from curvfast.ops import _native, reference
-from curvfast.ops.plan import Plan, dense_flops, plan
-from curvfast.ops.staircases import bands, transposed_widths
+from curvfast.ops.projection import Plan, bands, dense_flops, plan, transposed_widths
 
 
 def orthonormal(d: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -11,8 +11,8 @@ from curvfast.ops.moments import second_moment_ as second_moment_
 from curvfast.ops.moments import second_moments_ as second_moments_
 from curvfast.ops.moments import sum_bytes as sum_bytes
 from curvfast.ops.moments import tile_width as tile_width
-from curvfast.ops.plan import Plan as Plan
-from curvfast.ops.plan import plan as plan
+from curvfast.ops.projection import Plan as Plan
+from curvfast.ops.projection import plan as plan
 from curvfast.ops.projection import project as project
 from curvfast.ops.registry import backends as backends
 from curvfast.ops.registry import use_backend as use_backend

@@ -11,10 +11,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from curvfast.ops import staircases
+from curvfast.ops.projection import banded_area, transposed_widths
 from curvfast.ops.selection import Found, Values, Widths
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class _Products:
         return Found(widths, unscaled, int(widths.sum(dtype=np.int64)), kept)
 
 
-def cheapest_split(widths: staircases.Widths, columns: int, band: int) -> tuple[int, int, int]:
+def cheapest_split(widths: npt.NDArray[np.int64], columns: int, band: int) -> tuple[int, int, int]:
     """Return the least FLOPs of a split staircase, and the row and reach of that split.
 
     Args:
@@ -225,8 +226,8 @@ def cheapest_split(widths: staircases.Widths, columns: int, band: int) -> tuple[
     found = []
     for split in (*range(0, used, band), used):
         reach = int(widths[split]) if split < used else 0
-        above = staircases.banded_area(widths[:split], band)
-        below = staircases.banded_area(staircases.transposed_widths(widths[split:], reach), band)
+        above = banded_area(widths[:split], band)
+        below = banded_area(transposed_widths(widths[split:], reach), band)
         work = 4 * (rows * columns * (split + reach) + columns * above + rows * below)
         found.append((work, split, reach))
     return min(found, key=lambda split: split[0])

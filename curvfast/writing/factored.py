@@ -202,7 +202,7 @@ def _give_form(model: nn.Module, step: EditStep) -> LayerForm:
         change = relative_change(weight, left @ right)
         _replace(model, layer.module, _factored(layer, left, right))
     else:
-        form, after, new = DENSE, before, step.new_weight(weight, vectors)
+        form, after, new = DENSE, before, step.edited(weight, vectors).weight
         change = relative_change(weight, new)
         layer.write(new)
     return LayerForm(layer.name, form, rank, before, after, kept.pairs, kept.mass, change)
