@@ -29,22 +29,22 @@ from curvfast.selecting import Kept, frame_of, require_fit
 DEFAULT_MASS = 0.6
 
 
-class EditRule(TypedDict, total=False):
-    """What of which layers is kept: keywords of :func:`curvfast.edit`."""
+class EditOptions(TypedDict, total=False):
+    """Keyword-only arguments of :func:`curvfast.edit`, which documents them."""
 
-    mass: float | None
-    layers: LayerSpec | None
     fraction: float | None
     pairs: int | None
     selection: Kept | None
     importance: Importance | None
     corrections: Mapping[str, Tensor] | None
-
-
-class EditOptions(EditRule, total=False):
-    """Keywords of :func:`curvfast.edit`."""
-
     strength: float
+
+
+class EditArguments(EditOptions, total=False):
+    """All arguments of :func:`curvfast.edit` but the model and the basis."""
+
+    mass: float | None
+    layers: LayerSpec | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,28 +121,9 @@ def plan_edit(
     corrections: Mapping[str, Tensor] | None = None,
     strength: float = 1.0,
 ) -> EditPlan:
-    """Check an edit as :func:`curvfast.edit` takes it, and write nothing.
+    """Return the edit that :func:`curvfast.edit` would make, checked, and write nothing.
 
-    Args:
-        model: As in :func:`curvfast.edit`.
-        basis: As in :func:`curvfast.edit`.
-        mass: As in :func:`curvfast.edit`.
-        layers: As in :func:`curvfast.edit`.
-        fraction: As in :func:`curvfast.edit`.
-        pairs: As in :func:`curvfast.edit`.
-        selection: As in :func:`curvfast.edit`.
-        importance: As in :func:`curvfast.edit`.
-        corrections: As in :func:`curvfast.edit`.
-        strength: As in :func:`curvfast.edit`.
-
-    Returns:
-        The edit, to be evaluated layer by layer.
-
-    Raises:
-        InputError: As in :func:`curvfast.edit`.
-        BasisMismatch: As in :func:`curvfast.edit`.
-        LayerNotFound: As in :func:`curvfast.edit`.
-        ShapeError: As in :func:`curvfast.edit`.
+    It takes the same arguments, and raises what that raises.
     """
     if not math.isfinite(strength):
         raise InputError(
