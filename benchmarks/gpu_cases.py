@@ -14,7 +14,7 @@ from curvfast import ops
 from curvfast.core.selection import staircase_by_mass
 from curvfast.errors import BackendUnavailable
 from curvfast.ops import TriangularSum
-from curvfast.ops.plan import dense_flops, plan
+from curvfast.ops.projection import dense_flops, plan
 
 Row = dict[str, Any]
 TILE = 128 if REAL else 32

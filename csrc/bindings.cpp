@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "border.h"
-#include "hook.h"
+#include "split.h"
 #include "scores.h"
 #include "second_moment.h"
 #include "staircase.h"
@@ -158,14 +158,14 @@ struct Threads {
   }
 };
 
-std::tuple<std::int64_t, std::int64_t, std::int64_t> find_hook(std::uintptr_t widths,
-                                                               std::int64_t rows,
-                                                               std::int64_t columns,
-                                                               std::int64_t band) {
+std::tuple<std::int64_t, std::int64_t, std::int64_t> find_split(std::uintptr_t widths,
+                                                                std::int64_t rows,
+                                                                std::int64_t columns,
+                                                                std::int64_t band) {
   const auto kept = view<const std::int64_t>(widths, rows, "widths");
   if (columns < 0) throw std::invalid_argument("columns must not be negative");
   const py::gil_scoped_release release;
-  const curvfast::Hook found = curvfast::cheapest_hook(kept, columns, band);
+  const curvfast::Split found = curvfast::cheapest_split(kept, columns, band);
   return {found.flops, found.split, found.reach};
 }
 
@@ -185,7 +185,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("workers"));
   module.def("scores_by_pairs", &select_largest, py::arg("scores"), py::arg("rows"),
              py::arg("columns"), py::arg("mask"), py::arg("pairs"), py::arg("workers"));
-  module.def("cheapest_hook", &find_hook, py::arg("widths"), py::arg("rows"), py::arg("columns"),
+  module.def("cheapest_split", &find_split, py::arg("widths"), py::arg("rows"), py::arg("columns"),
              py::arg("band"));
   module.def("instruction_sets", &instruction_sets);
   module.def("packed_words", &curvfast::packed_words, py::arg("d"), py::arg("rows"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
 from curvfast.core.importance import Importance, ranked
-from curvfast.core.projection import project, work
+from curvfast.core.projection import Projected, project
 from curvfast.core.rule import Rule
 from curvfast.core.selection import Frame, Mask, Staircase
 from curvfast.core.singular import singular_vectors
@@ -29,22 +29,22 @@ from curvfast.selecting import Kept, frame_of, require_fit
 DEFAULT_MASS = 0.6
 
 
-class EditRule(TypedDict, total=False):
-    """What of which layers is kept: keywords of :func:`curvfast.edit`."""
+class EditOptions(TypedDict, total=False):
+    """Keyword-only arguments of :func:`curvfast.edit`, which documents them."""
 
-    mass: float | None
-    layers: LayerSpec | None
     fraction: float | None
     pairs: int | None
     selection: Kept | None
     importance: Importance | None
     corrections: Mapping[str, Tensor] | None
-
-
-class EditOptions(EditRule, total=False):
-    """Keywords of :func:`curvfast.edit`."""
-
     strength: float
+
+
+class EditArguments(EditOptions, total=False):
+    """All arguments of :func:`curvfast.edit` but the model and the basis."""
+
+    mass: float | None
+    layers: LayerSpec | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,20 +63,22 @@ class EditStep:
             return self.basis
         return singular_vectors(weight) if self.foreign == "singular" else None
 
-    def new_weight(
+    def edited(
         self, weight: Tensor, vectors: LayerBasis | None, strength: float = 1.0
-    ) -> Tensor:
+    ) -> Projected:
         """Return W + α (W' − W) of W [d_out, d_in], in the working dtype; W itself for α = 0.
 
         Args:
             weight: W.
-            vectors: As of :meth:`vectors`.
+            vectors: What :meth:`vectors` returned.
             strength: α.
         """
         if strength == 0:
-            return weight
-        new = project(weight, vectors, self.kept)
-        return new if strength == 1 else torch.lerp(weight.to(new.dtype), new, strength)
+            return Projected(weight, 0.0)
+        new, work = project(weight, vectors, self.kept)
+        if strength != 1:
+            new = torch.lerp(weight.to(new.dtype), new, strength)
+        return Projected(new, work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +95,10 @@ class EditPlan:
         for step in self.steps:
             started = time.perf_counter()
             weight, kept = step.layer.matrix(), step.kept
-            vectors = step.vectors(weight)
-            new = step.new_weight(weight, vectors, self.strength)
-            change = relative_change(weight, new)
-            share, seconds = work(vectors, kept), time.perf_counter() - started
+            new, work = step.edited(weight, step.vectors(weight), self.strength)
+            change, seconds = relative_change(weight, new), time.perf_counter() - started
             entry = LayerEdit(
-                step.layer.name, kept.pairs, kept.fraction, kept.mass, change, share, seconds
+                step.layer.name, kept.pairs, kept.fraction, kept.mass, change, work, seconds
             )
             yield step.layer, new, entry
 
@@ -121,28 +121,9 @@ def plan_edit(
     corrections: Mapping[str, Tensor] | None = None,
     strength: float = 1.0,
 ) -> EditPlan:
-    """Check an edit as :func:`curvfast.edit` takes it, and write nothing.
+    """Return the edit that :func:`curvfast.edit` would make, checked, and write nothing.
 
-    Args:
-        model: As in :func:`curvfast.edit`.
-        basis: As in :func:`curvfast.edit`.
-        mass: As in :func:`curvfast.edit`.
-        layers: As in :func:`curvfast.edit`.
-        fraction: As in :func:`curvfast.edit`.
-        pairs: As in :func:`curvfast.edit`.
-        selection: As in :func:`curvfast.edit`.
-        importance: As in :func:`curvfast.edit`.
-        corrections: As in :func:`curvfast.edit`.
-        strength: As in :func:`curvfast.edit`.
-
-    Returns:
-        The edit, to be evaluated layer by layer.
-
-    Raises:
-        InputError: As in :func:`curvfast.edit`.
-        BasisMismatch: As in :func:`curvfast.edit`.
-        LayerNotFound: As in :func:`curvfast.edit`.
-        ShapeError: As in :func:`curvfast.edit`.
+    It takes the same arguments, and raises what that raises.
     """
     if not math.isfinite(strength):
         raise InputError(
@@ -168,8 +149,8 @@ def plan_edit(
     elif importance is not None or corrections is not None:
         raise InputError("selection= has made the choice: leave out importance= and corrections=")
     else:
+        require_fit(chosen, part, selection)
         rule = {"selection": "given"}
-    require_fit(chosen, part, selection)
     frame = frame_of(selection, part)
     foreign = None if frame == part.frame else frame
     provenance = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance
 from curvfast.core.selection import Mask, Selection, Staircase
-from curvfast.edit_plan import EditPlan, plan_edit
+from curvfast.edit_plan import EditOptions, EditPlan, plan_edit
 from curvfast.edit_report import EditReport
 from curvfast.layers import LayerSpec
 
@@ -78,41 +79,16 @@ def edited(
     basis: Eigenbasis,
     mass: float | None = None,
     layers: LayerSpec | None = None,
-    *,
-    fraction: float | None = None,
-    pairs: int | None = None,
-    selection: Selection | Mapping[str, Staircase | Mask] | None = None,
-    importance: Importance | None = None,
-    corrections: Mapping[str, Tensor] | None = None,
-    strength: float = 1.0,
+    **options: Unpack[EditOptions],
 ) -> Iterator[EditReport]:
     """Edit a model inside a ``with`` block; afterwards its weights are the same, bit for bit.
 
-    Args:
-        model: As in :func:`edit`.
-        basis: As in :func:`edit`.
-        mass: As in :func:`edit`.
-        layers: As in :func:`edit`.
-        fraction: As in :func:`edit`.
-        pairs: As in :func:`edit`.
-        selection: As in :func:`edit`.
-        importance: As in :func:`edit`.
-        corrections: As in :func:`edit`.
-        strength: As in :func:`edit`.
+    It takes the arguments of :func:`edit`, and raises what that raises.
 
     Yields:
         The report of the edit.
-
-    Raises:
-        InputError: As in :func:`edit`.
-        BasisMismatch: As in :func:`edit`.
-        LayerNotFound: As in :func:`edit`.
-        ShapeError: As in :func:`edit`.
     """
-    plan = plan_edit(
-        model, basis, mass, layers, fraction=fraction, pairs=pairs, selection=selection,
-        importance=importance, corrections=corrections, strength=strength,
-    )  # fmt: skip
+    plan = plan_edit(model, basis, mass, layers, **options)
     saved = [(step.layer, step.layer.stored().clone()) for step in plan.steps]
     try:
         yield _apply(plan)

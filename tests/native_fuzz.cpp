@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "hook.h"
+#include "split.h"
 #include "scores.h"
 #include "second_moment.h"
 #include "staircase.h"
@@ -52,7 +52,7 @@ void hooks() {
   if (random_bits() % 4) std::sort(widths.begin(), widths.end(), std::greater<>());
   const auto columns = static_cast<std::int64_t>(random_bits() % 220);
   const auto band = static_cast<std::int64_t>(random_bits() % 140);
-  allow_refusal([&] { curvfast::cheapest_hook(widths, columns, band); });
+  allow_refusal([&] { curvfast::cheapest_split(widths, columns, band); });
 }
 
 float exact(int value, float) { return static_cast<float>(value); }

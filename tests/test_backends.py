@@ -5,17 +5,21 @@ Last: the operations as torch knows them.
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import curvfast
 from curvfast import ops
 from curvfast.errors import BackendUnavailable, InputError
-from curvfast.ops import TriangularSum, _native, registry
+from curvfast.ops import TriangularSum, _native, reference, reference_scores, registry
 
 
 def sums(d: int = 32) -> TriangularSum:
@@ -109,6 +113,55 @@ def test_the_interpreter_is_never_chosen_unasked() -> None:
         kernels = registry.resolve("second_moment_", ops.MomentRequest(sums(), torch.zeros(2, 32)))
     if not torch.cuda.is_available():
         assert chosen is not kernels
+
+
+needs_native = pytest.mark.skipif(_native.unavailable() is not None, reason="built without it")
+
+
+@needs_native
+@pytest.mark.parametrize("named", ["auto", "native", "torch", "triton"])
+def test_a_search_runs_natively_unless_the_reference_is_named(named: str) -> None:
+    with ops.use_backend(named):
+        for search in registry.SEARCHES:
+            assert registry.resolve(search) is getattr(_native, search)
+    with ops.use_backend("reference"):
+        for search in registry.SEARCHES:
+            twin = reference_scores if search.startswith("scores") else reference
+            assert registry.resolve(search) is getattr(twin, search)
+
+
+@needs_native
+def test_the_reference_by_name_keeps_the_native_core_out_of_a_whole_edit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8))
+    with curvfast.collect(model, layers="all") as curvature:
+        model(torch.randn(60, 12)).square().mean().backward()
+    basis, twin = curvature.factors().eigh(), copy.deepcopy(model)
+    kept = basis.keep(mass=0.7)
+    curvfast.edit(model, basis, mass=0.7)
+    monkeypatch.setattr(_native, "_C", None)
+    with ops.use_backend("reference"):
+        again = basis.keep(mass=0.7)
+        curvfast.edit(twin, basis, mass=0.7)
+    assert all(torch.equal(kept[name].widths, again[name].widths) for name in basis)
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_search_without_the_native_core_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    native = replace(registry._backends["native"], unavailable=lambda: "not built today")
+    monkeypatch.setitem(registry._backends, "native", native)
+    monkeypatch.setattr(registry, "_told", set())
+    with caplog.at_level(logging.INFO, "curvfast"):
+        assert registry.resolve("staircase_by_mass") is reference.staircase_by_mass
+        assert registry.resolve("cheapest_split") is reference.cheapest_split
+        with ops.use_backend("torch"):
+            assert registry.resolve("scores_by_mass") is reference_scores.scores_by_mass
+    assert caplog.text.count("about 30 times slower") == caplog.text.count("not built today") == 1
 
 
 SAMPLES: dict[str, Any] = {

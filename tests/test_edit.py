@@ -17,9 +17,10 @@ from curvfast import storage
 from curvfast.baselines.svd import svd_basis
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
 from curvfast.core.mask import random_mask
-from curvfast.core.projection import drop_, project, rotate, rotate_back, sweep, work
+from curvfast.core.projection import drop_, project, rotate, rotate_back, sweep
 from curvfast.core.selection import Selection, staircase_by_mass
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
+from curvfast.ops import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
@@ -81,8 +82,8 @@ def test_kept_and_removed_add_up_and_are_orthogonal(measured) -> None:
     model, basis = measured
     for name, kept in basis.keep(mass=0.6).items():
         weight = matrix(model, name)
-        stays = project(weight, basis[name], kept)
-        goes = project(weight, basis[name], kept.complement())
+        stays = project(weight, basis[name], kept).weight
+        goes = project(weight, basis[name], kept.complement()).weight
         assert (stays + goes - weight).norm() <= 3e-6 * weight.norm()
         assert (stays * goes).sum().abs() <= 1e-6 * weight.norm() ** 2
 
@@ -115,7 +116,7 @@ def test_full_strength_is_the_edit_and_none_leaves_every_bit(
     for name, kept in basis.keep(mass=0.6).items():
         weight = before[f"{name}.weight"]
         weight = weight.T if isinstance(model, GPT2LMHeadModel) else weight
-        assert torch.equal(matrix(twin, name), project(weight, basis[name], kept))
+        assert torch.equal(matrix(twin, name), project(weight, basis[name], kept).weight)
         assert not torch.equal(matrix(twin, name), matrix(model, name))
 
 
@@ -178,7 +179,7 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     kept = basis.keep(mass=0.8)
     for name in basis:
         assert matrix(model, name).dtype == dtype
-        expected = project(exact[name], basis[name], kept[name])
+        expected = project(exact[name], basis[name], kept[name]).weight
         tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-6
         assert (matrix(model, name).double() - expected).norm() <= tolerance * exact[name].norm()
 
@@ -275,6 +276,21 @@ class TestNothingIsWrittenOnAnError:
             curvfast.edit(model, basis, selection=wrong)
 
 
+def test_an_edit_plans_each_projection_once(measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, basis = measured
+    searched = []
+    resolve = registry.resolve
+
+    def noted(operation: str, *arguments: Any) -> Any:
+        searched.append(operation)
+        return resolve(operation, *arguments)
+
+    monkeypatch.setattr(registry, "resolve", noted)
+    report = curvfast.edit(model, basis, mass=0.7)
+    assert searched.count("cheapest_split") == searched.count("project") == len(report.layers)
+    assert searched.count("staircases_by_mass") == 1
+
+
 def test_a_sweep_rotates_once_and_gives_each_projection() -> None:
     basis = LayerBasis(
         torch.rand(6, dtype=torch.float64).sort(descending=True).values,
@@ -286,8 +302,9 @@ def test_a_sweep_rotates_once_and_gives_each_projection() -> None:
     kept = [Eigenbasis({"w": basis}).keep(mass=mass)["w"] for mass in (0.3, 0.7, 1.0)]
     kept.append(random_mask(9, 6, 20, torch.Generator()))
     for found, selection in zip(sweep(weight, basis, kept), kept, strict=True):
-        torch.testing.assert_close(found, project(weight, basis, selection), rtol=0, atol=1e-5)
-        assert 0 <= work(basis, selection) <= 1
+        alone = project(weight, basis, selection)
+        torch.testing.assert_close(found, alone.weight, rtol=0, atol=1e-5)
+        assert 0 <= alone.work <= 1
 
 
 def test_editing_with_a_streamed_basis_holds_one_layer_at_a_time(

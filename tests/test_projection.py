@@ -17,8 +17,7 @@ from curvfast import ops
 from curvfast.core.selection import staircase_by_mass
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
 from curvfast.ops import _native, reference
-from curvfast.ops.plan import Plan, dense_flops, plan
-from curvfast.ops.staircases import bands, transposed_widths
+from curvfast.ops.projection import Plan, bands, dense_flops, plan, transposed_widths
 
 
 def orthonormal(d: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -189,13 +188,13 @@ def test_wrong_arguments_are_refused(changes: Any, error: type, message: str) ->
     st.integers(1, 150),
 )
 @settings(max_examples=400, deadline=None)
-def test_the_native_hook_equals_its_twin(rising: list[int], more: int, band: int) -> None:
+def test_the_native_split_equals_its_twin(rising: list[int], more: int, band: int) -> None:
     if _native.unavailable():
         pytest.skip("built without a compiler")
     widths = np.array(rising[::-1], np.int64)
     columns = int(widths[0]) + more
-    found = _native.cheapest_hook(widths, columns, band)
-    assert found == reference.cheapest_hook(widths, columns, band)
+    found = _native.cheapest_split(widths, columns, band)
+    assert found == reference.cheapest_split(widths, columns, band)
 
 
 def test_the_border_refuses_what_is_no_staircase() -> None:
@@ -203,8 +202,8 @@ def test_the_border_refuses_what_is_no_staircase() -> None:
         pytest.skip("built without a compiler")
     for bad, columns, band in (([1, 2], 5, 1), ([3, 2], 2, 1), ([2, -1], 5, 1), ([2, 1], 5, 0)):
         with pytest.raises(ValueError, match=r"widths|band"):
-            _native.cheapest_hook(np.array(bad), columns, band)
+            _native.cheapest_split(np.array(bad), columns, band)
     with pytest.raises(ValueError, match="null"):
-        _native._C.cheapest_hook(0, 3, 3, 1)
+        _native._C.cheapest_split(0, 3, 3, 1)
     with pytest.raises(ValueError, match="empty"):
-        _native._C.cheapest_hook(np.zeros(1, np.int64).ctypes.data, 0, 3, 1)
+        _native._C.cheapest_split(np.zeros(1, np.int64).ctypes.data, 0, 3, 1)

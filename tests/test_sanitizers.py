@@ -16,7 +16,7 @@ COMPILER = shutil.which("g++")
 # Program, and the sources it is linked with.
 PROGRAMS = {
     "native_fuzz": [
-        "gram_kernels.cpp", "hook.cpp", "scores.cpp", "second_moment.cpp", "staircase.cpp",
+        "gram_kernels.cpp", "split.cpp", "scores.cpp", "second_moment.cpp", "staircase.cpp",
     ],
     "triangle_fuzz": ["triangle.cpp"],
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -280,6 +281,9 @@ def test_what_cannot_be_copied_by_address_is_left_to_torch(
 
 def test_without_the_native_core_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CURVFAST_NATIVE", "0")
+    switched_off = _native.unavailable.__wrapped__()
+    native = replace(registry._backends["native"], unavailable=lambda: switched_off)
+    monkeypatch.setitem(registry._backends, "native", native)
     matrix, tiles = addresses()
     assert registry.resolve("unpack", tiles, matrix) is panels.unpack
     with pytest.raises(BackendUnavailable, match="CURVFAST_NATIVE=0"):

@@ -24,7 +24,7 @@ def _run(options: argparse.Namespace) -> int:
         **versions(),
         "platform": platform.platform(),
         "torch threads": torch.get_num_threads(),
-        "native core": ops.native_status(),
+        "native core": ops.backends()["native"],
         **{f"backend {name}": status for name, status in ops.backends().items()},
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

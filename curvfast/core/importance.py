@@ -178,8 +178,10 @@ def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -
         name: leading_directions(energies, found[name].pairs, basis[name].shape)
         for name, (energies, _) in spectra.items()
     }
+    if known:
+        return basis._with_frame(Selection(blocks), "svd")
     # Vectors found anew for the edit are of the weight as it is then: there is nothing to compare.
-    return Selection(blocks, "svd", "singular", basis.totals() if known else {})
+    return Selection(blocks, "svd", "singular")
 
 
 def importance_frame(importance: Importance) -> Frame:

@@ -9,7 +9,7 @@ import numpy as np
 
 from curvfast.core.selection import spectrum
 from curvfast.errors import InputError
-from curvfast.ops.reference import Values
+from curvfast.ops.selection import Values
 
 # In factors summed in float32, eigenvalues this far below the largest are rounding error.
 _ROUNDING = 1e-6

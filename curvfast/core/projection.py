@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,33 +60,34 @@ def kept_part(coefficients: Tensor, basis: LayerBasis, selection: Staircase | Ma
     return u_g.to(device, dtype) @ leading @ u_a.to(device, dtype).T
 
 
-def project(weight: Tensor, basis: LayerBasis | None, selection: Staircase | Mask) -> Tensor:
+class Projected(NamedTuple):
+    """A projected weight, and what that took."""
+
+    weight: Tensor
+    """W', [d_out, d_in], in the working dtype."""
+    work: float
+    """Executed share of a dense projection's FLOPs."""
+
+
+def project(weight: Tensor, basis: LayerBasis | None, selection: Staircase | Mask) -> Projected:
     """Return W', the part of W [d_out, d_in] in the selected pairs, in the working dtype.
 
     A staircase is evaluated by the cheapest exact plan; a mask of any other form densely, and so is
     the leading block where only leading eigenvectors are known. Without a basis the pairs are rows
     and columns of W itself.
     """
-    if basis is None:
-        return drop_(weight.to(working_dtype(weight), copy=True), selection)
-    if isinstance(selection, Mask) or not basis.complete:
-        return rotate_back(drop_(rotate(weight, basis), selection), basis)
     dtype = working_dtype(weight)
-    u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
-    return ops.project(weight.to(dtype), u_g, u_a, selection.widths)
-
-
-def work(basis: LayerBasis | None, selection: Staircase | Mask) -> float:
-    """Return the share of a dense projection's FLOPs that :func:`project` executes."""
     if basis is None:
-        return 0.0
-    if not basis.complete:
-        (rows, columns), (g, a) = selection.shape, basis.ranks
+        return Projected(drop_(weight.to(dtype, copy=True), selection), 0.0)
+    if isinstance(selection, Mask) or not basis.complete:
+        (rows, columns), (g, a) = basis.shape, basis.ranks
         there, back = g * columns * (rows + a), rows * a * (g + columns)
-        return (there + back) / (2 * rows * columns * (rows + columns))
-    if isinstance(selection, Mask):
-        return 1.0
-    return ops.plan(selection.widths.cpu().numpy(), selection.columns).share
+        share = (there + back) / (2 * rows * columns * (rows + columns))
+        return Projected(rotate_back(drop_(rotate(weight, basis), selection), basis), share)
+    plan = ops.plan(selection.widths.cpu().numpy(), selection.columns)
+    u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
+    new = ops.project(weight.to(dtype), u_g, u_a, selection.widths, using=plan)
+    return Projected(new, plan.share)
 
 
 def sweep(

@@ -15,7 +15,7 @@ from curvfast.core.mask import Mask
 from curvfast.core.rule import Rule
 from curvfast.core.selection import Selection
 from curvfast.errors import InputError
-from curvfast.ops.reference_scores import Kept
+from curvfast.ops.selection import Kept
 
 Term = tuple[Tensor, Tensor]
 """g [d_out] and a [d_in], float64 on the CPU: the curvature gᵢaⱼ."""

@@ -21,7 +21,7 @@ from curvfast.core.by_layer import ByLayer
 from curvfast.core.mask import Mask as Mask
 from curvfast.core.rule import check_mass, share_of, within
 from curvfast.errors import InputError
-from curvfast.ops.reference import Found, Values
+from curvfast.ops.selection import Found, Values
 
 Frame = Literal["curvature", "singular", "standard"]
 _KIND = "curvfast-selection"

@@ -19,7 +19,7 @@ from curvfast.core.decomposition import decompose_factor, prepared, require_fini
 from curvfast.core.factors import LayerFactors
 from curvfast.core.selection import spectrum, staircase_by_fraction
 from curvfast.errors import InputError, NumericalWarning, first_line
-from curvfast.ops.reference import Values
+from curvfast.ops.selection import Values
 
 FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Default shares of all pairs at which a mass curve is evaluated."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from curvfast.ops.reference import Found, Values, Widths
-from curvfast.ops.reference_scores import Bits, Kept, ScoreMatrix
+from curvfast.ops.selection import Bits, Found, Kept, ScoreMatrix, Values, Widths
 
 try:
     from curvfast import _C
@@ -26,25 +26,26 @@ def switched_off() -> str | None:
     return "CURVFAST_NATIVE=0 is set" if os.environ.get("CURVFAST_NATIVE") == "0" else None
 
 
+@cache
 def unavailable() -> str | None:
-    """Return why the native core cannot be used, or None if it can."""
+    """Return why the native core cannot be used, or None if it can, as of the first look."""
     return switched_off() or _reason
 
 
 def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
-    """As :func:`curvfast.ops.reference.staircase_by_mass`, in C++."""
+    """As :func:`curvfast.ops.staircase_by_mass`, in C++."""
     return _search(_C.staircase_by_mass, values_g, values_a, mass)
 
 
 def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
-    """As :func:`curvfast.ops.reference.staircase_by_pairs`, in C++."""
+    """As :func:`curvfast.ops.staircase_by_pairs`, in C++."""
     return _search(_C.staircase_by_pairs, values_g, values_a, pairs)
 
 
 def staircases_by_mass(
     layers: Sequence[tuple[Values, Values]], masses: Sequence[float], workers: int
 ) -> list[list[Found]]:
-    """As :func:`curvfast.ops.reference.staircase_by_mass` for each layer and mass, in one call."""
+    """As :func:`curvfast.ops.staircase_by_mass` for each layer and mass, in one call."""
     spectra = [tuple(np.ascontiguousarray(v, np.float64) for v in layer) for layer in layers]
     widths = [np.zeros((len(masses), len(g)), np.int32) for g, _ in spectra]
     found = iter(_C.staircases_by_mass(_table(spectra, widths), list(masses), workers))
@@ -54,7 +55,7 @@ def staircases_by_mass(
 def staircases_by_common_mass(
     layers: Sequence[tuple[Values, Values]], mass: float
 ) -> tuple[list[Widths], float]:
-    """As :func:`curvfast.ops.reference.staircases_by_common_mass`, in C++."""
+    """As :func:`curvfast.ops.staircases_by_common_mass`, in C++."""
     spectra = [tuple(np.ascontiguousarray(v, np.float64) for v in layer) for layer in layers]
     widths = [np.zeros(len(g), np.int32) for g, _ in spectra]
     threshold = _C.staircases_by_common_mass(_table(spectra, widths), mass)
@@ -62,7 +63,7 @@ def staircases_by_common_mass(
 
 
 def scores_by_mass(layers: Sequence[ScoreMatrix], mass: float, workers: int) -> list[Kept]:
-    """As :func:`curvfast.ops.reference_scores.scores_by_mass`, in C++."""
+    """As :func:`curvfast.ops.scores_by_mass`, in C++."""
     scores = [np.ascontiguousarray(layer, np.float32) for layer in layers]
     masks = [_empty_mask(layer) for layer in scores]
     table = [
@@ -74,7 +75,7 @@ def scores_by_mass(layers: Sequence[ScoreMatrix], mass: float, workers: int) -> 
 
 
 def scores_by_pairs(scores: ScoreMatrix, pairs: int, workers: int) -> Kept:
-    """As :func:`curvfast.ops.reference_scores.scores_by_pairs`, in C++."""
+    """As :func:`curvfast.ops.scores_by_pairs`, in C++."""
     values = np.ascontiguousarray(scores, np.float32)
     rows, columns = values.shape
     mask = _empty_mask(values)
@@ -82,10 +83,10 @@ def scores_by_pairs(scores: ScoreMatrix, pairs: int, workers: int) -> Kept:
     return Kept(mask, *found)
 
 
-def cheapest_hook(widths: npt.NDArray[np.int64], columns: int, band: int) -> tuple[int, int, int]:
-    """As :func:`curvfast.ops.reference.cheapest_hook`, in C++."""
+def cheapest_split(widths: npt.NDArray[np.int64], columns: int, band: int) -> tuple[int, int, int]:
+    """As :func:`curvfast.ops.reference.cheapest_split`, in C++."""
     kept = np.ascontiguousarray(widths, np.int64)
-    return _C.cheapest_hook(kept.ctypes.data, kept.size, columns, band)
+    return _C.cheapest_split(kept.ctypes.data, kept.size, columns, band)
 
 
 def instruction_sets() -> dict[str, bool]:

@@ -48,11 +48,6 @@ def band_energies(x: Tensor, vectors: Tensor, edges: Sequence[int]) -> Tensor:
     return found.view(*x.shape[:-1], len(steps) - 1)
 
 
-def refusal(x: Tensor, vectors: Tensor) -> str | None:
-    """Return why torch cannot do this: it always can."""
-    return None
-
-
 def by_columns(x: Tensor, vectors: Tensor, edges: Sequence[int]) -> Tensor:
     """Project onto a few hundred components at a time."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -8,32 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from curvfast.ops import staircases
+from curvfast.ops.projection import banded_area, transposed_widths
+from curvfast.ops.selection import Found, Values, Widths
 
 if TYPE_CHECKING:
     from curvfast.ops.projection import ProjectionRequest
     from curvfast.ops.request import MomentRequest
-
-Values = npt.NDArray[np.float64]
-Widths = npt.NDArray[np.int32]
-
-
-class Found(NamedTuple):
-    """What a staircase search found."""
-
-    widths: Widths
-    threshold: float
-    """Smallest product kept."""
-    pairs: int
-    kept: float
-    """Share of the mass kept."""
 
 
 def second_moment_(call: MomentRequest) -> None:
@@ -107,16 +94,7 @@ def nll_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
-    """Keep the largest products whose sum first reaches ``mass`` of the total, ties included.
-
-    Args:
-        values_g: Descending, finite, non-negative, not empty.
-        values_a: Likewise.
-        mass: In (0, 1].
-
-    Returns:
-        Widths and what they hold.
-    """
+    """As :func:`curvfast.ops.staircase_by_mass`, by bisection over thresholds."""
     products = _Products(values_g, values_a)
     target = mass * products.mass(products.widths(0.0))
     if mass == 1.0:
@@ -130,16 +108,7 @@ def staircase_by_mass(values_g: Values, values_a: Values, mass: float) -> Found:
 
 
 def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
-    """Keep exactly ``pairs`` products, the largest; ties at the end are taken in row order.
-
-    Args:
-        values_g: Descending, finite, non-negative, not empty.
-        values_a: Likewise.
-        pairs: From 0 to rows times columns.
-
-    Returns:
-        Widths and what they hold.
-    """
+    """As :func:`curvfast.ops.staircase_by_pairs`, by bisection over thresholds."""
     products = _Products(values_g, values_a)
     if pairs == 0:
         return products.found(np.zeros(len(values_g), np.int32), float("inf"))
@@ -152,18 +121,17 @@ def staircase_by_pairs(values_g: Values, values_a: Values, pairs: int) -> Found:
     return products.found(widths, tau)
 
 
+def staircases_by_mass(
+    layers: Sequence[tuple[Values, Values]], masses: Sequence[float], workers: int = 1
+) -> list[list[Found]]:
+    """As :func:`curvfast.ops.staircases_by_mass`, one search after the other in one thread."""
+    return [[staircase_by_mass(g, a, mass) for mass in masses] for g, a in layers]
+
+
 def staircases_by_common_mass(
     layers: Sequence[tuple[Values, Values]], mass: float
 ) -> tuple[list[Widths], float]:
-    """Keep the products of all layers above one threshold, the largest that reaches ``mass``.
-
-    Args:
-        layers: (values_g, values_a) of each layer: descending, finite, non-negative, not empty.
-        mass: In (0, 1], of the sum over layers.
-
-    Returns:
-        The widths of each layer, and the threshold.
-    """
+    """As :func:`curvfast.ops.staircases_by_common_mass`, by bisection over thresholds."""
     products = [_Products(g, a) for g, a in layers]
     whole = [p.mass(p.widths(0.0)) for p in products]
     unit = max(p.exponent for p, m in zip(products, whole, strict=True) if m > 0)
@@ -242,8 +210,8 @@ class _Products:
         return Found(widths, unscaled, int(widths.sum(dtype=np.int64)), kept)
 
 
-def cheapest_hook(widths: staircases.Widths, columns: int, band: int) -> tuple[int, int, int]:
-    """Return the least FLOPs of a hook, and the row and reach of the split that gives them.
+def cheapest_split(widths: npt.NDArray[np.int64], columns: int, band: int) -> tuple[int, int, int]:
+    """Return the least FLOPs of a split staircase, and the row and reach of that split.
 
     Args:
         widths: Columns kept in each row, int64, never increasing, from 0 to ``columns``; not empty.
@@ -258,8 +226,8 @@ def cheapest_hook(widths: staircases.Widths, columns: int, band: int) -> tuple[i
     found = []
     for split in (*range(0, used, band), used):
         reach = int(widths[split]) if split < used else 0
-        above = staircases.banded_area(widths[:split], band)
-        below = staircases.banded_area(staircases.transposed_widths(widths[split:], reach), band)
+        above = banded_area(widths[:split], band)
+        below = banded_area(transposed_widths(widths[split:], reach), band)
         work = 4 * (rows * columns * (split + reach) + columns * above + rows * below)
         found.append((work, split, reach))
-    return min(found, key=lambda hook: hook[0])
+    return min(found, key=lambda split: split[0])

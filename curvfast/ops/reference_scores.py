@@ -7,40 +7,18 @@ among floats of one high half. Those sums are added from the largest half down, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-ScoreMatrix = npt.NDArray[np.float32]
-Bits = npt.NDArray[np.uint8]
+from curvfast.ops.selection import Bits, Kept, ScoreMatrix
+
 _HALVES = 1 << 16
 _EXPONENTS = np.maximum(np.arange(_HALVES) >> 7, 1) - 150
 
 
-class Kept(NamedTuple):
-    """What is kept of one layer's scores."""
-
-    mask: Bits
-    """[rows, ⌈columns / 8⌉]: bit b of byte k is column 8k + b; bits past the last column are 0."""
-    pairs: int
-    mass: float
-    """Share of the layer's sum; 0 if that is 0."""
-
-
-def scores_by_mass(layers: Sequence[ScoreMatrix], mass: float) -> list[Kept]:
-    """Keep the largest scores of all layers whose sum first reaches ``mass`` of the total.
-
-    Args:
-        layers: Finite and non-negative, [rows, columns] each.
-        mass: In (0, 1]; 1 keeps every score above zero.
-
-    Returns:
-        What is kept of each layer, ties with the smallest included.
-
-    Raises:
-        ValueError: If a score is not finite, or negative, or all are zero.
-    """
+def scores_by_mass(layers: Sequence[ScoreMatrix], mass: float, workers: int = 1) -> list[Kept]:
+    """As :func:`curvfast.ops.scores_by_mass`, in one thread."""
     bits = [_bits(scores) for scores in layers]
     sums = _from_above(np.sum([_mantissas(own) for own in bits], axis=0))
     if not mass * sums[-1] > 0:
@@ -58,19 +36,8 @@ def scores_by_mass(layers: Sequence[ScoreMatrix], mass: float) -> list[Kept]:
     ]
 
 
-def scores_by_pairs(scores: ScoreMatrix, pairs: int) -> Kept:
-    """Keep exactly ``pairs`` scores, the largest; ties at the end are taken in row order.
-
-    Args:
-        scores: Finite and non-negative, [rows, columns].
-        pairs: From 0 to rows times columns.
-
-    Returns:
-        What is kept.
-
-    Raises:
-        ValueError: If a score is not finite, or negative.
-    """
+def scores_by_pairs(scores: ScoreMatrix, pairs: int, workers: int = 1) -> Kept:
+    """As :func:`curvfast.ops.scores_by_pairs`, in one thread."""
     bits = _bits(scores)
     if pairs == 0:
         return Kept(_packed(np.zeros(scores.shape, bool)), 0, 0.0)

@@ -16,6 +16,14 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 _ENVIRONMENT = "CURVFAST_BACKEND"
+# Operations on lists in host memory. A backend that has none of them, such as "torch", has no say
+# in how they run.
+SEARCHES = frozenset(
+    {
+        "staircase_by_mass", "staircase_by_pairs", "staircases_by_mass",
+        "staircases_by_common_mass", "scores_by_mass", "scores_by_pairs", "cheapest_split",
+    }
+)  # fmt: skip
 _chosen: ContextVar[str | None] = ContextVar("curvfast_backend", default=None)
 _backends: dict[str, Backend] = {}
 _told: set[tuple[str, str, str]] = set()
@@ -28,13 +36,11 @@ class Backend:
     name: str
     operations: Mapping[str, Callable[..., Any]]
     refusals: Mapping[str, Callable[..., str | None]]
-    """For each operation: (its arguments) -> why it cannot take them, or None."""
+    """For an operation that cannot take everything: (its arguments) -> why it cannot, or None."""
     unavailable: Callable[[], str | None] = field(default=lambda: None)
-    """Why it cannot run on this machine at all, or None."""
+    """Why it cannot run on this machine at all, or None; asked at every call, so cheap."""
     status: Callable[[], str] = field(default=lambda: "available")
     """What there is to say where it can run."""
-    automatic: Callable[[], bool] = field(default=lambda: True)
-    """Whether "auto" may choose it."""
 
 
 def register(backend: Backend) -> None:
@@ -53,6 +59,10 @@ def backends() -> dict[str, str]:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the ``with`` block on one backend.
+
+    The searches behind a selection and a projection's plan run on lists in host memory, and only
+    ``"native"`` and ``"reference"`` have them: under another name the choice between those two is
+    automatic.
 
     Args:
         name: ``"triton"``, ``"native"``, ``"torch"``, ``"reference"``, or ``"auto"``. A named one
@@ -88,15 +98,16 @@ def resolve(operation: str, *arguments: Any) -> Callable[..., Any]:
     name = _name()
     if name != AUTO:
         backend = _named(name, _ENVIRONMENT)
-        reason = _refusal(backend, operation, arguments)
-        if reason:
-            raise BackendUnavailable(
-                f"backend {name!r} cannot run {operation}: {reason}; use backend 'auto'"
-            )
-        return backend.operations[operation]
+        if operation in backend.operations or operation not in SEARCHES:
+            reason = _refusal(backend, operation, arguments)
+            if reason:
+                raise BackendUnavailable(
+                    f"backend {name!r} cannot run {operation}: {reason}; use backend 'auto'"
+                )
+            return backend.operations[operation]
     reasons = []
     for backend in _backends.values():
-        if not backend.automatic() or operation not in backend.operations:
+        if operation not in backend.operations:
             continue
         reason = _refusal(backend, operation, arguments)
         if reason is None:
@@ -118,7 +129,10 @@ def _name() -> str:
 def _refusal(backend: Backend, operation: str, arguments: tuple[Any, ...]) -> str | None:
     if operation not in backend.operations:
         return f"it does not implement {operation}"
-    return backend.refusals[operation](*arguments) or backend.unavailable()
+    reason = backend.unavailable()
+    if reason is None and operation in backend.refusals:
+        reason = backend.refusals[operation](*arguments)
+    return reason
 
 
 def _named(name: str, source: str) -> Backend:
@@ -130,6 +144,12 @@ def _named(name: str, source: str) -> Backend:
 
 
 def _tell(name: str, operation: str, reason: str) -> None:
-    if (name, operation, reason) not in _told:
-        _told.add((name, operation, reason))
+    searching = operation in SEARCHES
+    told = name, "a search" if searching else operation, reason
+    if told in _told:
+        return
+    _told.add(told)
+    if searching:
+        log.info("selection in Python, about 30 times slower than the native core: %s", reason)
+    else:
         log.info("%s does not run on backend %r: %s", operation, name, reason)

@@ -33,11 +33,6 @@ def sampled_gradient_(logits: Tensor, rows: Tensor | None, generator: torch.Gene
     return labels
 
 
-def refusal(logits: Tensor) -> str | None:
-    """Return why torch cannot do this: it always can."""
-    return None
-
-
 def in_chunks(logits: Tensor, rows: Tensor | None, generator: torch.Generator) -> Tensor:
     """Draw and overwrite a few rows at a time, never more of them in float32."""
     count, classes = logits.shape

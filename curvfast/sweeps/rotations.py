@@ -63,7 +63,7 @@ class Rotations:
     def edited(self, name: str, selection: Staircase | Mask) -> Tensor:
         """Return W', the part of a layer's W that is selected, in the working dtype."""
         if self._frame == "standard":
-            return project(self._weights(name), None, selection)
+            return project(self._weights(name), None, selection).weight
         return kept_part(self.coefficients(name), self._basis()[name], selection)
 
     def _basis(self) -> Eigenbasis:

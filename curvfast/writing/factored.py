@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.distributed import is_sharded_model
-from curvfast.edit_plan import EditRule, EditStep, plan_edit, relative_change
+from curvfast.edit_plan import EditArguments, EditStep, plan_edit, relative_change
 from curvfast.edit_report import as_json
 from curvfast.errors import InputError
 from curvfast.tables import aligned
@@ -150,7 +150,7 @@ class FactorReport:
         )
 
 
-def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[EditRule]) -> FactorReport:
+def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[EditArguments]) -> FactorReport:
     """Edit a model as :func:`curvfast.edit` does, and replace layers by factors of the edited ones.
 
     A layer whose W' is a product of two factors of fewer numbers than d_out · d_in becomes a
@@ -168,11 +168,9 @@ def factorize(model: nn.Module, basis: Eigenbasis, **rule: Unpack[EditRule]) -> 
         Form, rank and parameters of each layer, before and after.
 
     Raises:
-        InputError: As in :func:`curvfast.edit`; or if a layer is not an ``nn.Linear`` or
-            transformers' ``Conv1D`` by itself, has hooks, or is sharded.
-        BasisMismatch: As in :func:`curvfast.edit`.
-        LayerNotFound: As in :func:`curvfast.edit`.
-        ShapeError: As in :func:`curvfast.edit`.
+        InputError: If a layer is not an ``nn.Linear`` or transformers' ``Conv1D`` by itself, has
+            hooks, or is sharded, or the strength is not 1; and whatever else
+            :func:`curvfast.edit` raises.
     """
     plan = plan_edit(model, basis, **rule)
     if plan.strength != 1:
@@ -202,7 +200,7 @@ def _give_form(model: nn.Module, step: EditStep) -> LayerForm:
         change = relative_change(weight, left @ right)
         _replace(model, layer.module, _factored(layer, left, right))
     else:
-        form, after, new = DENSE, before, step.new_weight(weight, vectors)
+        form, after, new = DENSE, before, step.edited(weight, vectors).weight
         change = relative_change(weight, new)
         layer.write(new)
     return LayerForm(layer.name, form, rank, before, after, kept.pairs, kept.mass, change)

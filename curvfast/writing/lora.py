@@ -22,7 +22,7 @@ from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.projection import working_dtype
 from curvfast.distributed import is_sharded_model
-from curvfast.edit_plan import EditOptions, plan_edit
+from curvfast.edit_plan import EditArguments, plan_edit
 from curvfast.edit_report import as_json
 from curvfast.errors import InputError, StorageError
 from curvfast.provenance import is_causal_lm, model_facts
@@ -85,7 +85,7 @@ def export_lora(
     directory: str | PathLike[str],
     *,
     rank: int,
-    **options: Unpack[EditOptions],
+    **options: Unpack[EditArguments],
 ) -> AdapterReport:
     """Write the change of :func:`curvfast.edit` as a LoRA adapter; the model stays unchanged.
 
@@ -101,11 +101,8 @@ def export_lora(
         The share of the change that the adapter keeps, layer by layer and in all.
 
     Raises:
-        InputError: As in :func:`curvfast.edit`; or if the rank is below 1, or a layer is not an
-            ``nn.Linear`` or transformers' ``Conv1D``, or sharded.
-        BasisMismatch: As in :func:`curvfast.edit`.
-        LayerNotFound: As in :func:`curvfast.edit`.
-        ShapeError: As in :func:`curvfast.edit`.
+        InputError: If the rank is below 1, or a layer is not an ``nn.Linear`` or transformers'
+            ``Conv1D``, or sharded; and whatever else :func:`curvfast.edit` raises.
         StorageError: If the folder cannot be written.
     """
     if rank < 1:

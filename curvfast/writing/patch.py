@@ -22,7 +22,7 @@ from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.selection import Mask, Staircase
 from curvfast.distributed import gathered, write_
-from curvfast.edit_plan import EditOptions, plan_edit, require_editable
+from curvfast.edit_plan import EditArguments, plan_edit, require_editable
 from curvfast.edit_report import EditReport
 from curvfast.errors import PatchMismatch
 from curvfast.layers import linear_layers, refuse_tied
@@ -177,8 +177,10 @@ class Patch:
             write_(stored, with_bits(whole, change(patch, bits_of(whole))))
 
 
-def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOptions]) -> Patch:
+def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditArguments]) -> Patch:
     """Return what :func:`curvfast.edit` would do, as a patch; the model stays as it is.
+
+    It raises what that raises.
 
     Args:
         model: The model the basis was measured on, in the dtype the patch is meant for.
@@ -188,12 +190,6 @@ def make_patch(model: nn.Module, basis: Eigenbasis, **options: Unpack[EditOption
 
     Returns:
         The patch, with the report of the edit.
-
-    Raises:
-        InputError: As in :func:`curvfast.edit`.
-        BasisMismatch: As in :func:`curvfast.edit`.
-        LayerNotFound: As in :func:`curvfast.edit`.
-        ShapeError: As in :func:`curvfast.edit`.
     """
     plan = plan_edit(model, basis, **options)
     layers, entries = {}, []

@@ -9,9 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from curvfast.ops.registry import unless_named
+
 _OLDEST = (8, 0)
 # What the interpreter pretends to be: every path of the newest kernels is then taken.
 _INTERPRETED = 90
+_by_name = unless_named("triton", "its interpreter is slow")
 
 
 @cache
@@ -25,6 +28,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def unavailable() -> str | None:
     """Return why no kernel can run on this machine, or None."""
     if not _installed():
@@ -37,7 +41,7 @@ def unavailable() -> str | None:
 def refuses_device(x: Tensor) -> str | None:
     """Return why the kernels cannot take a tensor where it lies, or None."""
     if interpreting():
-        return None
+        return _by_name()
     if x.device.type != "cuda":
         return f"the kernels need CUDA tensors, this one is on {x.device.type}"
     if torch.cuda.get_device_capability(x.device) < _OLDEST:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from curvfast.ops.launch.availability import arch, interpreting, refuses_device
-from curvfast.ops.projection import ProjectionRequest, banded, hook
+from curvfast.ops.projection import ProjectionRequest, banded, staircase_split
 
 DEFAULT_PRECISION = "tf32x3"
 
@@ -27,7 +27,7 @@ def project(call: ProjectionRequest) -> Tensor:
     def expand_contract(t: Tensor, v: Tensor, widths: Tensor) -> Tensor:
         return _expand_contract(t, v, widths, precision)
 
-    return hook(call, expand_contract)
+    return staircase_split(call, expand_contract)
 
 
 def _expand_contract(t: Tensor, v: Tensor, widths: Tensor, precision: str) -> Tensor:

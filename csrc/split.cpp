@@ -1,4 +1,4 @@
-#include "hook.h"
+#include "split.h"
 
 #include <algorithm>
 #include <functional>
@@ -7,7 +7,7 @@
 
 namespace curvfast {
 
-Hook cheapest_hook(std::span<const std::int64_t> widths, std::int64_t columns, std::int64_t band) {
+Split cheapest_split(std::span<const std::int64_t> widths, std::int64_t columns, std::int64_t band) {
   if (widths.front() > columns || widths.back() < 0 ||
       !std::is_sorted(widths.begin(), widths.end(), std::greater<>()))
     throw std::invalid_argument("widths must fall from at most the columns to at least 0");
@@ -22,7 +22,7 @@ Hook cheapest_hook(std::span<const std::int64_t> widths, std::int64_t columns, s
     while (widths[row - 1] <= c) --row;
     heights.push_back(row);
   }
-  Hook best{-1, 0, 0};
+  Split best{-1, 0, 0};
   std::int64_t above = 0;
   for (std::int64_t split = 0;; split = std::min(split + band, used)) {
     const std::int64_t reach = split < used ? widths[split] : 0;
