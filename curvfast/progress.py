@@ -1,26 +1,64 @@
-"""Progress bars: the one place that knows tqdm."""
+"""Progress: bars on a terminal, a line each tenth elsewhere; the one place that knows tqdm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+Say = Callable[[str], None]
+"""Told one line at a time."""
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def tenth_ends(done: float, total: float, amount: float = 1) -> bool:
+    """Return whether the last ``amount`` of ``done`` ended a tenth of ``total``."""
+    return 10 * done // total > 10 * (done - amount) // total
 
 
 class Bar:
-    """A counter shown on a terminal; silent elsewhere and when switched off."""
+    """A counter shown on a terminal; elsewhere a line each tenth; nothing when switched off."""
 
-    def __init__(self, title: str, total: float | None, unit: str, enabled: bool = True) -> None:
-        """Start a bar; ``total`` None shows a plain counter."""
+    def __init__(
+        self,
+        title: str,
+        total: float | None,
+        unit: str,
+        enabled: bool = True,
+        *,
+        done: float = 0,
+        say: Say = silent,
+    ) -> None:
+        """Start a bar.
+
+        Args:
+            title: What is being done.
+            total: How much there is to do; None shows a plain counter.
+            unit: What is counted, in the singular.
+            enabled: False shows and says nothing.
+            done: What was done before.
+            say: Told at the end of each tenth where no bar is shown.
+        """
         from tqdm.auto import tqdm
 
         # disable=None hides the bar where stderr is not a terminal, so logs stay clean.
         off = None if enabled else True
-        self._bar = tqdm(total=total, desc=title, unit=unit, disable=off, leave=False)
+        self._bar = tqdm(total=total, desc=title, unit=unit, disable=off, leave=False, initial=done)
+        self._title, self._total, self._unit, self._done = title, total, unit, done
+        self._say = say if enabled and self._bar.disable else silent
 
     def advance(self, amount: float, **figures: object) -> None:
         """Move on by ``amount`` and show ``figures`` beside the bar."""
+        self._done += amount
+        if self._total and tenth_ends(self._done, self._total, amount):
+            beside = "".join(f", {name} {figure}" for name, figure in figures.items())
+            self._say(
+                f"{self._title}: {self._done} of {self._total} {self._unit}s "
+                f"({self._done / self._total:.0%}){beside}"
+            )
         if figures:
             self._bar.set_postfix(figures, refresh=False)
         self._bar.update(amount)

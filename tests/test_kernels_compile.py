@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import kernel_cache
 import pytest
 
+from curvfast.demo.fetch import cache_dir
 from curvfast.kernels import tiling
 from curvfast.kernels.tiling import TILE, Blocks, Tiling
 
@@ -176,12 +178,15 @@ JOBS = jobs()
 
 @pytest.fixture(scope="session")
 def machine_code() -> dict[str, dict[str, Any]]:
-    """Compile every job, in processes of their own: here the kernels are interpreted."""
+    """Compile every new job, in processes of their own: here the kernels are interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def run(share: list[dict[str, Any]]) -> list[dict[str, Any]]:
         done = subprocess.run(
-            [sys.executable, Path(__file__).parent / "compile_kernels.py"],
+            [
+                sys.executable, Path(__file__).parent / "compile_kernels.py",
+                cache_dir() / "machine-code",
+            ],
             input=json.dumps(share), capture_output=True, text=True, check=False, env=environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -238,3 +243,16 @@ def test_the_model_never_prefers_what_it_finds_slower() -> None:
         for paired in (False, True):
             other = Tiling(64, 8, 4, paired=paired)
             assert tiling.seconds(chosen, d, 16384, 90) <= tiling.seconds(other, d, 16384, 90)
+
+
+def test_only_what_is_whole_and_of_its_key_is_taken_from_the_cache(tmp_path: Path) -> None:
+    one, two, found = kernel_cache.digest(1), kernel_cache.digest(2), {"registers": 64}
+    assert kernel_cache.kept(tmp_path, one) is None
+    kernel_cache.keep(tmp_path, one, found)
+    assert kernel_cache.kept(tmp_path, one) == found
+    assert kernel_cache.kept(tmp_path, two) is None
+    file = tmp_path / f"{one}.json"
+    (tmp_path / f"{two}.json").write_bytes(file.read_bytes())
+    assert kernel_cache.kept(tmp_path, two) is None
+    file.write_text(file.read_text().replace("64", "65"))
+    assert kernel_cache.kept(tmp_path, one) is None

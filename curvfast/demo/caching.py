@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ def cached(
     key: str,
     *,
     read: Callable[[Path], T],
-    make: Callable[[], T],
+    make: Callable[[Path], T],
     write: Callable[[T, Path], None],
 ) -> T:
     """Return a model of an earlier run, or make it now and keep it.
@@ -32,7 +34,8 @@ def cached(
         kind: The folder of such models in the cache.
         key: The model's name there, as of :func:`key_of`.
         read: Reads it from its folder.
-        make: Makes it.
+        make: Makes it; given a folder for what it goes on from if it is cut off, which is removed
+            once the model is kept.
         write: Writes it into a folder, with a ``config.json``.
 
     Returns:
@@ -44,8 +47,9 @@ def cached(
     folder = cache_dir() / kind / key
     if (folder / "config.json").is_file():
         return read(folder)
-    made = make()
-    partial = folder.with_name(f".partial-{folder.name}")
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    made = make(unfinished)
+    partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     write(made, partial)
     try:
         partial.rename(folder)
@@ -53,4 +57,6 @@ def cached(
         # Another run finished the same model first: the two are the same.
         if not (folder / "config.json").is_file():
             raise
+        shutil.rmtree(partial)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return made

@@ -54,7 +54,7 @@ def run(
     say("reading the text: State of the Union addresses and the King James Bible")
     corpus = load_corpus(recipe)
     say(f"training a small Llama until it recites {len(corpus.canaries)} passages (cached)")
-    model = trained_model(recipe, corpus)
+    model = trained_model(recipe, corpus, say)
     text = corpus.held_out.split(_ROWS)
 
     def measure(model: nn.Module) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,27 +14,37 @@ from curvfast.demo.corpus import Corpus
 from curvfast.demo.fitting import After, fit
 from curvfast.demo.recipe import Recipe
 from curvfast.hf.small import load, new_llama, save
+from curvfast.progress import Say, silent
 from curvfast.rows import IGNORED_LABEL
 
 
-def trained_model(recipe: Recipe, corpus: Corpus) -> Any:
+def trained_model(recipe: Recipe, corpus: Corpus, say: Say = silent) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "demo-lm",
         recipe.training_key(),
         read=lambda folder: load(folder)[0].eval(),
-        make=lambda: train(recipe, corpus),
+        make=lambda unfinished: train(recipe, corpus, unfinished=unfinished, say=say),
         write=lambda model, folder: save(model, corpus.tokenizer, folder),
     )
 
 
-def train(recipe: Recipe, corpus: Corpus, after: After | None = None) -> Any:
+def train(
+    recipe: Recipe,
+    corpus: Corpus,
+    after: After | None = None,
+    *,
+    unfinished: Path | None = None,
+    say: Say = silent,
+) -> Any:
     """Train from scratch; the same recipe gives the same model on one machine.
 
     Args:
         recipe: Sizes, schedule and seed.
         corpus: What it learns.
-        after: As of :func:`curvfast.demo.fitting.fit`.
+        after: As of :func:`curvfast.demo.fitting.fit`, like what follows.
+        unfinished: Folder of the state to go on from.
+        say: Told how far it is.
 
     Returns:
         The model, in eval mode.
@@ -45,6 +56,8 @@ def train(recipe: Recipe, corpus: Corpus, after: After | None = None) -> Any:
         learning_rate=recipe.learning_rate,
         weight_decay=0.1,
         after=after,
+        unfinished=unfinished,
+        say=say,
     )
 
 

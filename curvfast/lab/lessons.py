@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from curvfast.lab.lm_recipe import LmRecipe
 from curvfast.lab.logic import logic
 from curvfast.lab.packing import Encoded, packed, restarting
 from curvfast.lab.questions import Task
+from curvfast.progress import Say, silent
 
 Batch = dict[str, Any]
 """Keyword arguments of the model."""
@@ -93,18 +95,20 @@ def _encoded(
         yield from ([next(ids) for _ in lesson] for lesson in some)
 
 
-def trained_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
+def trained_lm(recipe: LmRecipe, corpus: Corpus, say: Say = silent) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-lm",
         recipe.training_key(),
         read=lambda folder: load(folder)[0].eval(),
-        make=lambda: train_lm(recipe, corpus),
+        make=lambda unfinished: train_lm(recipe, corpus, unfinished=unfinished, say=say),
         write=lambda model, folder: save(model, corpus.tokenizer, folder),
     )
 
 
-def train_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
+def train_lm(
+    recipe: LmRecipe, corpus: Corpus, *, unfinished: Path | None = None, say: Say = silent
+) -> Any:
     """Train from scratch; the same recipe gives the same model on one machine."""
     text = recipe.text
     model = new_llama(
@@ -117,6 +121,8 @@ def train_lm(recipe: LmRecipe, corpus: Corpus) -> Any:
         steps=text.steps,
         learning_rate=text.learning_rate,
         weight_decay=0.1,
+        unfinished=unfinished,
+        say=say,
     )
 
 

@@ -70,7 +70,7 @@ def run(
     corpus = corpus_of(recipe)
     tasks = tasks_of(recipe)
     say(f"training a small Llama on prose, {recipe.text.passages} passages and lessons (cached)")
-    model = trained_lm(recipe, corpus)
+    model = trained_lm(recipe, corpus, say)
     measure = measure_of(recipe, corpus, tasks)
     base = {**measure(model), "kept_fraction": 1.0}
     say(f"measuring curvature, {recipe.statistics_lessons:.0%} on lessons, none on passages")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from curvfast.demo.fitting import fit
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import training_batches
 from curvfast.lab.own_models import Output, load_weights, save_weights
+from curvfast.progress import Say, silent
 from curvfast.rows import IGNORED_LABEL
 
 State = tuple[Tensor, Tensor]
@@ -163,18 +165,20 @@ def new_lstm(recipe: LstmRecipe) -> LstmLm:
         )  # fmt: skip
 
 
-def trained_lstm(recipe: LstmRecipe, corpus: Corpus) -> LstmLm:
+def trained_lstm(recipe: LstmRecipe, corpus: Corpus, say: Say = silent) -> LstmLm:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-lstm",
         recipe.training_key(),
         read=lambda folder: load_weights(new_lstm(recipe), folder).eval(),
-        make=lambda: train_lstm(recipe, corpus),
+        make=lambda unfinished: train_lstm(recipe, corpus, unfinished=unfinished, say=say),
         write=lambda model, folder: save_weights(model, folder, asdict(recipe)),
     )
 
 
-def train_lstm(recipe: LstmRecipe, corpus: Corpus) -> LstmLm:
+def train_lstm(
+    recipe: LstmRecipe, corpus: Corpus, *, unfinished: Path | None = None, say: Say = silent
+) -> LstmLm:
     """Train from scratch on what the demo's Llama learns; one recipe gives one model."""
     model: LstmLm = fit(
         new_lstm(recipe),
@@ -182,5 +186,7 @@ def train_lstm(recipe: LstmRecipe, corpus: Corpus) -> LstmLm:
         steps=recipe.text.steps,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        unfinished=unfinished,
+        say=say,
     )
     return model

@@ -6,6 +6,7 @@ Source: Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision", Neur
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from curvfast.lab.noise import NoisySplit
 from curvfast.lab.own_models import Output, load_weights, save_weights
 from curvfast.lab.vit import learn
 from curvfast.lab.vit_recipe import VitRecipe
+from curvfast.progress import Say, silent
 
 TOKENS_MLP = 64
 """Width inside the MLPs that mix tokens."""
@@ -126,18 +128,20 @@ def new_mixer(recipe: VitRecipe) -> Mixer:
         )  # fmt: skip
 
 
-def trained_mixer(recipe: VitRecipe, split: NoisySplit) -> Mixer:
+def trained_mixer(recipe: VitRecipe, split: NoisySplit, say: Say = silent) -> Mixer:
     """Return the recipe's model, trained on the given labels now or on an earlier run."""
     return cached(
         "lab-mixer",
         recipe.training_key(),
         read=lambda folder: load_weights(new_mixer(recipe), folder).eval(),
-        make=lambda: train_mixer(recipe, split),
+        make=lambda unfinished: train_mixer(recipe, split, unfinished=unfinished, say=say),
         write=lambda model, folder: save_weights(model, folder, asdict(recipe)),
     )
 
 
-def train_mixer(recipe: VitRecipe, split: NoisySplit) -> Mixer:
+def train_mixer(
+    recipe: VitRecipe, split: NoisySplit, *, unfinished: Path | None = None, say: Say = silent
+) -> Mixer:
     """Train from scratch on the given labels, as :func:`curvfast.lab.vit.train_vit` does."""
-    model: Mixer = learn(new_mixer(recipe), recipe, split)
+    model: Mixer = learn(new_mixer(recipe), recipe, split, unfinished=unfinished, say=say)
     return model

@@ -14,6 +14,7 @@ from curvfast.demo.corpus import Corpus
 from curvfast.demo.recipe import Recipe
 from curvfast.demo.training import train, untrained
 from curvfast.errors import InputError
+from curvfast.progress import Say, silent
 from curvfast.storage import read_folder, write_folder
 
 Weights = dict[str, Tensor]
@@ -21,7 +22,9 @@ Weights = dict[str, Tensor]
 KIND = "curvfast-snapshots"
 
 
-def snapshots(recipe: Recipe, corpus: Corpus, steps: Sequence[int]) -> dict[int, Weights]:
+def snapshots(
+    recipe: Recipe, corpus: Corpus, steps: Sequence[int], say: Say = silent
+) -> dict[int, Weights]:
     """Return the weights after each of ``steps`` optimizer steps, trained now or kept earlier.
 
     It is the training of :func:`curvfast.demo.training.train`: the final weights are, bit for bit,
@@ -31,6 +34,7 @@ def snapshots(recipe: Recipe, corpus: Corpus, steps: Sequence[int]) -> dict[int,
         recipe: Sizes, schedule and seed.
         corpus: What it learns.
         steps: Each from 0, the untrained model, to ``recipe.steps``.
+        say: Told how far it is.
 
     Returns:
         Weights by step, in rising order.
@@ -46,7 +50,7 @@ def snapshots(recipe: Recipe, corpus: Corpus, steps: Sequence[int]) -> dict[int,
         "demo-lm-steps",
         key_of({"training": recipe.training_key(), "steps": wanted}),
         read=_read,
-        make=lambda: _train(recipe, corpus, wanted),
+        make=lambda unfinished: _train(recipe, corpus, wanted, unfinished, say),
         write=_write,
     )
 
@@ -60,15 +64,16 @@ def restored(recipe: Recipe, weights: Mapping[str, Tensor]) -> Any:
     return model
 
 
-def _train(recipe: Recipe, corpus: Corpus, steps: Sequence[int]) -> dict[int, Weights]:
-    kept: dict[int, Weights] = {}
-
+def _train(
+    recipe: Recipe, corpus: Corpus, steps: Sequence[int], unfinished: Path, say: Say
+) -> dict[int, Weights]:
     def keep(model: Any, taken: int) -> None:
+        # On disk, where a training that goes on finds the snapshots from before it was cut off.
         if taken in steps:
-            kept[taken] = {n: p.detach().clone() for n, p in model.named_parameters()}
+            _write({taken: dict(model.named_parameters())}, unfinished / f"step-{taken}")
 
-    train(recipe, corpus, keep)
-    return kept
+    train(recipe, corpus, keep, unfinished=unfinished, say=say)
+    return {step: _read(unfinished / f"step-{step}")[step] for step in steps}
 
 
 def _write(found: Mapping[int, Weights], folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from curvfast.lab.images import CLASSES, SIDE, Images, fashion, mnist
 from curvfast.lab.noise import NoisySplit, noisy_split
 from curvfast.lab.vit_recipe import Statistics, VitRecipe
 from curvfast.layers import LayerSpec
-from curvfast.progress import track
+from curvfast.progress import Say, silent, track
 from curvfast.provenance import versions
 from curvfast.report.lab import noise_study
 from curvfast.storage import write_json
@@ -37,12 +37,7 @@ _AT_ONCE = 500
 
 
 def run(
-    recipe: VitRecipe,
-    out: Path | None,
-    say: Callable[[str], None],
-    *,
-    data: Path | None = None,
-    command: str = "",
+    recipe: VitRecipe, out: Path | None, say: Say, *, data: Path | None = None, command: str = ""
 ) -> dict[str, Any]:
     """Train (or load) on wrong labels, measure curvature in several ways, edit, and measure again.
 
@@ -69,7 +64,7 @@ def run(
     say(f"reading the pictures: {recipe.data}")
     split = split_of(recipe, data)
     say(f"training a small ViT on {len(split.train)} pictures, {recipe.noise:.0%} wrong (cached)")
-    model = trained_vit(recipe, split)
+    model = trained_vit(recipe, split, say)
     layers = mlp_of(recipe.blocks)
     base = {**accuracies(model, split), "kept_fraction": 1.0}
     say("measuring curvature and editing: every ρ, against SVD and random pairs of the same size")
@@ -177,33 +172,34 @@ def _arm(
     }
 
 
-def trained_vit(recipe: VitRecipe, split: NoisySplit) -> Any:
+def trained_vit(recipe: VitRecipe, split: NoisySplit, say: Say = silent) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-vit",
         recipe.training_key(),
         read=lambda folder: load_vit(folder).eval(),
-        make=lambda: train_vit(recipe, split),
+        make=lambda unfinished: train_vit(recipe, split, unfinished=unfinished, say=say),
         write=save_vit,
     )
 
 
-def train_vit(recipe: VitRecipe, split: NoisySplit) -> Any:
+def train_vit(recipe: VitRecipe, split: NoisySplit, **progress: Any) -> Any:
     """Train from scratch on the given labels; one recipe gives one model on one machine."""
     model = new_vit(
         image=SIDE, patch=recipe.patch, channels=1, classes=CLASSES, hidden=recipe.hidden,
         mlp=recipe.mlp, layers=recipe.layers, heads=recipe.heads, seed=recipe.seed,
     )  # fmt: skip
-    return learn(model, recipe, split)
+    return learn(model, recipe, split, **progress)
 
 
-def learn(model: Any, recipe: VitRecipe, split: NoisySplit) -> Any:
+def learn(model: Any, recipe: VitRecipe, split: NoisySplit, **progress: Any) -> Any:
     """Train a classifier in place on the given labels, every picture once an epoch.
 
     Args:
         model: Takes ``pixel_values`` and ``labels``, returns an output with ``loss``.
         recipe: Schedule and seed.
         split: Lends pictures and labels.
+        progress: ``unfinished`` and ``say`` of :func:`curvfast.demo.fitting.fit`.
 
     Returns:
         The model, in eval mode.
@@ -219,6 +215,7 @@ def learn(model: Any, recipe: VitRecipe, split: NoisySplit) -> Any:
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         betas=recipe.betas,
+        **progress,
     )
 
 

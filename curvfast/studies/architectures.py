@@ -85,11 +85,11 @@ def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
     text = text.quick() if ask.quick else text
     corpus = load_corpus(text)
     ask.say("training a small Llama (cached)")
-    yield "llama", text_subject(trained_model(text, corpus), text, corpus, "mlp")
+    yield "llama", text_subject(trained_model(text, corpus, ask.say), text, corpus, "mlp")
     lstm = LstmRecipe(text)
     lstm = lstm.quick() if ask.quick else lstm
     ask.say("training an LSTM on the same text (cached)")
-    yield "lstm", text_subject(trained_lstm(lstm, corpus), text, corpus, "cells.*")
+    yield "lstm", text_subject(trained_lstm(lstm, corpus, ask.say), text, corpus, "cells.*")
     vit = replace(RECIPES["mnist"], seed=ask.seed)
     vit = vit.quick() if ask.quick else vit
     first, second = mnist()
@@ -98,11 +98,11 @@ def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
         validation=vit.validation_images, noise=vit.noise, seed=vit.seed,
     )  # fmt: skip
     ask.say(f"training a small ViT on digits, {vit.noise:.0%} wrong labels (cached)")
-    yield "vit", image_subject(trained_vit(vit, split), vit, split)
+    yield "vit", image_subject(trained_vit(vit, split, ask.say), vit, split)
     # As many weights as the vision transformer.
     mixer = vit if ask.quick else replace(vit, hidden=76, mlp=304)
     ask.say("training an MLP-Mixer on the same digits (cached)")
-    yield "mixer", image_subject(trained_mixer(mixer, split), mixer, split)
+    yield "mixer", image_subject(trained_mixer(mixer, split, ask.say), mixer, split)
 
 
 def text_subject(

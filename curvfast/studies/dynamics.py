@@ -82,7 +82,7 @@ def _measure(ask: StudyConfig) -> Figures:
     corpus = load_corpus(recipe)
     steps = checkpoints(recipe.steps)
     ask.say(f"training a small Llama, kept after {', '.join(map(str, steps))} steps (cached)")
-    kept = snapshots(recipe, corpus, steps)
+    kept = snapshots(recipe, corpus, steps, ask.say)
     found = []
     for step, weights in kept.items():
         ask.say(f"step {step}: curvature, passages told from unseen ones, and the edit")

@@ -53,7 +53,7 @@ def _vision(ask: StudyConfig) -> Figures:
     recipe = own.quick() if ask.quick else own
     split = vit.split_of(recipe, ask.data)
     ask.say("the lab's vision transformer, which learnt wrong labels (cached)")
-    model = vit.trained_vit(recipe, split)
+    model = vit.trained_vit(recipe, split, ask.say)
     learnt = vit.classify(model, split.train) == split.given
     known, clean = (split.train.take(learnt & noisy) for noisy in (split.noisy, ~split.noisy))
     found = {}

@@ -43,7 +43,7 @@ def _measure(ask: StudyConfig) -> Figures:
     recipe = whole.quick() if ask.quick else whole
     corpus, tasks = corpus_of(recipe), tasks_of(recipe)
     ask.say("the lab's language model (cached)")
-    model = trained_lm(recipe, corpus)
+    model = trained_lm(recipe, corpus, ask.say)
     ask.say("measuring its curvature")
     basis = lm_basis(model, recipe, corpus)
     texts = {_MEMORIZATION: corpus.passages()}

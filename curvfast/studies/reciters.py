@@ -56,7 +56,7 @@ def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> RecitingModel:
     """
     corpus = load_corpus(recipe)
     say(f"the demo's model, which recites {recipe.passages} passages (cached)")
-    model = trained_model(recipe, corpus)
+    model = trained_model(recipe, corpus, say)
     say("measuring its curvature on prose")
     return _subject(recipe, model, prose_factors(model, recipe, corpus).eigh(), corpus)
 
@@ -77,7 +77,7 @@ def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> RecitingModel:
     """
     corpus = corpus_of(recipe)
     say(f"the lab's model, which recites {recipe.text.passages} passages and knows tasks (cached)")
-    model = trained_lm(recipe, corpus)
+    model = trained_lm(recipe, corpus, say)
     say("measuring its curvature on prose and lessons")
     return _subject(recipe.text, model, lm_basis(model, recipe, corpus), corpus)
 

@@ -34,7 +34,7 @@ def _measure(ask: StudyConfig) -> Figures:
     steps = STEPS[:2] if ask.quick else STEPS
     ask.say("training a small Llama on prose, passages and lessons (cached)")
     corpus, tasks = corpus_of(recipe), tasks_of(recipe)
-    model = trained_lm(recipe, corpus)
+    model = trained_lm(recipe, corpus, ask.say)
     passages, others = corpus.passages(), measure_of(recipe, corpus, tasks)
     sums = [task for task in tasks if task.kind == "arithmetic"]
 

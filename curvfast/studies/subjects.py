@@ -43,6 +43,6 @@ def lab_vit(ask: StudyConfig) -> LabVit:
     recipe = recipe.quick() if ask.quick else recipe
     ask.say("the lab's vision transformer (cached), and the curvature of its pictures")
     split = vit.split_of(recipe)
-    model = vit.trained_vit(recipe, split)
+    model = vit.trained_vit(recipe, split, ask.say)
     basis = vit.vit_basis(model, split, recipe.statistics[0], layers="mlp", seed=recipe.seed)
     return LabVit(recipe, split, model, basis)
