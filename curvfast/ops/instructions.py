@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from curvfast.errors import BackendUnavailable, CurvfastError, InputError
+from curvfast.errors import BackendUnavailable, InputError
 from curvfast.ops import _native, registry
 
 ENVIRONMENT = "CURVFAST_ISA"
@@ -31,13 +31,15 @@ def refusal() -> str | None:
 
 
 def unavailable() -> str | None:
-    """Return why the native core cannot be used as the environment asks, or None if it can."""
+    """Return why the native core cannot be used on this machine, or None.
+
+    Raises:
+        InputError: As :func:`chosen`: nothing runs in place of instructions asked for by name.
+        BackendUnavailable: As :func:`chosen`.
+    """
     reason = _native.unavailable()
     if reason is None:
-        try:
-            chosen()
-        except CurvfastError as error:
-            reason = str(error)
+        chosen()
     return reason
 
 

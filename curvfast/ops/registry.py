@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from curvfast.errors import BackendUnavailable, InputError
+from curvfast.errors import BackendUnavailable, CurvfastError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,10 @@ class Backend:
     refusals: Mapping[str, Callable[..., str | None]]
     """For an operation that cannot take everything: (its arguments) -> why it cannot, or None."""
     unavailable: Callable[[], str | None] = field(default=lambda: None)
-    """Why it cannot run on this machine at all, or None; asked at every call, so cheap."""
+    """Why it cannot run on this machine at all, or None; asked at every call, so cheap.
+
+    It may raise where it was asked for by name in a way that cannot be honoured.
+    """
     status: Callable[[], str] = field(default=lambda: "available")
     """What there is to say where it can run."""
 
@@ -53,7 +56,7 @@ def backends() -> dict[str, str]:
 
     The native one says as well by which instruction set its second moments are multiplied.
     """
-    return {name: b.unavailable() or b.status() for name, b in _backends.items()}
+    return {name: _why_not(b) or b.status() for name, b in _backends.items()}
 
 
 @contextmanager
@@ -76,7 +79,7 @@ def use_backend(name: str) -> Iterator[None]:
         BackendUnavailable: If it cannot run on this machine.
     """
     if name != AUTO:
-        reason = _named(name, "use_backend").unavailable()
+        reason = _why_not(_named(name, "use_backend"))
         if reason:
             raise BackendUnavailable(f"backend {name!r} cannot be used: {reason}")
     token = _chosen.set(name)
@@ -124,6 +127,14 @@ def unless_named(name: str, reason: str) -> Callable[..., str | None]:
 
 def _name() -> str:
     return _chosen.get() or os.environ.get(_ENVIRONMENT) or AUTO
+
+
+def _why_not(backend: Backend) -> str | None:
+    """Return why a backend cannot run on this machine, or None, without raising."""
+    try:
+        return backend.unavailable()
+    except CurvfastError as error:
+        return str(error)
 
 
 def _refusal(backend: Backend, operation: str, arguments: tuple[Any, ...]) -> str | None:
