@@ -12,7 +12,7 @@ from curvfast.ops import blocked, packed_rows
 class Scratch:
     """Makes on the meta device what adding rows makes on ``device``.
 
-    On a CPU rows pass through a buffer: packed where this processor has instructions for it, in
+    On a CPU rows pass through a buffer: packed where the native core multiplies them unasked, in
     float32 elsewhere. Kernels of a GPU read rows where they lie, and keep narrow ones alive
     until enough wait for one launch (:mod:`curvfast.pending`).
     """
