@@ -126,7 +126,8 @@ void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::in
 // Every instruction set's name, and whether this processor supports it.
 std::vector<std::tuple<std::string, bool>> instruction_sets() {
   std::vector<std::tuple<std::string, bool>> found;
-  for (const auto& set : curvfast::instruction_sets()) found.emplace_back(set.name, set.supported());
+  for (const auto& set : curvfast::instruction_sets())
+    found.emplace_back(set.name, set.supported());
   return found;
 }
 

@@ -12,7 +12,7 @@ from curvfast.ops import blocked, packed_rows
 class Scratch:
     """Allocates on the meta device the temporary buffers that adding rows needs on ``device``.
 
-    On a CPU rows pass through a buffer: packed where this processor has instructions for it, in
+    On a CPU rows pass through a buffer: packed where the native core multiplies them unasked, in
     float32 elsewhere. GPU kernels read rows in place, and keep narrow ones alive until enough are
     queued for one launch (:mod:`curvfast.pending`).
     """
