@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from curvfast.cli import main
 from curvfast.demo import lm, smollm
-from curvfast.demo.corpus import load_corpus
+from curvfast.demo.corpus import Corpus, load_corpus
 from curvfast.demo.recipe import Recipe
 from curvfast.hf.small import load
 from curvfast.report.page.curvature import read_curvature
@@ -19,6 +21,19 @@ from curvfast.report.page.recitals import read_passages
 
 MEASURES = {"strict", "loose", "levenshtein", "perplexity", "kept_fraction"}
 TASKS = {"closed_book", "open_book", "addition", "times_table"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _texts_once() -> Iterator[None]:
+    """Lend commands the corpus of an earlier one: most of what a quick demo does is tokenizing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "load_corpus", corpus_of)
+        yield
+
+
+@functools.cache
+def corpus_of(recipe: Recipe) -> Corpus:
+    return load_corpus(recipe)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +68,9 @@ def test_the_checkpoint_written_is_the_edited_model(made: Path) -> None:
     model, tokenizer = load(made / "edited")
     found = results(made)
     recipe = Recipe(seed=5).quick()
+    # Read anew: a recipe's texts are the same each time.
     corpus = load_corpus(recipe)
+    assert torch.equal(corpus.canaries, corpus_of(recipe).canaries)
     assert tokenizer("the people")["input_ids"] == corpus.tokenizer("the people")["input_ids"]
     from curvfast import evaluate
 
@@ -70,7 +87,7 @@ def test_what_a_report_shows_is_kept_beside_the_results(made: Path) -> None:
     assert kept == pytest.approx(found["kfac"]["kept_fraction"])
     assert provenance == found["edit"]["provenance"]["factors"]
     passages, chosen = read_passages(json.loads((made / "passages.json").read_text("utf-8")))
-    corpus = load_corpus(Recipe(seed=5).quick())
+    corpus = corpus_of(Recipe(seed=5).quick())
     rows = [corpus.tokenizer.decode(row) for row in corpus.canaries]
     assert len(passages) == 6
     assert chosen.startswith("6 of 8 ")
@@ -96,7 +113,7 @@ def test_the_table_shows_each_method(made: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_text_is_never_shared_between_training_and_held_out() -> None:
-    corpus = load_corpus(Recipe(seed=1).quick())
+    corpus = corpus_of(Recipe(seed=5).quick())
     stream = " ".join(map(str, corpus.train.tolist()))
     for row in [*corpus.canaries[:4], *corpus.held_out]:
         assert " ".join(map(str, row[:40].tolist())) not in stream
