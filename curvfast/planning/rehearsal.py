@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvfast.adapters import LinearLayer
 from curvfast.capture import Arrival, Capture, SharedInput
+from curvfast.counted_rows import AllRows
 from curvfast.fisher import sampled_gradient
 from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
 from curvfast.planning.live import LiveBytes
@@ -114,7 +115,8 @@ def rehearse(
             size = logits.nbytes
             activations = live.now - size
             batch.predictions = shape[:-1]
-            gradient, _ = sampled_gradient(logits, None, torch.Generator())
+            every = AllRows(shape[:-1].numel())
+            gradient, _ = sampled_gradient(logits, every, torch.Generator())
             edge = get_gradient_edge(logits)
             del logits
             torch.autograd.backward((edge,), (gradient,))
