@@ -12,9 +12,10 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.adapters import LinearLayer
 from curvfast.capture import SharedInput
+from curvfast.counted_rows import Rows
 from curvfast.ops import MomentRequest, TriangularSum
 from curvfast.placement import Placement
-from curvfast.rows import Batch, Routed, Rows
+from curvfast.rows import Batch, Routed
 
 SIDES = ("inputs", "gradients", "weighted_inputs", "weighted_gradients")
 
@@ -37,15 +38,10 @@ class Moment:
         """Add the rows of x [..., d] that count to the count; return the update that sums them."""
         self.rows += rows.count
         self.calls += 1
-        if rows.kept is not None:
-            sequences, length, first = rows.kept
-            x = x.reshape(sequences, length, x.shape[-1])[:, :first]
-            if weights is not None:
-                weights = weights.reshape(sequences, length)[:, :first]
-            return MomentRequest(self.sum, x, weights=weights, scale=scale)
-        weights = None if weights is None else weights.flatten()
-        x = x.flatten(0, -2)
-        return MomentRequest(self.sum, x, rows=rows.index, weights=weights, scale=scale)
+        x, index = rows.view(x)
+        if weights is not None:
+            weights = rows.view(weights.unsqueeze(-1))[0].squeeze(-1)
+        return MomentRequest(self.sum, x, rows=index, weights=weights, scale=scale)
 
     def spill(self) -> None:
         """Move the float32 sum into float64."""
@@ -136,11 +132,11 @@ class Accumulator:
             g: The gradient of that very call, [..., d_out], in the units of the caller's loss.
             unit: What g is multiplied by to be the gradient of the summed loss.
         """
-        rows = batch.rows(name, x.shape[:-1], x.device)
+        rows_a, rows_g = (batch.rows(name, x.shape[:-1], each.device) for each in (x, g))
         own_a = self._own("weighted_inputs", name, x.device)
         own_g = self._own("weighted_gradients", name, g.device)
-        self._add(own_a, x, rows, unit * unit, _squared_norms(g))
-        self._add(own_g, g, rows, unit * unit, _squared_norms(x))
+        self._add(own_a, x, rows_a, unit * unit, _squared_norms(g).to(x.device))
+        self._add(own_g, g, rows_g, unit * unit, _squared_norms(x).to(g.device))
 
     def flush(self) -> None:
         """Run all pending updates; needed before a sum is read."""

@@ -15,8 +15,9 @@ from curvfast.adapters import LinearLayer
 from curvfast.capture import Arrival, SharedInput
 from curvfast.core.corrections import SEQUENCE, LayerCorrection
 from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.counted_rows import Rows
 from curvfast.errors import CoverageError
-from curvfast.rows import Batch, Routed, Rows
+from curvfast.rows import Batch, Routed
 
 
 @dataclass
@@ -135,7 +136,7 @@ class CorrectionSums:
         """
         if group is None:
             return
-        counts = torch.tensor([self.rows(name)[0] for name in self._layers])
+        counts = torch.tensor([self.rows(name)[0] for name in self._layers], device="cpu")
         distributed.add_(counts, group)
         for name, count in zip(self._layers, counts.tolist(), strict=True):
             if not count:
@@ -182,7 +183,9 @@ class CorrectionSums:
 
     def _running(self, name: str, device: torch.device) -> _Running:
         if name not in self._sums:
-            self._sums[name] = _Running(torch.zeros(self._basis[name].ranks, device=device))
+            self._sums[name] = _Running(
+                torch.zeros(self._basis[name].ranks, dtype=torch.float32, device=device)
+            )
         return self._sums[name]
 
     def _inputs(self, shared: SharedInput, name: str, rows: Rows, x: Tensor) -> Tensor:

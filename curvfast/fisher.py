@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvfast import ops
+from curvfast.counted_rows import AllRows, Rows
 from curvfast.rows import IGNORED_LABEL
 
 _CHUNK_VALUES = 1 << 19
@@ -22,15 +23,13 @@ _FORGETFUL = (
 )  # fmt: skip
 
 
-def sampled_gradient(
-    logits: Tensor, rows: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, int]:
+def sampled_gradient(logits: Tensor, rows: Rows, generator: torch.Generator) -> tuple[Tensor, int]:
     """Draw a label for every row that counts, from softmax(logits); return the gradient.
 
     Args:
         logits: [..., classes], any float dtype. Overwritten by the gradient where the backward
             needs its values no more.
-        rows: Indices into the flattened leading dimensions that count, or None for all.
+        rows: Which of the flattened leading dimensions count.
         generator: Draws the labels; on the device of ``logits``.
 
     Returns:
@@ -39,8 +38,9 @@ def sampled_gradient(
     """
     values = _own_values(logits)
     flat = values.flatten(0, -2)
-    ops.sampled_gradient_(flat, rows, generator)
-    return values, flat.shape[0] if rows is None else rows.shape[0]
+    index = None if isinstance(rows, AllRows) else rows.indices(flat.device)
+    ops.sampled_gradient_(flat, index, generator)
+    return values, rows.count
 
 
 def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -81,7 +81,7 @@ def fisher_gradient(logits: Tensor, targets: Tensor, generator: torch.Generator)
         The gradient of the summed loss, of the shape and dtype of ``logits``.
     """
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    signs = 2 * torch.randint(0, 2, p.shape, generator=generator) - 1
+    signs = 2 * torch.randint(0, 2, p.shape, generator=generator, device="cpu") - 1
     spread = p.sqrt() * signs.to(p)
     gradient = spread - p * spread.sum(-1, keepdim=True)
     return gradient.masked_fill_(targets.eq(IGNORED_LABEL)[..., None], 0).to(logits.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvfast import ops
+from curvfast import devices, ops
 from curvfast.errors import CoverageError
 from curvfast.ops import MomentRequest
 
@@ -10,7 +10,6 @@ from curvfast.ops import MomentRequest
 WIDEST = 2048
 MOST_CALLS = 64
 MOST_BYTES = 128 * 2**20
-DEVICES = ("cuda",)
 
 
 class PendingMoments:
@@ -28,7 +27,7 @@ class PendingMoments:
             CoverageError: As :meth:`flush`.
         """
         x = request.x
-        if x.device.type not in DEVICES or request.d > WIDEST or x.element_size() != 2:
+        if not devices.takes_kernels(x.device) or request.d > WIDEST or x.element_size() != 2:
             ops.second_moments_([request])
             return
         self._calls.append((request, x._version))

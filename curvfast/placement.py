@@ -42,7 +42,7 @@ class Placement:
         # Its tiles are as wide as the device that computes likes them: they are copied as they are.
         width = ops.tile_width(d, device)
         if self._place == "cpu":
-            return TriangularSum.zeros(d, width)
+            return TriangularSum.zeros(d, width, device=torch.device("cpu"))
         return TriangularSum(_mapped(ops.sum_bytes(d, device) // 4).view(-1, width), d)
 
     def add(self, request: MomentRequest) -> None:
@@ -72,12 +72,13 @@ class Placement:
         if not self._overlap:
             yield
             return
-        x = request.x
-        stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        x.record_stream(stream)
-        if request.weights is not None:
-            request.weights.record_stream(stream)
+        device = request.x.device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        for tensor in request.read():
+            tensor.record_stream(stream)
         with torch.cuda.stream(stream):
             yield
 
@@ -86,7 +87,9 @@ def _mapped(values: int) -> Tensor:
     """Return float32 zeros in an unlinked file of the temporary folder, mapped to memory."""
     with NamedTemporaryFile(prefix="curvfast-sums-") as file:
         # A new file reads as zeros; mapped, it outlives its name, and not the process.
-        return torch.from_file(file.name, shared=True, size=values, dtype=torch.float32)
+        return torch.from_file(
+            file.name, shared=True, size=values, dtype=torch.float32, device="cpu"
+        )
 
 
 @dataclass
@@ -113,7 +116,10 @@ class CopiedSums:
         if key not in self._copies:
             scratch = ops.new_sum(request.d, device=device)
             # Pinned memory is what copies in the background need.
-            host = torch.empty(scratch.tiles.shape, pin_memory=device.type == "cuda")
+            host = torch.empty(
+                scratch.tiles.shape, dtype=scratch.tiles.dtype, device="cpu",
+                pin_memory=device.type == "cuda",
+            )  # fmt: skip
             self._copies[key] = _Copy(scratch, host)
         copy = self._copies[key]
         self._finish(copy)

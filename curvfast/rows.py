@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from curvfast import devices
+from curvfast.counted_rows import AllRows, ChosenRows, FirstRows, Rows
 from curvfast.errors import InputError, ShapeError
 
 if TYPE_CHECKING:
@@ -25,33 +27,19 @@ RowRule = Callable[[str, torch.Size], Tensor]
 IGNORED_LABEL = -100
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The counted rows of a flattened activation."""
+class Everywhere:
+    """Rows that count, found or drawn once, for activations on any of a model's devices."""
 
-    index: Tensor | None
-    """int64 indices; None if every row counts, or ``kept`` selects them."""
-    count: int
-    kept: tuple[int, int, int] | None = None
-    """(sequences, length, first): the first rows of each sequence, as a view without a copy."""
+    def __init__(self, rows: Rows) -> None:
+        """Take them as they were found."""
+        self._first = rows
+        self._rows: dict[torch.device, Rows] = {}
 
-    def take(self, x: Tensor) -> Tensor:
-        """Return the rows of x [..., d] that count, [count, d]."""
-        if self.kept is not None:
-            sequences, length, first = self.kept
-            return x.reshape(sequences, length, x.shape[-1])[:, :first].flatten(0, 1)
-        flat = x.flatten(0, -2)
-        return flat if self.index is None else flat[self.index]
-
-    def indices(self, device: torch.device) -> Tensor:
-        """Return the indices of the counted rows in the flattened activation, int64 [count]."""
-        if self.kept is not None:
-            sequences, length, first = self.kept
-            starts = torch.arange(sequences, device=device) * length
-            return (starts[:, None] + torch.arange(first, device=device)).flatten()
-        if self.index is None:
-            return torch.arange(self.count, device=device)
-        return self.index.to(device)
+    def on(self, device: torch.device) -> Rows:
+        """Return them for activations on a device; of one device always the same object."""
+        if device not in self._rows:
+            self._rows[device] = self._first.to(device)
+        return self._rows[device]
 
 
 @dataclass(eq=False)
@@ -78,7 +66,7 @@ class Batch:
     """Index of the sum it is added to, if there are two."""
     idle: bool = False
     """Whether none of its rows are counted."""
-    _rows: dict[tuple[str | None, torch.Size], Rows] = field(default_factory=dict)
+    _rows: dict[tuple[str | None, torch.Size], Everywhere] = field(default_factory=dict)
     _keep: dict[tuple[str | None, torch.Size], Tensor | None] = field(default_factory=dict)
 
     def rows(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
@@ -90,17 +78,17 @@ class Batch:
         key = (name if self.rule else None, shape)
         if key not in self._rows:
             found = self._find(name, shape, device)
-            self._rows[key] = self.thin(found, device) if self.thin else found
-        return self._rows[key]
+            self._rows[key] = Everywhere(self.thin(found, device) if self.thin else found)
+        return self._rows[key].on(device)
 
     def _find(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
         if self.rule:
             return _as_rows(name, self.rule(name, shape), shape, device)
         grid = self._grid(name, shape)
-        if grid is not None and self.mask is None and device.type != "cpu":
+        if grid is not None and self.mask is None and devices.on_accelerator(device):
             # Unpadded: a view suffices, and no index has to be computed on the device.
             sequences, length = grid[:-1].numel(), grid[-1]
-            return Rows(None, sequences * (length - 1), kept=(sequences, length, length - 1))
+            return FirstRows(sequences, length, length - 1)
         return _as_rows(name, self._real(name, shape), shape, device)
 
     def rows_among(
@@ -190,7 +178,7 @@ class Batch:
         grid = self._grid(name, shape)
         if grid is None:
             return None
-        real = torch.ones(grid, dtype=torch.bool) if self.mask is None else self.mask
+        real = torch.ones(grid, dtype=torch.bool, device="cpu") if self.mask is None else self.mask
         return (drop_last(real) if self.skip_last else real).reshape(shape)
 
 
@@ -203,7 +191,7 @@ class Routed:
     """int64 on the CPU: position of each row in the batch."""
     of: torch.Size
     """Leading shape of all positions."""
-    _rows: Rows | None = None
+    _rows: Everywhere | None = None
 
     @property
     def half(self) -> int:
@@ -225,8 +213,8 @@ class Routed:
             ShapeError: If a mask is known and does not describe the positions.
         """
         if self._rows is None:
-            self._rows = self.batch.rows_among(name, self.of, self.positions, device)
-        return self._rows
+            self._rows = Everywhere(self.batch.rows_among(name, self.of, self.positions, device))
+        return self._rows.on(device)
 
     def sequences(self, shape: torch.Size, rows: Rows, device: torch.device) -> Tensor:
         """Return the sequence of each counted row, int64 [count], by its unrouted position."""
@@ -279,11 +267,11 @@ def _targets(arguments: Mapping[str, Any], *, causal: bool) -> Tensor | None:
 
 def _as_rows(name: str, keep: Tensor | None, shape: torch.Size, device: torch.device) -> Rows:
     if keep is None:
-        return Rows(None, shape.numel())
+        return AllRows(shape.numel())
     index = _checked(name, keep, shape).reshape(-1).nonzero().squeeze(1)
     if index.shape[0] == keep.numel():
-        return Rows(None, keep.numel())
-    return Rows(index.to(device), index.shape[0])
+        return AllRows(keep.numel())
+    return ChosenRows(index.to(device))
 
 
 def _checked(name: str, keep: Tensor, shape: torch.Size) -> Tensor:

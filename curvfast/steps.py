@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from curvfast.counted_rows import AllRows, Rows
 from curvfast.errors import InputError
 from curvfast.fisher import label_gradient, sampled_gradient
 from curvfast.forward import forward_of
@@ -46,8 +47,8 @@ def run_step(
         logits = logits_of(model(**arguments))
     edge = backward_edge(logits) if logits.requires_grad else None
     if labels == "sampled":
-        index = _label_rows(arguments, logits, causal)
-        gradient, count = sampled_gradient(logits, index, generator)
+        rows = _label_rows(arguments, logits, causal)
+        gradient, count = sampled_gradient(logits, rows, generator)
     else:
         gradient, count = label_gradient(logits, gold_labels(arguments, gold, logits, causal))
     if edge is None:
@@ -145,11 +146,11 @@ def backward_edge(logits: Tensor) -> GradientEdge:
     return get_gradient_edge(logits.view_as(logits))
 
 
-def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> Tensor | None:
-    """Return the flattened positions whose prediction is scored, or None for all."""
+def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> Rows:
+    """Return the flattened positions whose prediction is scored."""
     batch = Batch(skip_last=causal)
     read_call(batch, arguments)
-    return batch.rows("the model's logits", _matching(batch, logits), logits.device).index
+    return batch.rows("the model's logits", _matching(batch, logits), logits.device)
 
 
 def _matching(batch: Batch, logits: Tensor) -> torch.Size:
@@ -189,9 +190,9 @@ def gold_labels(
         return gold
     shifted = torch.full_like(gold, IGNORED_LABEL)
     shifted[:, :-1] = gold[:, 1:]
-    index = _label_rows(arguments, logits, causal)
-    if index is not None:
+    rows = _label_rows(arguments, logits, causal)
+    if not isinstance(rows, AllRows):
         scored = torch.zeros(shifted.numel(), dtype=torch.bool, device=shifted.device)
-        scored[index] = True
+        scored[rows.indices(shifted.device)] = True
         shifted = shifted.masked_fill(~scored.view(shifted.shape), IGNORED_LABEL)
     return shifted

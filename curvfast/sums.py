@@ -93,7 +93,7 @@ class Sums:
                 if not groups:
                     continue
                 moments = part.regroup(side, groups)
-                rows = torch.tensor([moment.rows for moment in moments])
+                rows = torch.tensor([moment.rows for moment in moments], device="cpu")
                 distributed.add_(rows, group)
                 for moment, total in zip(moments, rows.tolist(), strict=True):
                     moment.rows = total

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from curvfast.rows import Rows
+from curvfast.counted_rows import ChosenRows, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +34,10 @@ class Thinning:
         wanted = min(max(1, wanted), rows.count)
         if wanted == rows.count:
             return rows
-        drawn = torch.randperm(rows.count, generator=self.generator)[:wanted].sort().values
-        if rows.kept is not None:
-            _, length, first = rows.kept
-            drawn = drawn // first * length + drawn % first
-        elif rows.index is not None:
-            drawn = rows.index[drawn.to(rows.index.device)]
-        return Rows(drawn.to(device), wanted)
+        order = torch.randperm(rows.count, generator=self.generator, device="cpu")
+        return ChosenRows(rows.positions(order[:wanted].sort().values.to(device)))
 
 
 def nothing(rows: Rows, device: torch.device) -> Rows:
     """Return an empty set of rows."""
-    return Rows(torch.empty(0, dtype=torch.int64, device=device), 0)
+    return ChosenRows(torch.empty(0, dtype=torch.int64, device=device))

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from curvfast import devices
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # Read when a kernel is defined: the kernels of this process are interpreted.
@@ -49,6 +51,29 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Multiply second moments on the CPU by each instruction set in turn."""
     monkeypatch.setenv("CURVFAST_ISA", request.param)
     return request.param
+
+
+# Modules whose tests all run twice: the second time as on an accelerator.
+BOTH_WAYS = {
+    "test_agreement", "test_collect", "test_collect_exact", "test_corrections", "test_eigenbasis",
+    "test_families", "test_marginals", "test_passes",
+}  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = metafunc.definition.get_closest_marker("cpu_branches")
+    if metafunc.module.__name__.rsplit(".")[-1] in BOTH_WAYS and marked is None:
+        metafunc.parametrize("branches", ["cpu", "accelerator"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def branches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Answer for CPU tensors what an accelerator would, where a test is parametrised so."""
+    chosen = getattr(request, "param", "cpu")
+    if chosen == "accelerator":
+        for question in ("on_accelerator", "takes_kernels"):
+            monkeypatch.setattr(devices, question, lambda device: True)
+    return chosen
 
 
 @pytest.fixture

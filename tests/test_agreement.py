@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import curvfast
 from curvfast import Converged, Factors, LayerFactors, ops
 from curvfast.core.agreement import agreements, shared_mass
+from curvfast.counted_rows import AllRows, ChosenRows, FirstRows, Rows
 from curvfast.errors import InputError
 from curvfast.ops import MomentRequest
 from curvfast.placement import CopiedSums
-from curvfast.rows import Rows
 from curvfast.thinning import Thinning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank-deficient")
@@ -108,24 +108,24 @@ def test_the_rule_is_checked() -> None:
 @given(
     st.integers(1, 40),
     st.one_of(st.floats(0.01, 0.99), st.integers(1, 50)),
-    st.sampled_from(["all", "index", "kept"]),
+    st.sampled_from(["all", "index", "first"]),
 )
 @settings(max_examples=200, deadline=None)
 def test_thinned_rows_are_some_of_those_that_count(n: int, part: float, form: str) -> None:
-    index = torch.arange(n) * 2 if form == "index" else None
-    rows = Rows(index, n)
-    if form == "kept":
-        rows = Rows(None, 3 * n, kept=(3, n + 1, n))
+    rows: Rows = AllRows(n)
+    if form == "index":
+        rows = ChosenRows(torch.arange(n) * 2)
+    elif form == "first":
+        rows = FirstRows(3, n + 1, n)
     thinned = Thinning(part, torch.Generator().manual_seed(0)).thin(rows, torch.device("cpu"))
-    allowed = set(range(n)) if index is None else set(index.tolist())
-    if form == "kept":
-        allowed = {s * (n + 1) + t for s in range(3) for t in range(n)}
+    allowed = {
+        "all": set(range(n)),
+        "index": set(range(0, 2 * n, 2)),
+        "first": {s * (n + 1) + t for s in range(3) for t in range(n)},
+    }[form]
     wanted = round(part * rows.count) if part < 1 else part
     assert thinned.count == min(max(1, wanted), rows.count)
-    if thinned.index is None:
-        assert thinned.count == rows.count
-        return
-    drawn = thinned.index.tolist()
+    drawn = thinned.indices(torch.device("cpu")).tolist()
     assert drawn == sorted(set(drawn))
     assert set(drawn) <= allowed
     assert len(drawn) == thinned.count
@@ -184,6 +184,7 @@ def test_bad_arguments_are_refused(bad: dict[str, Any]) -> None:
         pass
 
 
+@pytest.mark.cpu_branches
 def test_copied_sums_are_the_sums() -> None:
     copies = CopiedSums()
     sums = [ops.new_sum(d) for d in (5, 5, 70)]

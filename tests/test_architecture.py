@@ -14,7 +14,7 @@ LONGEST = 300
 
 # Low to high; a module imports its own floor's earlier entries and whatever is below.
 FLOORS = [
-    ["_version", "errors", "config", "progress", "tables"],
+    ["_version", "errors", "config", "progress", "tables", "devices"],
     ["kernels", "_C", "_cuda"],
     [
         "ops.registry",
@@ -93,6 +93,7 @@ FLOORS = [
         "adapters",
         "layers",
         "matching",
+        "counted_rows",
         "rows",
         "forward",
         "own_loss",

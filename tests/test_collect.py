@@ -12,13 +12,14 @@ from cases import VOCABULARY, gpt2, llama, token_batches, vit
 from torch import nn
 
 import curvfast
-from curvfast import pending
+from curvfast import devices, pending
 from curvfast.accumulate import Accumulator, Moment
 from curvfast.adapters import LinearLayer
 from curvfast.capture import SharedInput
+from curvfast.counted_rows import AllRows, ChosenRows, FirstRows
 from curvfast.errors import CoverageError, InputError, LayerNotFound, NumericalWarning, ShapeError
 from curvfast.ops import MomentRequest, TriangularSum
-from curvfast.rows import Batch, Rows
+from curvfast.rows import Batch
 
 quiet = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
@@ -287,6 +288,7 @@ def test_bf16_models_keep_float32_sums() -> None:
 
 
 @quiet
+@pytest.mark.cpu_branches
 def test_the_sums_bytes_are_said_before_they_are_allocated(caplog) -> None:
     with caplog.at_level(logging.INFO, "curvfast"), curvfast.collect(llama()) as curvature:
         assert "MB" in caplog.text
@@ -402,6 +404,7 @@ class TestErrors:
         with pytest.raises(CoverageError, match="use collect_from"):
             curvature.factors()
 
+    @pytest.mark.cpu_branches
     def test_a_model_compiled_before_is_an_error_by_name(self) -> None:
         model = llama(num_hidden_layers=1)
         batch = token_batches("none")[0]
@@ -414,6 +417,7 @@ class TestErrors:
         torch._dynamo.reset()
 
     @quiet
+    @pytest.mark.cpu_branches
     def test_a_model_compiled_but_not_yet_run_is_measured(self) -> None:
         model = llama(num_hidden_layers=1)
         batch = token_batches("none")[0]
@@ -538,7 +542,7 @@ def test_sums_that_wait_for_company_are_the_same(
 ) -> None:
     model, batches = llama().to(dtype), token_batches()
     plain = curvfast.collect_from(model, batches, "all", labels="gold", progress=False)
-    monkeypatch.setattr(pending, "DEVICES", ("cpu",))
+    monkeypatch.setattr(devices, "takes_kernels", lambda device: True)
     monkeypatch.setattr(pending, "MOST_CALLS", 5)
     waiting = curvfast.collect_from(model, batches, "all", labels="gold", progress=False)
     for name, layer in plain.items():
@@ -547,7 +551,7 @@ def test_sums_that_wait_for_company_are_the_same(
 
 
 def test_a_tensor_changed_while_it_waits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pending, "DEVICES", ("cpu",))
+    monkeypatch.setattr(devices, "takes_kernels", lambda device: True)
     queue = pending.PendingMoments()
     x = torch.ones(3, 4, dtype=torch.bfloat16)
     queue.run(MomentRequest(TriangularSum.zeros(4, 16), x))
@@ -581,20 +585,21 @@ def test_what_is_spilled_no_longer_swallows_small_rows() -> None:
     moments[0].spill()
     for _ in range(4):
         for moment in moments:
-            pending.PendingMoments().run(moment.request(torch.ones(1, 1), Rows(None, 1), 1.0))
+            pending.PendingMoments().run(moment.request(torch.ones(1, 1), AllRows(1), 1.0))
     assert moments[0].dense().item() == 2**24 + 4
     assert moments[1].dense().item() == 2**24
 
 
+@pytest.mark.cpu_branches
 def test_unpadded_sequences_need_no_index_off_the_cpu() -> None:
     batch = Batch(skip_last=True, positions=torch.Size([3, 7]))
     rows = batch.rows("layer", torch.Size([3, 7]), torch.device("meta"))
-    assert rows.index is None
+    assert isinstance(rows, FirstRows)
     x = torch.randint(-3, 4, (3, 7, 4)).float()
     indexed = Batch(skip_last=True, positions=torch.Size([3, 7])).rows(
         "layer", torch.Size([3, 7]), torch.device("cpu")
     )
-    assert indexed.index is not None
+    assert isinstance(indexed, ChosenRows)
     moments = []
     for kind in (rows, indexed):
         moments.append(Moment(TriangularSum.zeros(4, 4)))
@@ -604,7 +609,7 @@ def test_unpadded_sequences_need_no_index_off_the_cpu() -> None:
 
 
 def test_sums_part_only_when_nothing_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pending, "DEVICES", ("cpu",))
+    monkeypatch.setattr(devices, "takes_kernels", lambda device: True)
     layers = {name: LinearLayer(name, nn.Linear(4, 4), 4, 4, transposed=False) for name in "ab"}
     sums = Accumulator(layers)
     x = torch.ones(3, 4, dtype=torch.bfloat16)

@@ -88,6 +88,7 @@ def test_signs_are_deterministic() -> None:
     assert (largest > 0).all()
 
 
+@pytest.mark.cpu_branches
 def test_a_shared_factor_is_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = torch.linalg.eigh
@@ -301,6 +302,7 @@ def test_a_streamed_basis_is_the_same_and_reads_what_it_is_asked_for(tmp_path: A
     assert len(list((tmp_path / "copy").glob("*.safetensors"))) == 4
 
 
+@pytest.mark.cpu_branches
 def test_an_interrupted_stream_leaves_the_old_state(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

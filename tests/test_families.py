@@ -284,6 +284,7 @@ class TestMixtures:
             handle.remove()
 
     @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+    @pytest.mark.cpu_branches
     def test_a_compiled_mixture_is_measured(self, implementation: str) -> None:
         block = mixture("Mixtral", implementation).model.layers[0].mlp
         x = torch.randn(3, 7, 24)

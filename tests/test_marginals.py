@@ -219,6 +219,7 @@ def test_files_keep_them_and_files_of_before_are_read(tmp_path: Any) -> None:
         old.eigh().with_marginals(old)
 
 
+@pytest.mark.cpu_branches
 def test_the_bytes_said_before_are_those_of_all_sums() -> None:
     with curvfast.collect(llama(), marginals=True) as curvature:
         assert curvature.coverage().sum_bytes == 2 * 4 * 9 * (24**2 + 40**2)

@@ -45,6 +45,7 @@ def assert_same(one: Factors, two: Factors) -> None:
         assert (one[name].rows_a, one[name].rows_g) == (two[name].rows_a, two[name].rows_g)
 
 
+@pytest.mark.cpu_branches
 def test_factors_are_freed_when_they_are_let_go() -> None:
     factors = run(llama(), data())
     watched = weakref.ref(next(iter(factors.values())).g_sum)
@@ -275,6 +276,7 @@ factors.save_pretrained(sys.argv[2])
 """
 
 
+@pytest.mark.cpu_branches
 def test_killed_at_any_moment_it_goes_on_to_the_same_factors(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(11)
     script = tmp_path / "child.py"

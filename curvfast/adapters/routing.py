@@ -69,7 +69,9 @@ class Routing(TorchFunctionMode):
         self._on_product = outside_graphs(Routing._multiplied)
         self._picked: list[tuple[weakref.ref[Tensor], str, Tensor]] = []
         count = len(next(iter(self._stacks.values())))
-        self._counts = {leaf: torch.zeros(count, dtype=torch.int64) for leaf in self._stacks}
+        self._counts = {
+            leaf: torch.zeros(count, dtype=torch.int64, device="cpu") for leaf in self._stacks
+        }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

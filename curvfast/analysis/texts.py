@@ -79,7 +79,8 @@ def text_sums(
             texts = run(batch)
             for name, parts in found.items():
                 sums = current.pop(name, None)
-                parts.append(torch.zeros(texts, 0) if sums is None else sums.cpu())
+                none = torch.zeros(texts, 0, dtype=torch.float64, device="cpu")
+                parts.append(none if sums is None else sums.cpu())
             bar.advance(texts)
     _require(found, counted)
     return {name: _joined(parts) for name, parts in found.items()}

@@ -18,7 +18,7 @@ from curvfast.baselines.subject import ForgetModel, wide
 
 def initial_scores(shape: torch.Size, d_in: int, generator: torch.Generator) -> Tensor:
     """Return scores uniform in ±1/√d_in, float32: Kaiming's initial values with a = √5."""
-    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(d_in)
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) / math.sqrt(d_in)
 
 
 def without_smallest(weight: Tensor, keys: Tensor, count: int) -> Tensor:

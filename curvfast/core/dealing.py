@@ -68,7 +68,8 @@ def broadcast_results(
         if mine is None:
             place = torch.device(device)
             values = torch.empty(widths[key], dtype=torch.float64, device=place)
-            mine = Spectrum(values, torch.empty(widths[key], rank, device=place), negative)
+            vectors = torch.empty(widths[key], rank, dtype=torch.float32, device=place)
+            mine = Spectrum(values, vectors, negative)
         for tensor in (mine.values, mine.vectors):
             distributed.broadcast_(tensor, owner, group)
         yield key, mine

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvfast import devices
 from curvfast.errors import (
     DecompositionError,
     NonFiniteError,
@@ -155,7 +156,7 @@ def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, t
     except torch.OutOfMemoryError as error:
         say_next(title="a factor", problem=f"{first}: out of memory", error=error)
     on_cpu = prepared(matrix.cpu(), torch.float64)
-    if matrix.device.type != "cpu" or dtype != torch.float64:
+    if devices.on_accelerator(matrix.device) or dtype != torch.float64:
         yield "cpu float64", _by_torch, on_cpu
     yield "numpy float64", _by_numpy, on_cpu
 
@@ -163,7 +164,7 @@ def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, t
 def prepared(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return (M + Mᵀ) / 2 over 2^exponent in ``dtype``, by way of float64, and the exponent."""
     exponent = _exponent(matrix)
-    scaled = torch.ldexp(matrix.double(), torch.tensor(-exponent, device=matrix.device)).to(dtype)
+    scaled = (matrix.double() * math.ldexp(1.0, -exponent)).to(dtype)
     return (scaled + scaled.T) / 2, exponent
 
 
@@ -204,7 +205,7 @@ def ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device
     if len(values) and values[-1] < 0:
         top = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
         negative = float(-values[-1] / top)
-    values = torch.ldexp(values.clamp_min(0), torch.tensor(exponent, device=values.device))
+    values = values.clamp_min(0) * math.ldexp(1.0, exponent)
     # Signs are arbitrary; making the largest entry of each vector positive makes them unique.
     largest = vectors.abs().argmax(0, keepdim=True)
     signed = vectors * vectors.gather(0, largest).sign()

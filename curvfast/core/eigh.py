@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfast import distributed, storage
+from curvfast import devices, distributed, storage
 from curvfast.core.dealing import broadcast_results, owned_factors
 from curvfast.core.decomposition import (
     DTYPES,
@@ -182,7 +182,7 @@ def _batches(
     groups: dict[Any, list[str]] = {}
     for key in keys:
         where, d = device or _sum(factors, key).device, len(_sum(factors, key))
-        alike = (where, d) if where.type != "cpu" and d < NARROW else key
+        alike = (where, d) if devices.on_accelerator(where) and d < NARROW else key
         groups.setdefault(alike, []).append(key)
     return [
         tuple(group[start : start + _BATCH])

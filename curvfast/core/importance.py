@@ -125,8 +125,8 @@ def _scores(
         return sum_of([(g, a)])
 
     def one(name: str) -> CurvatureRows:
-        rows, columns = (torch.ones(d, dtype=torch.float64) for d in basis[name].shape)
-        return sum_of([(rows, columns)])
+        ones = [torch.ones(d, dtype=torch.float64, device="cpu") for d in basis[name].shape]
+        return sum_of([(ones[0], ones[1])])
 
     scores = basis.scores()
     match importance:

@@ -118,7 +118,7 @@ def none_above(matrix: Tensor, values: Tensor, vectors: Tensor, bound: float) ->
 
 def _first_block(matrix: Tensor, width: int, start: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    block = torch.randn(len(matrix), width, generator=generator, dtype=matrix.dtype)
+    block = torch.randn(len(matrix), width, generator=generator, dtype=matrix.dtype, device="cpu")
     if start is not None:
         known = start[:, :width]
         block[:, : known.shape[1]] = known

@@ -115,6 +115,6 @@ def random_mask(rows: int, columns: int, pairs: int, generator: torch.Generator)
         InputError: If ``pairs`` is out of range.
     """
     within(pairs, rows, columns)
-    kept = torch.zeros(rows * columns, dtype=torch.bool)
-    kept[torch.randperm(rows * columns, generator=generator)[:pairs]] = True
+    kept = torch.zeros(rows * columns, dtype=torch.bool, device="cpu")
+    kept[torch.randperm(rows * columns, generator=generator, device="cpu")[:pairs]] = True
     return Mask.pack(kept.view(rows, columns))

@@ -44,7 +44,7 @@ class Scores(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the scores of one layer."""
-        out = torch.empty(self.layers[name], dtype=torch.float32)
+        out = torch.empty(self.layers[name], dtype=torch.float32, device="cpu")
         rows = self.curvature(name)
         c = None if self.coefficients is None else self.coefficients(name)
         for start in range(0, len(out), _BAND):

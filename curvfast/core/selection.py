@@ -58,7 +58,7 @@ class Staircase:
 
     def dense(self) -> Tensor:
         """Return the staircase as a mask, [d_out, d_in] bool: for tests and pictures."""
-        return torch.arange(self.columns) < self.widths[:, None]
+        return torch.arange(self.columns, device=self.widths.device) < self.widths[:, None]
 
     def complement(self) -> Mask:
         """Return what is removed."""

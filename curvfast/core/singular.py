@@ -23,7 +23,7 @@ def singular_vectors(weight: Tensor) -> LayerBasis:
     Its values are the singular values on both sides, 0 beyond min(d_out, d_in).
     """
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=True)
-    values_g, values_a = (torch.zeros(len(m), dtype=torch.float64) for m in (u, vh))
+    values_g, values_a = (torch.zeros(len(m), dtype=torch.float64, device="cpu") for m in (u, vh))
     values_g[: len(s)] = values_a[: len(s)] = s.cpu()
     return LayerBasis(values_a, vh.T.float().contiguous(), values_g, u.float())
 
@@ -36,7 +36,7 @@ def leading_directions(energies: Tensor, rank: int, shape: tuple[int, int]) -> S
         rank: How many directions are kept.
         shape: (d_out, d_in).
     """
-    widths = torch.zeros(shape[0], dtype=torch.int32)
+    widths = torch.zeros(shape[0], dtype=torch.int32, device="cpu")
     widths[:rank] = rank
     share = float(energies[:rank].sum() / energies.sum())
     return Staircase(widths, shape[1], float(energies[rank - 1]) if rank else math.inf, share)

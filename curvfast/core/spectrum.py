@@ -6,6 +6,7 @@ eigenvalues λᵢμⱼ. Nothing here forms them: sums factorise, and the largest
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,7 +194,8 @@ def factor_eigenvalues(matrix: Tensor, *, title: str) -> Tensor:
             f"{title} is decomposed with eigenvectors: {problem}", NumericalWarning, stacklevel=2
         )
         return decompose_factor(matrix, dtype=torch.float64, title=title).values.cpu()
-    return torch.ldexp(values.flip(0).clamp_min(0).cpu(), torch.tensor(exponent))
+    found: Tensor = values.flip(0).clamp_min(0).cpu() * math.ldexp(1.0, exponent)
+    return found
 
 
 def layer_eigenvalues(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvfast import devices
 from curvfast.ops import blocked, registry
 from curvfast.ops.panels import tile_count
 from curvfast.ops.request import MomentRequest
@@ -110,5 +111,5 @@ def one_by_one(run: Callable[[MomentRequest], None]) -> Callable[[Sequence[Momen
 
 def tile_width(d: int, device: torch.device | None) -> int:
     """Return a device's preferred tile width for sums of d features."""
-    on_gpu = device is not None and torch.device(device).type == "cuda"
-    return GPU_TILE if on_gpu else blocked.panel_width(d)
+    kernels = device is not None and devices.takes_kernels(torch.device(device))
+    return GPU_TILE if kernels else blocked.panel_width(d)

@@ -46,11 +46,12 @@ def second_moment_(call: MomentRequest) -> None:
     Subnormal bfloat16 numbers count as zero by the instructions of ``avx512_bf16``.
     """
     index = call.index()
-    rows = torch.arange(call.x.shape[:-1].numel()) if index is None else index
+    rows = torch.arange(call.x.shape[:-1].numel(), device="cpu") if index is None else index
     if not rows.numel():
         return
     offsets = _offsets(call.x, rows)
-    room = torch.empty(room_words(call.x.dtype, rows.numel(), call.d), dtype=torch.int32)
+    words = room_words(call.x.dtype, rows.numel(), call.d)
+    room = torch.empty(words, dtype=torch.int32, device="cpu")
     isa, workers = instructions.chosen(), torch.get_num_threads()
     for out, weights in call.sums():
         # √w on both sides keeps the product symmetric.

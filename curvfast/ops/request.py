@@ -80,6 +80,11 @@ class MomentRequest:
         if self.also is not None:
             yield self.also, self.also_weights
 
+    def read(self) -> Iterator[Tensor]:
+        """Yield each tensor that is read, and must live until the call has run."""
+        given = (self.x, self.rows, self.lengths, self.weights, self.also_weights)
+        yield from (tensor for tensor in given if tensor is not None)
+
     def index(self) -> Tensor | None:
         """Return the indices of the counted rows, or None for all."""
         if self.lengths is None:

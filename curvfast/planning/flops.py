@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from curvfast import devices
 from curvfast.ops import blocked, packed_rows, sum_bytes
 
 # Of a logit: subtract the maximum, exponentiate, add up, divide, compare with the number drawn.
@@ -22,7 +23,7 @@ def moment_flops(d: int, rows: int, device: torch.device) -> int:
     On a GPU the tiles on the diagonal are multiplied whole; on a CPU only down to the diagonal of
     narrow strips (:mod:`curvfast.ops.packed_rows`), or of steps (:mod:`curvfast.ops.blocked`).
     """
-    if device.type == "cuda":
+    if devices.takes_kernels(device):
         return 2 * rows * (sum_bytes(d, device) // 4)
     if packed_rows.packs(torch.float32, d):
         return 2 * rows * packed_rows.products(d)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvfast.adapters import LinearLayer
 from curvfast.capture import Arrival, Capture, SharedInput
+from curvfast.counted_rows import AllRows
 from curvfast.fisher import sampled_gradient
 from curvfast.forward import forward_of
 from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
@@ -112,7 +113,8 @@ def rehearse(
             activations = live.now - size
             batch.predictions = shape[:-1]
             edge = backward_edge(logits)
-            gradient, _ = sampled_gradient(logits, None, torch.Generator())
+            every = AllRows(shape[:-1].numel())
+            gradient, _ = sampled_gradient(logits, every, torch.Generator())
             del logits
             torch.autograd.backward((edge,), (gradient,))
     finally:

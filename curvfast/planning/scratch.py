@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvfast import pending
+from curvfast import devices, pending
 from curvfast.ops import blocked, packed_rows
 
 
@@ -25,7 +25,7 @@ class Scratch:
     def add(self, x: Tensor) -> None:
         """Allocate the buffers for adding rows x [..., d]."""
         d, rows = x.shape[-1], x.shape[:-1].numel()
-        if self._device.type not in pending.DEVICES:
+        if not devices.takes_kernels(self._device):
             torch.empty(self._buffer(x, rows, d), dtype=torch.uint8, device="meta")
         elif d <= pending.WIDEST and x.element_size() == 2:
             self._waiting.append(x)

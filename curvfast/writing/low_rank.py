@@ -13,7 +13,7 @@ fewer than the min(r_g, r_a) (d_out + d_in) of the better of those two.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvfast.core.eigenbasis import LayerBasis
 from curvfast.core.projection import working_dtype
@@ -31,11 +31,11 @@ def cover(kept: Staircase | Mask) -> tuple[Tensor, Tensor]:
         the rows used, or the columns if those are fewer.
     """
     if isinstance(kept, Staircase):
-        widths = torch.cat([kept.widths.cpu().long(), torch.zeros(1, dtype=torch.int64)])
-        rows = int((torch.arange(len(widths)) + widths).argmin())
-        return torch.arange(rows), torch.arange(int(widths[rows]))
+        widths = nn.functional.pad(kept.widths.cpu().long(), (0, 1))
+        rows = int((torch.arange(len(widths), device="cpu") + widths).argmin())
+        return torch.arange(rows, device="cpu"), torch.arange(int(widths[rows]), device="cpu")
     used = [kept.dense().any(dim).nonzero()[:, 0].cpu() for dim in (1, 0)]
-    none = torch.arange(0)
+    none = torch.arange(0, device="cpu")
     return (used[0], none) if len(used[0]) <= len(used[1]) else (none, used[1])
 
 

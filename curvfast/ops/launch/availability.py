@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -47,6 +48,11 @@ def refuses_device(x: Tensor) -> str | None:
     if torch.cuda.get_device_capability(x.device) < _OLDEST:
         return "the kernels need compute capability 8.0 or later"
     return None
+
+
+def launching(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched where x is: on its device, and its stream."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def arch(x: Tensor) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvfast.ops.launch.availability import arch, interpreting, refuses_device
+from curvfast.ops.launch.availability import arch, interpreting, launching, refuses_device
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -29,12 +29,14 @@ def band_energies(x: Tensor, vectors: Tensor, edges: Sequence[int]) -> Tensor:
     (rows, d), bands = x.shape, len(edges) - 1
     basis = vectors.to(x.dtype)
     out = torch.empty(rows, bands, dtype=torch.float32, device=x.device)
+    limits = torch.tensor(edges, dtype=torch.int32, device=x.device)
     if rows and bands:
-        kernel.band_energies[-(-rows // tiles.block_m), bands](
-            x, basis, torch.tensor(edges, dtype=torch.int32, device=x.device), out, rows, d, bands,
-            *x.stride(), *basis.stride(),
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            PRECISION=precision, UPCAST=interpreting(),
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        with launching(x):
+            kernel.band_energies[-(-rows // tiles.block_m), bands](
+                x, basis, limits, out, rows, d, bands,
+                *x.stride(), *basis.stride(),
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+                PRECISION=precision, UPCAST=interpreting(),
+                num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvfast.ops.launch.availability import arch, interpreting
+from curvfast.ops.launch.availability import arch, interpreting, launching
 from curvfast.ops.launch.moments import second_moment_
 from curvfast.ops.request import MomentRequest
 
@@ -58,22 +58,23 @@ def _launch(calls: Sequence[MomentRequest]) -> None:
     indexed = first.rows is not None
     rows = [call.x.shape[0] if call.rows is None else call.rows.numel() for call in calls]
     indices = [0 if call.rows is None else call.rows.data_ptr() for call in calls]
-    second_moment_group[(starts[-1],)](
-        _table([call.x.data_ptr() for call in calls], torch.int64, device),
-        _table(indices, torch.int64, device),
-        _table([call.out.tiles.data_ptr() for call in calls], torch.int64, device),
-        _table([call.d for call in calls], torch.int32, device),
-        _table(rows, torch.int32, device),
-        _table([call.x.stride(0) for call in calls], torch.int64, device),
-        _table([call.scale for call in calls], torch.float32, device),
-        _table(starts, torch.int32, device),
-        len(calls),
-        ELEMENT=getattr(tl, _ELEMENTS[first.x.dtype]), TILE=width, BLOCK_K=chosen.block_k,
-        INDEX=indexed, UPCAST=interpreting(), num_warps=chosen.warps, num_stages=chosen.stages,
-    )  # fmt: skip
+    with launching(first.x):
+        second_moment_group[(starts[-1],)](
+            _table([call.x.data_ptr() for call in calls], torch.int64, device),
+            _table(indices, torch.int64, device),
+            _table([call.out.tiles.data_ptr() for call in calls], torch.int64, device),
+            _table([call.d for call in calls], torch.int32, device),
+            _table(rows, torch.int32, device),
+            _table([call.x.stride(0) for call in calls], torch.int64, device),
+            _table([call.scale for call in calls], torch.float32, device),
+            _table(starts, torch.int32, device),
+            len(calls),
+            ELEMENT=getattr(tl, _ELEMENTS[first.x.dtype]), TILE=width, BLOCK_K=chosen.block_k,
+            INDEX=indexed, UPCAST=interpreting(), num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
 
 
 def _table(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    table = torch.tensor(values, dtype=dtype)
+    table = torch.tensor(values, dtype=dtype, device="cpu")
     # Pinned memory lets the copy run behind the launch instead of before it.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvfast.ops.launch.availability import arch, interpreting, refuses_device
+from curvfast.ops.launch.availability import arch, interpreting, launching, refuses_device
 from curvfast.ops.request import MomentRequest
 from curvfast.ops.triangular import TriangularSum
 
@@ -98,13 +98,14 @@ def _launch_tiles(out: TriangularSum, x: Tensor, scale: float, layout: str) -> N
     if chosen.splits > 1:
         target = _workspace(out, chosen.splits)
     programs = tiles_to_compute(_panels(out), chosen.paired)
-    second_moment_tiles[programs, chosen.splits](
-        left, right, TensorDescriptor.from_tensor(target, [out.width, out.width]), scale,
-        x.shape[0], length, _panels(out), chosen.splits,
-        TILE=out.width, BLOCK_K=chosen.block_k, PAIRED=chosen.paired, LAYOUT=layout,
-        SPLIT=chosen.splits > 1, UPCAST=interpreting(),
-        num_warps=chosen.warps, num_stages=chosen.stages,
-    )  # fmt: skip
+    with launching(x):
+        second_moment_tiles[programs, chosen.splits](
+            left, right, TensorDescriptor.from_tensor(target, [out.width, out.width]), scale,
+            x.shape[0], length, _panels(out), chosen.splits,
+            TILE=out.width, BLOCK_K=chosen.block_k, PAIRED=chosen.paired, LAYOUT=layout,
+            SPLIT=chosen.splits > 1, UPCAST=interpreting(),
+            num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
     if chosen.splits > 1:
         _add_partial_sums(out, target, scale, chosen.splits)
 
@@ -132,15 +133,16 @@ def _chosen_rows(call: MomentRequest) -> None:
         also = None if call.also is None else _workspace(out, chosen.splits)
     strides = x.stride() if x.dim() == 3 else (0, *x.stride())
     programs = tiles_to_compute(_panels(out), False) * chosen.parts
-    second_moment_rows[programs, chosen.splits](
-        x, call.rows, call.lengths, _flat(call.weights), _flat(call.also_weights), target, also,
-        call.scale, total, x.shape[1] if x.dim() == 3 else 1, out.d, *strides, chosen.splits,
-        _panels(out),
-        TILE=out.width, PARTS=chosen.parts, BLOCK_K=chosen.block_k, SEQUENCES=x.dim() == 3,
-        INDEX=call.rows is not None, LENGTHS=call.lengths is not None,
-        WEIGHTS=call.weights is not None, ALSO=two, PRECISION=precision, SPLIT=split,
-        UPCAST=interpreting(), num_warps=chosen.warps, num_stages=chosen.stages,
-    )  # fmt: skip
+    with launching(x):
+        second_moment_rows[programs, chosen.splits](
+            x, call.rows, call.lengths, _flat(call.weights), _flat(call.also_weights), target, also,
+            call.scale, total, x.shape[1] if x.dim() == 3 else 1, out.d, *strides, chosen.splits,
+            _panels(out),
+            TILE=out.width, PARTS=chosen.parts, BLOCK_K=chosen.block_k, SEQUENCES=x.dim() == 3,
+            INDEX=call.rows is not None, LENGTHS=call.lengths is not None,
+            WEIGHTS=call.weights is not None, ALSO=two, PRECISION=precision, SPLIT=split,
+            UPCAST=interpreting(), num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
     if split:
         _add_partial_sums(out, target, call.scale, chosen.splits)
         if call.also is not None and also is not None:
@@ -157,9 +159,10 @@ def _add_partial_sums(out: TriangularSum, partial: Tensor, scale: float, splits:
     from curvfast.kernels.partial_sums import add_partial_sums
 
     values, block = out.tiles.numel(), 1024
-    add_partial_sums[(-(-values // block),)](
-        partial, out.tiles, scale, values, splits, BLOCK=block
-    )  # fmt: skip
+    with launching(partial):
+        add_partial_sums[(-(-values // block),)](
+            partial, out.tiles, scale, values, splits, BLOCK=block
+        )  # fmt: skip
 
 
 def _panels(out: TriangularSum) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvfast.ops.launch.availability import arch, interpreting, refuses_device
+from curvfast.ops.launch.availability import arch, interpreting, launching, refuses_device
 from curvfast.ops.projection import ProjectionRequest, banded, staircase_split
 
 DEFAULT_PRECISION = "tf32x3"
@@ -48,11 +48,12 @@ def _expand_contract(t: Tensor, v: Tensor, widths: Tensor, precision: str) -> Te
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
         "PRECISION": precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
-    expand[(int(first[-1]),)](
-        t, v, c, device_widths, first.int().to(t.device), rows, n, columns, *t.stride(),
-        *v.stride(), len(counts), **options,
-    )  # fmt: skip
-    contract[len(counts), -(-n // tiles.block_n)](
-        c, v, y, device_widths, rows, n, columns, *v.stride(), **options
-    )
+    with launching(t):
+        expand[(int(first[-1]),)](
+            t, v, c, device_widths, first.int().to(t.device), rows, n, columns, *t.stride(),
+            *v.stride(), len(counts), **options,
+        )  # fmt: skip
+        contract[len(counts), -(-n // tiles.block_n)](
+            c, v, y, device_widths, rows, n, columns, *v.stride(), **options
+        )
     return y

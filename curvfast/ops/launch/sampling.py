@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvfast.ops.launch.availability import interpreting, refuses_device
+from curvfast.ops.launch.availability import interpreting, launching, refuses_device
 
 _BLOCK, _INTERPRETED_BLOCK = 4096, 256
 _LARGEST_SEED = 2**63 - 1
@@ -33,9 +33,10 @@ def sampled_gradient_(logits: Tensor, rows: Tensor | None, generator: torch.Gene
     seed = torch.randint(_LARGEST_SEED, (1,), generator=generator, device=device)
     if count:
         block = _INTERPRETED_BLOCK if interpreting() else _BLOCK
-        sampled_gradient[(count,)](
-            logits, counts, labels, seed, classes, logits.stride(0), BLOCK=block, num_warps=8
-        )
+        with launching(logits):
+            sampled_gradient[(count,)](
+                logits, counts, labels, seed, classes, logits.stride(0), BLOCK=block, num_warps=8
+            )
         # Autograd does not see a kernel's writes; this bumps the version counter.
         torch.autograd.graph.increment_version(logits)
     return labels
