@@ -14,7 +14,8 @@ TORCH_STAMP := $(TORCH_ENV)/.installed
 FASHION := $(CACHE)/fashion-mnist/train-images-idx3-ubyte.gz
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: help install demo test test-slow test-newest test-torch lint studies bench bench-peers gpu wheel clean
+.PHONY: help install demo test test-quick test-slow test-newest test-torch lint studies bench bench-peers gpu \
+	wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,8 +33,14 @@ $(STAMP): $(SOURCES)
 demo: install ## the paper's experiment in small; results in demo-out/
 	$(BIN)/python -m curvfast demo --out demo-out
 
+# A process each for two cores: a file's tests stay together, the longest files begin.
+PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install ## every test a machine without a GPU can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PROCESSES)
+
+test-quick: install ## the core of the library in a minute or so
+	$(BIN)/python -m pytest $(PROCESSES) --quick
 
 test-slow: install ## the tests that take minutes or a real pretrained model
 	$(BIN)/python -m pytest -m slow

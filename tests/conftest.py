@@ -19,8 +19,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # Read when a kernel is defined: the kernels of this process are interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
-# Two cores: tests are small, and threads that wait for each other cost more than they give.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Two cores: tests are small, and threads that wait for each other cost more than they give. Where
+# the tests are divided among processes, each has a core.
+_ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+torch.set_num_threads(min(2, os.cpu_count() or 1) if _ALONE else 1)
+
+LONGEST = (
+    "test_kernels_compile", "test_packaging", "test_sanitizers", "test_distributed", "test_demo",
+    "test_plan_collection", "test_second_moment",
+)  # fmt: skip
+"""Files that begin, the longest first: one that comes last is waited for."""
+CORE = {
+    "test_architecture", "test_backends", "test_collect", "test_collect_exact", "test_corrections",
+    "test_edit", "test_eigenbasis", "test_evals", "test_masks", "test_patch", "test_projection",
+    "test_search", "test_second_moment", "test_selection", "test_spectrum", "test_storage",
+}  # fmt: skip
+"""Files that ``--quick`` runs: from a hook's rows to an edited weight."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the core of the library alone")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    left_out = config.getoption("quick") and collection_path.stem not in CORE
+    return True if left_out and collection_path.suffix == ".py" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
