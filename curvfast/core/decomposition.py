@@ -164,7 +164,7 @@ def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, t
 def prepared(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return (M + Mᵀ) / 2 over 2^exponent in ``dtype``, by way of float64, and the exponent."""
     exponent = _exponent(matrix)
-    scaled = (matrix.double() * math.ldexp(1.0, -exponent)).to(dtype)
+    scaled = torch.ldexp(matrix.double(), torch.tensor(-exponent, device=matrix.device)).to(dtype)
     return (scaled + scaled.T) / 2, exponent
 
 
@@ -205,7 +205,7 @@ def ordered(values: Tensor, vectors: Tensor, exponent: int, device: torch.device
     if len(values) and values[-1] < 0:
         top = values[0].abs().clamp_min(torch.finfo(torch.float64).tiny)
         negative = float(-values[-1] / top)
-    values = values.clamp_min(0) * math.ldexp(1.0, exponent)
+    values = torch.ldexp(values.clamp_min(0), torch.tensor(exponent, device=values.device))
     # Signs are arbitrary; making the largest entry of each vector positive makes them unique.
     largest = vectors.abs().argmax(0, keepdim=True)
     signed = vectors * vectors.gather(0, largest).sign()

@@ -6,7 +6,6 @@ eigenvalues λᵢμⱼ. Nothing here forms them: sums factorise, and the largest
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,8 +193,7 @@ def factor_eigenvalues(matrix: Tensor, *, title: str) -> Tensor:
             f"{title} is decomposed with eigenvectors: {problem}", NumericalWarning, stacklevel=2
         )
         return decompose_factor(matrix, dtype=torch.float64, title=title).values.cpu()
-    found: Tensor = values.flip(0).clamp_min(0).cpu() * math.ldexp(1.0, exponent)
-    return found
+    return torch.ldexp(values.flip(0).clamp_min(0).cpu(), torch.tensor(exponent, device="cpu"))
 
 
 def layer_eigenvalues(
