@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -70,6 +71,14 @@ def test_a_kept_input_goes_with_its_backward_or_its_graph(backward: bool) -> Non
             del loss
         del x
         assert read() is None
+
+
+def test_a_head_alone_is_measured_though_the_backward_starts_at_it() -> None:
+    """Its output is made by a node of ours, and freed before the backward."""
+    model, batches = llama(tie_word_embeddings=False), token_batches()
+    factors = curvfast.collect_from(model, batches, "lm_head", labels="gold", progress=False)
+    case = dataclasses.replace(CASES[0], layers="lm_head")
+    assert_equal_factors(factors, truth(case, model, batches))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
