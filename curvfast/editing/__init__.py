@@ -1,0 +1,1 @@
+"""Edits of weights: projections onto the eigenpairs that are kept."""
