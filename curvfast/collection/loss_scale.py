@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class OwnLosses:
 
     def __init__(self) -> None:
         """Start without losses."""
+        # Weak: a loss goes with the batch it is of.
+        self._of: WeakKeyDictionary[Batch, OwnLoss] = WeakKeyDictionary()
         self._sum: Tensor | None = None
         self._labels = 0
 
@@ -38,7 +41,7 @@ class OwnLosses:
         named = isinstance(output, Mapping)
         loss = output.get("loss") if named else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-            batch.loss = OwnLoss(loss, output.get("logits") if named else None, batch)
+            self._of[batch] = OwnLoss(loss, output.get("logits") if named else None, batch)
 
     def unit(self, batch: Batch, *, mean: bool) -> float:
         """Return the factor from a gradient to that of the summed loss.
@@ -54,7 +57,7 @@ class OwnLosses:
             InputError: If the gradient is not of the loss the model returned, or over how many
                 labels that is a mean cannot be told.
         """
-        loss = batch.loss
+        loss = self._of.get(batch)
         if loss is None or loss.factor is None:
             raise InputError(
                 "loss_scale=None reads the scale of the loss off the gradient that arrives at the "

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvfast import storage
 from curvfast.errors import InputError
-from curvfast.kfac.factors import Factors
 from curvfast.kfac.layer_basis import LayerBasis as LayerBasis
 from curvfast.kfac.layer_basis import StoredBasis
+from curvfast.kfac.layer_factors import LayerFactors
 from curvfast.kfac.layer_mapping import ByLayer
 from curvfast.kfac.marginals import reordered
 from curvfast.kfac.selection.kept_pairs import Frame, Selection
@@ -114,7 +114,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
             )
 
     def with_task(
-        self, task: Factors, weight: float = 1.0, *, normalize: bool = True
+        self, task: Mapping[str, LayerFactors], weight: float = 1.0, *, normalize: bool = True
     ) -> Eigenbasis:
         """Return this basis with the curvature of a task added where pairs are ranked.
 
@@ -147,7 +147,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
         added = curvature_along(self, task, weight, normalize)
         return replace(self, tasks=(*self.tasks, added)) if weight else self
 
-    def with_marginals(self, factors: Factors) -> Eigenbasis:
+    def with_marginals(self, factors: Mapping[str, LayerFactors]) -> Eigenbasis:
         """Return the basis with marginals of the EK-FAC correction instead of eigenvalues.
 
         Λ_ij ≈ rᵢ cⱼ / ΣΛ, from the correction's row sums r and column sums c (George et al., arXiv

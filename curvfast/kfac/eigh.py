@@ -32,8 +32,9 @@ from curvfast.kfac.decomposition import (
     say_next,
 )
 from curvfast.kfac.eigenbasis import KIND, Eigenbasis, stored_part
-from curvfast.kfac.factors import Factors
 from curvfast.kfac.layer_basis import LayerBasis
+from curvfast.kfac.layer_factors import LayerFactors
+from curvfast.kfac.layer_mapping import Summed
 from curvfast.kfac.leading import LeadingSearch, leading_spectrum
 from curvfast.kfac.selection.rule import check_mass
 from curvfast.ops import devices
@@ -140,7 +141,7 @@ _BATCH = 64
 
 
 def decompose(
-    factors: Factors,
+    factors: Summed[LayerFactors],
     *,
     dtype: torch.dtype,
     progress: bool,
@@ -201,7 +202,7 @@ def decompose(
         if writer:
             names = {name: {"a": a, "g": g} for name, (a, g) in layers.items()}
             writer.finish({"layers": names, "provenance": dict(factors.provenance)})
-    _warn_negative(negative, factors.rows)
+    _warn_negative(negative, min((layer.rows_g for layer in factors.values()), default=0))
     distributed.gather("written", group)
     if directory is not None:
         return Eigenbasis.from_pretrained(directory, lazy=True)
@@ -216,7 +217,7 @@ def decompose(
 
 
 def _check(
-    factors: Factors,
+    factors: Summed[LayerFactors],
     dtype: torch.dtype,
     workers: int,
     mass: float | None,
@@ -254,7 +255,7 @@ def _whole(spectrum: Spectrum) -> bool:
     return spectrum.vectors.shape[1] == len(spectrum.values)
 
 
-def _pairs(factors: Factors) -> dict[str, tuple[str, str]]:
+def _pairs(factors: Summed[LayerFactors]) -> dict[str, tuple[str, str]]:
     """Return the keys of each layer's (A, G); layers that share an A have its one key."""
     owners: dict[int, str] = {}
     return {
@@ -268,18 +269,18 @@ def _title(key: str) -> str:
     return f"{side.upper()} of layer {name!r}"
 
 
-def _mean(factors: Factors, key: str) -> Tensor:
+def _mean(factors: Summed[LayerFactors], key: str) -> Tensor:
     side, name = key.split(".", 1)
     return factors[name].A if side == "a" else factors[name].G
 
 
-def _sum(factors: Factors, key: str) -> Tensor:
+def _sum(factors: Summed[LayerFactors], key: str) -> Tensor:
     side, name = key.split(".", 1)
     return factors[name].a_sum if side == "a" else factors[name].g_sum
 
 
 def _batches(
-    factors: Factors, keys: Sequence[str], device: torch.device | None
+    factors: Summed[LayerFactors], keys: Sequence[str], device: torch.device | None
 ) -> list[tuple[str, ...]]:
     """Return the keys that one call solves: a factor, or on a GPU many small ones of one width."""
     groups: dict[Any, list[str]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from curvfast.errors import InputError, ShapeError
 from curvfast.model.rows import IGNORED_LABEL, AllRows, ChosenRows, FirstRows, RowRule, Rows
 from curvfast.ops import devices
-
-if TYPE_CHECKING:
-    from curvfast.collection.loss_scale import OwnLoss
 
 
 class Everywhere:
@@ -46,8 +43,6 @@ class Batch:
     """Number of labels the loss was averaged over, if the call gives it."""
     targets: Tensor | None = None
     """The call's own labels, any shape; -100 where there is none."""
-    loss: OwnLoss | None = None
-    """The loss the model returned, if its scale is measured there."""
     predictions: torch.Size | None = None
     """Leading shape of the model's output, known after its forward."""
     thin: Callable[[Rows, torch.device], Rows] | None = None
