@@ -19,6 +19,7 @@ Glossary:
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from curvfast import _moved
 from curvfast._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
     from curvfast.sweeps.layer_search import search_layers as search_layers
     from curvfast.sweeps.sweep import Sweep as Sweep
     from curvfast.sweeps.sweep import sweep as sweep
+
+_moved.install()
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from saved_model import saved_model
 
 import curvfast
 from curvfast import Eigenbasis, Factors, Patch, Selection
+from curvfast._moved import MOVED
 
 SAVED = Path(__file__).parent / "saved"
 FIGURES = json.loads((SAVED / "figures.json").read_text(encoding="utf-8"))
@@ -55,3 +60,24 @@ def test_public_names_are_all_there() -> None:
     assert set(names) <= set(curvfast._HOMES)
     for name in names:
         assert getattr(curvfast, name).__name__ == name
+
+
+@pytest.mark.parametrize(("name", "home"), json.loads((SAVED / "homes.json").read_text()).items())
+def test_public_names_are_importable_from_where_they_were(name: str, home: str) -> None:
+    moved = home in MOVED
+    if moved:
+        sys.modules.pop(f"curvfast.{home}", None)
+    with pytest.warns(DeprecationWarning, match="is now") if moved else nullcontext():
+        module = importlib.import_module(f"curvfast.{home}")
+    assert getattr(module, name) is getattr(curvfast, name)
+
+
+def test_modules_the_changelog_names_are_importable() -> None:
+    from curvfast.analysis import example_losses, mine, stress
+    from curvfast.core.power_law import power_law
+    from curvfast.evals import harness_scores
+
+    found = (example_losses, mine, stress, power_law, harness_scores)
+    assert all(callable(each) for each in found)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("curvfast.core.nothing")
