@@ -45,9 +45,10 @@ test-quick: install ## the core of the library in a minute or so
 test-slow: install ## the tests that take minutes or a real pretrained model
 	$(BIN)/python -m pytest -m slow
 
+files = $(foreach name,$(1),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 # Files that call transformers' models, and the rest that has met a change of theirs.
-TOUCHING := $(addsuffix .py,$(addprefix tests/test_,forward evals callback families collect_exact \
-	plan_collection gguf adapter_export mining data harness readme))
+TOUCHING := $(call files,forward evals callback families collect_exact plan_collection gguf \
+	adapter_export mining data harness readme)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # Beside .venv, whose torch it shares, with the Triton that goes with it. pip is asked each time: what
@@ -68,8 +69,8 @@ test-newest: install ## the tests that touch transformers, on the newest of ever
 # of GPU machines at hand is asked for everything.
 TORCH_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 OLDEST := $(if $(shell grep -F '"torch>=$(TORCH:.0=)"' pyproject.toml),--oldest)
-QUICK := $(addsuffix .py,$(addprefix tests/test_,forward collect collect_exact evals masks edit \
-	eigenbasis callback plan_collection gradient_energies storage gguf report))
+QUICK := $(call files,forward collect collect_exact evals masks edit eigenbasis callback \
+	plan_collection gradient_energies storage gguf report)
 test-torch: $(TORCH_STAMP) ## the tests on another torch, TORCH=2.11.0 (all of them), 2.8.0 or 2.12.0
 	$(TORCH_ENV)/bin/python -m pytest @tests/without_interpreter.txt $(if $(filter 2.11.%,$(TORCH)),,$(QUICK))
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import curvfast
 from curvfast import Eigenbasis, Factors
-from curvfast.core.projection import project as projected
-from curvfast.core.projection import rotate, rotate_back, sweep
+from curvfast.kfac.projection import project as projected
+from curvfast.kfac.projection import rotate, rotate_back, sweep
+from curvfast.kfac.selection.staircase import staircase_by_mass
 
 MASSES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 CASE = CASES["wide"]
@@ -69,7 +70,7 @@ def test_a_sweep_against_a_published_edit_without_its_heap(
     def theirs() -> None:
         for mass in MASSES:
             (g, u_g), (a, u_a) = official.eigh(layer.G), official.eigh(layer.A)
-            kept = curvfast.core.selection.staircase_by_mass(g.clamp_min(0), a.clamp_min(0), mass)
+            kept = staircase_by_mass(g.clamp_min(0), a.clamp_min(0), mass)
             official.project(weight, u_g, u_a, kept.dense())
 
     race(lambda: weights(model, factors.eigh()), theirs, rounds=5)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvfast.core.rule import Rule
-from curvfast.core.scores import masks
-from curvfast.core.selection import staircase_by_mass
+from curvfast.kfac.selection.rule import Rule
+from curvfast.kfac.selection.search import masks
+from curvfast.kfac.selection.staircase import staircase_by_mass
 
 # (d_out, d_in): GPT-2's and Llama-2-7B's up projections.
 SHAPES = ((768, 3072), (4096, 11008))

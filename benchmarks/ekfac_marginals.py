@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 import curvfast
-from curvfast.core.marginals import marginals_of
-from curvfast.demo.corpus import load_corpus
-from curvfast.demo.lm import prose
-from curvfast.demo.recipe import Recipe
-from curvfast.demo.training import trained_model
 from curvfast.errors import NumericalWarning
-from curvfast.provenance import versions
+from curvfast.experiments.data.corpus import load_corpus
+from curvfast.experiments.models.language import trained_model
+from curvfast.experiments.recipes import Recipe
+from curvfast.experiments.runs.demo_lm import prose
+from curvfast.kfac.marginals import marginals_of
+from curvfast.model.identity import versions
 from curvfast.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "demo" / "ekfac-marginals.json"

@@ -127,7 +127,7 @@ def _pytest(*arguments: str, before: tuple[str, ...] = ()) -> tuple[int, str]:
 
 
 def _tests(dry_run: bool) -> dict[str, Any]:
-    code, text = _pytest("tests/test_gpu.py", *(["-k", "two_sums"] if dry_run else []))
+    code, text = _pytest("tests/ops/test_gpu.py", *(["-k", "two_sums"] if dry_run else []))
     lines = text.strip().splitlines()
     if code:
         sys.stdout.write(text[-6000:] + "\n")
@@ -143,7 +143,7 @@ def _sanitizer(dry_run: bool) -> str:
         return "not run: no compute-sanitizer here" if tool is None else "not run: dry run"
     before = (tool, "--error-exitcode", "9")
     some = "two_sums and bfloat16 or copies and (33 or 200)"
-    code, text = _pytest("tests/test_gpu.py", "-k", some, before=before)
+    code, text = _pytest("tests/ops/test_gpu.py", "-k", some, before=before)
     return "clean" if code == 0 else f"exit code {code}: {text[-1500:]}"
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import curvfast
 from curvfast import ops
-from curvfast.core.selection import staircase_by_mass
 from curvfast.errors import BackendUnavailable
+from curvfast.kfac.selection.staircase import staircase_by_mass
 from curvfast.ops import TriangularSum
-from curvfast.ops.projection import dense_flops, plan
+from curvfast.ops.projection import plan
+from curvfast.ops.requests import dense_flops
 
 Row = dict[str, Any]
 TILE = 128 if REAL else 32

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from curvfast.ops import _native
+from curvfast.ops.native import extension
 
 Shape = torch.Size
 Moments = Mapping[str, tuple[Tensor, Tensor]]
@@ -33,7 +33,7 @@ def products(run: Callable[[], Any]) -> float:
     count = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with native_calls() as calls, count:
         run()
-    native = sum(2 * call.rows * _native.packed_products(call.d) for call in calls)
+    native = sum(2 * call.rows * extension.packed_products(call.d) for call in calls)
     return float(count.get_total_flops() + native)
 
 
@@ -48,24 +48,24 @@ class NativeCall:
     @property
     def bytes(self) -> int:
         """Rows read, the triangle read and written; packing is within, as it is within a GEMM."""
-        return self.rows * self.d * self.element_size + 2 * 4 * _native.packed_products(self.d)
+        return self.rows * self.d * self.element_size + 2 * 4 * extension.packed_products(self.d)
 
 
 @contextmanager
 def native_calls() -> Iterator[list[NativeCall]]:
     """Yield a list that records every call of the native second moment in the block."""
     calls: list[NativeCall] = []
-    original = _native.add_rows
+    original = extension.add_rows
 
     def add_rows(tiles: Tensor, d: int, x: Tensor, offsets: Tensor, *rest: Any) -> None:
         calls.append(NativeCall(len(offsets), d, x.element_size()))
         original(tiles, d, x, offsets, *rest)
 
-    _native.add_rows = add_rows
+    extension.add_rows = add_rows
     try:
         yield calls
     finally:
-        _native.add_rows = original
+        extension.add_rows = original
 
 
 def _added(_out: Shape, a: Shape, b: Shape, *_: Any, **__: Any) -> int:

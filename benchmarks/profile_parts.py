@@ -24,7 +24,7 @@ from results import CPU, environment, write
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import curvfast
-from curvfast.ops import _native
+from curvfast.ops.native import extension
 
 NATIVE = "curvfast second moment"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", NATIVE)
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", curvfast.NumericalWarning)
     for name in ("add_rows", "add_bfloat16_rows"):
-        if hasattr(_native, name):
-            setattr(_native, name, _recorded(getattr(_native, name)))
+        if hasattr(extension, name):
+            setattr(extension, name, _recorded(getattr(extension, name)))
     case = CASES[options.case]
     model, batches = case.model(), case.data(4)
     layers = [n.replace(".weight", "") for n in case.names(model)]

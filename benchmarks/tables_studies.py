@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from curvfast.studies.catalogue import STUDIES
-from curvfast.studies.runs import read
-from curvfast.studies.study import Lines
+from curvfast.experiments.studies.runs import STUDIES, read
+from curvfast.experiments.studies.study import Lines
 
 RESULTS = Path(__file__).parent / "results" / "studies"
 

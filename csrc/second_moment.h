@@ -8,7 +8,7 @@
 
 namespace curvfast {
 
-// The packed triangle of curvfast/ops/panels.py: panels of width columns, stacked.
+// The packed triangle of curvfast/ops/packed_layout.py: panels of width columns, stacked.
 struct PackedSum {
   float* tiles;
   std::int64_t d, width;

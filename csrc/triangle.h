@@ -13,7 +13,7 @@
 
 namespace curvfast {
 
-// The packed form of a symmetric [d, d] matrix (curvfast/ops/panels.py): the tiles [width, width]
+// The packed form of a symmetric [d, d] matrix (curvfast/ops/packed_layout.py): the tiles [width, width]
 // on and above the diagonal, one panel of columns after the other, zero past d.
 struct Triangle {
   std::int32_t d, width;

@@ -19,98 +19,101 @@ Glossary:
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from curvfast import _moved
 from curvfast._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from curvfast.analysis.detector import memorization_scores as memorization_scores
-    from curvfast.analysis.mining import mine as mine
     from curvfast.analysis.ratio import activation_ratio as activation_ratio
-    from curvfast.collection import collect as collect
-    from curvfast.convergence import Converged as Converged
-    from curvfast.core.corrections import Corrections as Corrections
-    from curvfast.core.corrections import LayerCorrection as LayerCorrection
-    from curvfast.core.eigenbasis import Eigenbasis as Eigenbasis
-    from curvfast.core.eigenbasis import LayerBasis as LayerBasis
-    from curvfast.core.factors import Factors as Factors
-    from curvfast.core.factors import LayerFactors as LayerFactors
-    from curvfast.core.mask import Mask as Mask
-    from curvfast.core.selection import Selection as Selection
-    from curvfast.core.selection import Staircase as Staircase
-    from curvfast.correcting import collect_corrections as collect_corrections
-    from curvfast.correcting import correct as correct
-    from curvfast.correction import Correction as Correction
-    from curvfast.curvature import Curvature as Curvature
-    from curvfast.driver import collect_from as collect_from
-    from curvfast.edit_report import EditReport as EditReport
-    from curvfast.editing import edit as edit
-    from curvfast.editing import edited as edited
+    from curvfast.collection.collect import collect as collect
+    from curvfast.collection.collect import collect_from as collect_from
+    from curvfast.collection.convergence import Converged as Converged
+    from curvfast.collection.corrections import Correction as Correction
+    from curvfast.collection.corrections import collect_corrections as collect_corrections
+    from curvfast.collection.corrections import correct as correct
+    from curvfast.collection.curvature import Curvature as Curvature
+    from curvfast.editing.edit import edit as edit
+    from curvfast.editing.edit import edited as edited
+    from curvfast.editing.report import EditReport as EditReport
     from curvfast.errors import CurvfastError as CurvfastError
     from curvfast.errors import NumericalWarning as NumericalWarning
     from curvfast.evals.memorization import Passage as Passage
+    from curvfast.evals.mining import mine as mine
     from curvfast.evals.suite import EvalReport as EvalReport
     from curvfast.evals.suite import evaluate as evaluate
+    from curvfast.export.factored import FactorReport as FactorReport
+    from curvfast.export.factored import factorize as factorize
+    from curvfast.export.lora import export_lora as export_lora
+    from curvfast.export.model_card import save_edited as save_edited
+    from curvfast.export.patch import Patch as Patch
+    from curvfast.export.patch import make_patch as make_patch
     from curvfast.hf.callback import CurvatureCallback as CurvatureCallback
     from curvfast.hf.factored import load_factored as load_factored
     from curvfast.hf.factored import save_factored as save_factored
+    from curvfast.kfac.corrections import Corrections as Corrections
+    from curvfast.kfac.corrections import LayerCorrection as LayerCorrection
+    from curvfast.kfac.eigenbasis import Eigenbasis as Eigenbasis
+    from curvfast.kfac.factors import Factors as Factors
+    from curvfast.kfac.layer_basis import LayerBasis as LayerBasis
+    from curvfast.kfac.layer_factors import LayerFactors as LayerFactors
+    from curvfast.kfac.select import select as select
+    from curvfast.kfac.selection.kept_pairs import Selection as Selection
+    from curvfast.kfac.selection.mask import Mask as Mask
+    from curvfast.kfac.selection.staircase import Staircase as Staircase
     from curvfast.ops.registry import backends as backends
     from curvfast.ops.registry import use_backend as use_backend
-    from curvfast.planning.plan import CollectionPlan as CollectionPlan
+    from curvfast.planning.collection_plan import CollectionPlan as CollectionPlan
     from curvfast.planning.plan import plan_collection as plan_collection
-    from curvfast.selecting import select as select
     from curvfast.sweeps.layer_search import LayerSearch as LayerSearch
     from curvfast.sweeps.layer_search import search_layers as search_layers
     from curvfast.sweeps.sweep import Sweep as Sweep
     from curvfast.sweeps.sweep import sweep as sweep
-    from curvfast.writing.card import save_edited as save_edited
-    from curvfast.writing.factored import FactorReport as FactorReport
-    from curvfast.writing.factored import factorize as factorize
-    from curvfast.writing.lora import export_lora as export_lora
-    from curvfast.writing.patch import Patch as Patch
-    from curvfast.writing.patch import make_patch as make_patch
+
+_moved.install()
 
 # Loaded on first use: importing curvfast alone does not load torch.
 _HOMES = {
     "memorization_scores": "analysis.detector",
-    "mine": "analysis.mining",
     "activation_ratio": "analysis.ratio",
-    "Curvature": "curvature",
-    "collect": "collection",
-    "Converged": "convergence",
-    "Corrections": "core.corrections",
-    "LayerCorrection": "core.corrections",
-    "collect_corrections": "correcting",
-    "correct": "correcting",
-    "Correction": "correction",
-    "Eigenbasis": "core.eigenbasis",
-    "LayerBasis": "core.eigenbasis",
-    "Factors": "core.factors",
-    "LayerFactors": "core.factors",
-    "Mask": "core.mask",
-    "Selection": "core.selection",
-    "Staircase": "core.selection",
-    "collect_from": "driver",
-    "EditReport": "edit_report",
-    "edit": "editing",
-    "edited": "editing",
+    "collect": "collection.collect",
+    "collect_from": "collection.collect",
+    "Converged": "collection.convergence",
+    "Correction": "collection.corrections",
+    "collect_corrections": "collection.corrections",
+    "correct": "collection.corrections",
+    "Curvature": "collection.curvature",
+    "edit": "editing.edit",
+    "edited": "editing.edit",
+    "EditReport": "editing.report",
     "CurvfastError": "errors",
     "NumericalWarning": "errors",
     "Passage": "evals.memorization",
+    "mine": "evals.mining",
     "EvalReport": "evals.suite",
     "evaluate": "evals.suite",
+    "FactorReport": "export.factored",
+    "factorize": "export.factored",
+    "export_lora": "export.lora",
+    "save_edited": "export.model_card",
+    "Patch": "export.patch",
+    "make_patch": "export.patch",
     "CurvatureCallback": "hf.callback",
     "load_factored": "hf.factored",
     "save_factored": "hf.factored",
+    "Corrections": "kfac.corrections",
+    "LayerCorrection": "kfac.corrections",
+    "Eigenbasis": "kfac.eigenbasis",
+    "Factors": "kfac.factors",
+    "LayerBasis": "kfac.layer_basis",
+    "LayerFactors": "kfac.layer_factors",
+    "select": "kfac.select",
+    "Selection": "kfac.selection.kept_pairs",
+    "Mask": "kfac.selection.mask",
+    "Staircase": "kfac.selection.staircase",
     "backends": "ops.registry",
     "use_backend": "ops.registry",
-    "CollectionPlan": "planning.plan",
+    "CollectionPlan": "planning.collection_plan",
     "plan_collection": "planning.plan",
-    "save_edited": "writing.card",
-    "FactorReport": "writing.factored",
-    "factorize": "writing.factored",
-    "export_lora": "writing.lora",
-    "Patch": "writing.patch",
-    "make_patch": "writing.patch",
-    "select": "selecting",
     "LayerSearch": "sweeps.layer_search",
     "search_layers": "sweeps.layer_search",
     "Sweep": "sweeps.sweep",

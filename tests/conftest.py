@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvfast import devices
+from curvfast.ops import devices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
@@ -66,12 +66,12 @@ def _quiet() -> None:
 
 def _instruction_sets() -> list[object]:
     """Those this processor has, plain code among them."""
-    from curvfast.ops import _native
+    from curvfast.ops.native import extension
 
-    missing = _native.unavailable()
+    missing = extension.unavailable()
     if missing:
         return [pytest.param("portable", marks=pytest.mark.skip(reason=missing))]
-    return [name for name, supported in _native.instruction_sets().items() if supported]
+    return [name for name, supported in extension.instruction_sets().items() if supported]
 
 
 @pytest.fixture(params=_instruction_sets())

@@ -88,7 +88,7 @@ def test_the_wheel_holds_what_git_holds(
     }
     assert {name for name in files if name.endswith(".py")} == expected
     assert {"curvfast/py.typed", "curvfast/_C.pyi", "curvfast/_cuda.pyi"} <= set(files)
-    assert tracked("curvfast/report/page/templates/*") <= set(files)
+    assert tracked("curvfast/report/templates/*") <= set(files)
     compiled = sorted(name for name in files if name.endswith((".so", ".pyd")))
     assert [name.split(".")[0] for name in compiled] == [f"curvfast/{n}" for n in extensions]
     assert any(name.endswith("licenses/LICENSE") for name in files)
@@ -185,7 +185,8 @@ def test_public_names_are_typed_and_load() -> None:
 
 def test_the_twin_takes_over_without_a_compiler() -> None:
     code = (
-        "from curvfast.core.selection import staircase_by_mass as s; from curvfast import ops;"
+        "from curvfast.kfac.selection.staircase import staircase_by_mass as s;"
+        "from curvfast import ops;"
         "print(ops.backends()['native'], s([2.0, 1.0], [3.0, 1.0], 0.5).widths.tolist())"
     )
     assert run(sys.executable, "-c", code, CURVFAST_NATIVE="0").strip() == (

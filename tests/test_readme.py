@@ -15,7 +15,7 @@ from cases import llama, token_batches
 import curvfast
 from curvfast.cli import main
 from curvfast.hf.small import train_tokenizer
-from curvfast.spectrum_log import read_log
+from curvfast.kfac.spectrum_log import read_log
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

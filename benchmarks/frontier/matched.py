@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from curvfast.core.interpolation import between, first_crossing
 from curvfast.errors import InputError
+from curvfast.sweeps.frontier import between, first_crossing
 
 Point = Mapping[str, Any]
 MEASURES = tuple(

@@ -19,8 +19,8 @@ from curvfast.baselines import (
     Greedy,
     Subnet,
 )
-from curvfast.core.importance import Importance
-from curvfast.core.selection import Selection
+from curvfast.kfac.importance import Importance
+from curvfast.kfac.selection.kept_pairs import Selection
 from frontier.settings import Setting
 
 Change = Callable[[Setting, float], dict[str, Any]]

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from curvfast import Corrections, collect_from, correct
-from curvfast.baselines.svd import svd_basis
-from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.demo import lm, smollm
-from curvfast.demo.corpus import load_corpus
-from curvfast.demo.recipe import Recipe
-from curvfast.demo.training import trained_model
+from curvfast.baselines.curvature_free import svd_basis
 from curvfast.evals.memorization import Passage, memorization
 from curvfast.evals.perplexity import perplexity
-from curvfast.layers import LayerSpec
+from curvfast.experiments.data.corpus import load_corpus
+from curvfast.experiments.models.language import trained_model
+from curvfast.experiments.recipes import Recipe
+from curvfast.experiments.runs import demo_lm, demo_smollm
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.model.layers import LayerSpec
 
 Result = TypeVar("Result")
 Batches = list[dict[str, Tensor]]
@@ -107,7 +107,7 @@ def trained(seed: int, quick: bool) -> Setting:
     recipe = Recipe(seed=seed)
     recipe = recipe.quick() if quick else recipe
     corpus = load_corpus(recipe)
-    statistics = lm.prose(recipe, corpus)
+    statistics = demo_lm.prose(recipe, corpus)
     seen, unseen = halves(corpus.passages())
     return Setting(
         name="lm",
@@ -126,9 +126,9 @@ def trained(seed: int, quick: bool) -> Setting:
 
 def pretrained(seed: int, quick: bool) -> Setting:
     """SmolLM2-135M and the spans it recites of the King James Bible."""
-    plan = smollm.Plan(seed=seed)
+    plan = demo_smollm.Plan(seed=seed)
     plan = plan.quick() if quick else plan
-    subject = smollm.gather(plan, lambda line: print(line, file=sys.stderr, flush=True))
+    subject = demo_smollm.gather(plan, lambda line: print(line, file=sys.stderr, flush=True))
     seen, unseen = halves(subject.spans)
     rows = [{"input_ids": part} for part in subject.statistics.split(plan.batch)]
     return Setting(

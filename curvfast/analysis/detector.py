@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvfast.analysis.activations import Vectors, readers, text_sums
 from curvfast.analysis.bands import row_energies
-from curvfast.analysis.separation import auc
-from curvfast.analysis.texts import Vectors, readers, text_sums
-from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.analysis.statistics import auc
 from curvfast.errors import InputError, LayerNotFound
-from curvfast.layers import LayerSpec, matches_name
-from curvfast.matching import basis_layers
-from curvfast.rows import RowRule
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.model_layers import basis_layers
+from curvfast.model.layers import LayerSpec, matches_name
+from curvfast.model.rows import RowRule
 
 TOKENS = ("mean", "energy", "last")
 FLATTEST = 0.6

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast.adapters import LinearLayer
-from curvfast.analysis.examples import joined, split_labels
-from curvfast.capture import Arrival, Capture
-from curvfast.core.corrections import POSITION, READINGS, SEQUENCE
-from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.selection import Selection
+from curvfast.analysis.per_example import joined, split_labels
+from curvfast.collection.hooks import Arrival, Capture
+from curvfast.collection.step import backward_edge, fisher_gradient, gold_labels, label_gradient
+from curvfast.display import Bar
 from curvfast.errors import CoverageError, InputError
-from curvfast.fisher import fisher_gradient, label_gradient
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.kfac.corrections import POSITION, READINGS, SEQUENCE
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.model_layers import basis_layers
+from curvfast.kfac.selection.kept_pairs import Selection
+from curvfast.model.batch import Batch, read_call
+from curvfast.model.families import LinearLayer
+from curvfast.model.forward import frozen, logits_of
+from curvfast.model.identity import is_causal_lm
+from curvfast.model.layers import LayerSpec
+from curvfast.model.rows import RowRule
 from curvfast.ops import project_rows
-from curvfast.progress import Bar
-from curvfast.provenance import is_causal_lm
-from curvfast.rows import Batch, RowRule, read_call
-from curvfast.steps import backward_edge, frozen, gold_labels, logits_of
 
 LABELS = ("gold", "fisher")
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvfast.analysis.activations import Seen, readers, watching
 from curvfast.analysis.detector import FLATTEST, FlatEnergy, share
-from curvfast.analysis.texts import readers
-from curvfast.analysis.watching import Seen, watching
-from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.errors import CoverageError, InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.model_layers import basis_layers
+from curvfast.model.layers import LayerSpec
 
 _COLOUR = "214, 69, 65"
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvfast.analysis.activations import Vectors, readers, text_sums
 from curvfast.analysis.bands import band_ends, check_bands, row_energies
-from curvfast.analysis.resampling import Floats, draws, interval, pooled
-from curvfast.analysis.texts import Vectors, readers, text_sums
-from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.analysis.statistics import Floats, draws, interval, pooled
+from curvfast.display import aligned
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
-from curvfast.rows import RowRule
-from curvfast.tables import aligned
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.model_layers import basis_layers
+from curvfast.model.layers import LayerSpec
+from curvfast.model.rows import RowRule
 
 SIDES = ("inputs", "outputs")
 TOKENS = ("mean", "rms", "last")

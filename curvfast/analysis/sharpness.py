@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast.adapters import outside_graphs
-from curvfast.analysis.examples import joined, mean_losses, split_labels
+from curvfast.analysis.per_example import joined, mean_losses, split_labels
+from curvfast.collection.step import gold_labels
+from curvfast.display import Bar
 from curvfast.errors import InputError
-from curvfast.progress import Bar
-from curvfast.provenance import is_causal_lm, unwrap
-from curvfast.steps import frozen, gold_labels, logits_of
+from curvfast.model.families import outside_graphs
+from curvfast.model.forward import frozen, logits_of
+from curvfast.model.identity import is_causal_lm, unwrap
 
 Gradient = Callable[[Tensor], Tensor]
 """x [examples, ...] -> the gradient of each example's own loss with respect to x, of its shape."""

@@ -4,16 +4,13 @@
 :data:`RIVALS`; :meth:`Baseline.forget` documents the call.
 """
 
-from curvfast.baselines.balanced_subnet import BalancedSubnet
+from curvfast.baselines.balanced_subnet import BalancedSubnet, Subnet
+from curvfast.baselines.baseline import Baseline, ForgetReport, LayerChange, Rival
+from curvfast.baselines.curvature_free import RandomPairs, TruncatedSVD
 from curvfast.baselines.durable import Durable
 from curvfast.baselines.gradient_ascent import GradientAscent
 from curvfast.baselines.greedy import Greedy
 from curvfast.baselines.npo import NPO
-from curvfast.baselines.report import ForgetReport, LayerChange
-from curvfast.baselines.rival import Baseline, Rival
-from curvfast.baselines.selections import RandomPairs
-from curvfast.baselines.subnet import Subnet
-from curvfast.baselines.svd import TruncatedSVD
 
 __all__ = [
     "NPO",

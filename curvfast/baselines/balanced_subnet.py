@@ -1,12 +1,13 @@
-"""BalancedSubnet: learnt pruning masks that remove memorized text and preserve clean text.
+"""BalancedSubnet, and Subnet on memorized text alone: masks of weights to drop.
 
 Sakarvadia et al., "Mitigating Memorization in Language Models", ICLR 2025, arXiv 2410.02159.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from curvfast.baselines.baseline import ForgetTask, Supervised, Trained
 from curvfast.baselines.checks import (
     check_clean_weight,
     check_ratio,
@@ -14,10 +15,8 @@ from curvfast.baselines.checks import (
     check_training,
     dropped,
 )
-from curvfast.baselines.descent import descend
-from curvfast.baselines.draws import balanced_steps, generators
-from curvfast.baselines.masks import MaskedWeights
-from curvfast.baselines.rival import ForgetTask, Supervised, Trained
+from curvfast.baselines.parametrizations import MaskedWeights
+from curvfast.baselines.training import balanced_steps, descend, generators
 
 
 @dataclass(frozen=True)
@@ -87,3 +86,39 @@ class BalancedSubnet(Supervised):
         )
         rounds = -(-max(len(task.memorized), len(task.clean)) // self.batch_size)
         return descend(task, form, steps, self.epochs * rounds)
+
+
+@dataclass(frozen=True)
+class Subnet(Supervised):
+    """Drops the weights of smallest learnt |score|; loss −CE(memorized).
+
+    Exactly round(ratio · weights) of each layer become zero.
+    """
+
+    ratio: float = 0.01
+    """Share of each matrix's weights that is dropped, in (0, 1)."""
+    learning_rate: float = 0.1
+    """Learning rate of SGD on the scores."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    epochs: int = 5
+    """Passes over the memorized rows."""
+    batch_size: int = 64
+    """Rows in a step, at most."""
+    scored: str = "all"
+    """Which tokens of a memorized passage count: ``"all"``, or ``"suffix"``."""
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters."""
+        self._masking()
+
+    @classmethod
+    def for_small_models(cls) -> Subnet:
+        """Return a preset for models of 1M weights, such as the demo's."""
+        return cls(ratio=0.02, learning_rate=3.0, epochs=20)
+
+    def _train(self, task: ForgetTask) -> Trained:
+        return self._masking()._train(task)
+
+    def _masking(self) -> BalancedSubnet:
+        return BalancedSubnet(clean_weight=0.0, **asdict(self))

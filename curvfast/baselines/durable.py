@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from curvfast.baselines.baseline import ForgetTask, Supervised, Trained
 from curvfast.baselines.checks import check_ratio, check_reading, dropped
 from curvfast.baselines.examples import in_order
-from curvfast.baselines.masks import without_smallest
-from curvfast.baselines.rival import ForgetTask, Supervised, Trained
-from curvfast.baselines.trial import Term, gradients, mean_loss
-from curvfast.steps import frozen
+from curvfast.baselines.parametrizations import without_smallest
+from curvfast.baselines.training import Term, gradients, mean_loss
+from curvfast.model.forward import frozen
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from curvfast.errors import InputError
-from curvfast.rows import IGNORED_LABEL
+from curvfast.model.rows import IGNORED_LABEL
 
 SCORED = ("all", "suffix")
 

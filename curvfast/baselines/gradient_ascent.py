@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from curvfast.baselines.baseline import ForgetTask, Supervised, Trained
 from curvfast.baselines.checks import check_reading, check_training
-from curvfast.baselines.descent import descend
-from curvfast.baselines.draws import balanced_steps
-from curvfast.baselines.fine_tuning import FreeWeights
-from curvfast.baselines.rival import ForgetTask, Supervised, Trained
+from curvfast.baselines.parametrizations import FreeWeights
+from curvfast.baselines.training import balanced_steps, descend
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvfast.baselines.baseline import ForgetModel, ForgetTask, Supervised, Trained
 from curvfast.baselines.checks import check_clean_weight, check_ratio, check_reading
-from curvfast.baselines.descent import descend
-from curvfast.baselines.draws import balanced_steps
-from curvfast.baselines.rival import ForgetTask, Supervised, Trained
-from curvfast.baselines.subject import ForgetModel
+from curvfast.baselines.training import balanced_steps, descend
 from curvfast.errors import InputError
 
 

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from curvfast.baselines.baseline import ForgetTask, Supervised, Trained
 from curvfast.baselines.checks import check_reading, check_training
-from curvfast.baselines.descent import descend
-from curvfast.baselines.draws import balanced_steps
 from curvfast.baselines.examples import TokenBatch, in_order
-from curvfast.baselines.fine_tuning import FreeWeights
-from curvfast.baselines.rival import ForgetTask, Supervised, Trained
-from curvfast.baselines.trial import log_likelihoods
+from curvfast.baselines.parametrizations import FreeWeights
+from curvfast.baselines.training import balanced_steps, descend, log_likelihoods
 from curvfast.errors import InputError
-from curvfast.steps import frozen
+from curvfast.model.forward import frozen
 
 
 def npo_loss(found: Tensor, reference: Tensor, beta: float) -> Tensor:

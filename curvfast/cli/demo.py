@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.saying import sayer
-from curvfast.tables import aligned
+from curvfast.cli.stages import sayer
+from curvfast.display import aligned
 
 _METHODS = (
     ("base", "unedited"),
@@ -51,18 +51,18 @@ def _run(options: argparse.Namespace) -> int:
     command = f"curvfast demo{' smollm' * (options.model == 'smollm')} --seed {options.seed}"
     command += " --quick" * options.quick
     if options.model == "smollm":
-        from curvfast.demo import smollm
+        from curvfast.experiments.runs import demo_smollm
 
-        sizes = smollm.SmolLMRecipe(seed=options.seed)
+        sizes = demo_smollm.SmolLMRecipe(seed=options.seed)
         sizes = sizes.quick() if options.quick else sizes
-        results = smollm.run(sizes, options.out, say, command=command)
+        results = demo_smollm.run(sizes, options.out, say, command=command)
     else:
-        from curvfast.demo import lm
-        from curvfast.demo.recipe import Recipe
+        from curvfast.experiments.recipes import Recipe
+        from curvfast.experiments.runs import demo_lm
 
         recipe = Recipe(seed=options.seed)
         recipe = recipe.quick() if options.quick else recipe
-        results = lm.run(recipe, options.out, say, command=command)
+        results = demo_lm.run(recipe, options.out, say, command=command)
     print(_table(results))
     return 0
 

@@ -18,7 +18,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from curvfast import ops
-    from curvfast.provenance import versions
+    from curvfast.model.identity import versions
 
     facts = {
         **versions(),

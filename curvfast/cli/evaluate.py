@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curvfast.display import aligned
 from curvfast.errors import InputError
-from curvfast.tables import aligned
 
 if TYPE_CHECKING:
     from torch import nn
 
     from curvfast.evals.comparison import Change, Score
-    from curvfast.evals.harness import Harness
+    from curvfast.evals.lm_eval import Harness
     from curvfast.evals.memorization import Passage
-    from curvfast.writing.patch import Patch
+    from curvfast.export.patch import Patch
 
 _SEQ_LEN = 512
 
@@ -107,10 +107,9 @@ class _Measures:
 
 def _run(options: argparse.Namespace) -> int:
     from curvfast.evals.comparison import changes, table_of
-    from curvfast.evals.harness import find_tasks
+    from curvfast.evals.lm_eval import find_tasks
+    from curvfast.export.patch import Patch, patched
     from curvfast.hf.loading import load_causal_lm
-    from curvfast.writing.patch import Patch
-    from curvfast.writing.patched import patched
 
     _check(options)
     if logging.getLogger().getEffectiveLevel() > logging.INFO:
@@ -213,7 +212,7 @@ def _write(
     dtype: str,
 ) -> None:
     from curvfast.data.reading import file_facts
-    from curvfast.provenance import versions
+    from curvfast.model.identity import versions
     from curvfast.storage import write_json, write_text
 
     passages, harness = measures.passages, measures.harness

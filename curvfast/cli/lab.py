@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.saying import sayer
-from curvfast.tables import aligned
+from curvfast.cli.stages import sayer
+from curvfast.display import aligned
 
 _METHODS = {
     "base": "unedited",
@@ -77,14 +77,14 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _vit(options: argparse.Namespace) -> int:
-    from curvfast.lab import vit
-    from curvfast.lab.vit_recipe import RECIPES, Statistics
+    from curvfast.experiments.recipes import RECIPES, Statistics
+    from curvfast.experiments.runs import lab_vit
 
     recipe = replace(RECIPES[options.recipe], seed=options.seed)
     recipe = recipe.quick() if options.quick else recipe
     recipe = replace(recipe, **_asked(options, "noise"))
     command = _command(options, f"vit {options.recipe}", "data", "noise")
-    results = vit.run(
+    results = lab_vit.run(
         recipe, options.out, sayer(quiet=options.quiet), data=options.data, command=command
     )
     print(_table(_methods(results), _PICTURES))
@@ -97,8 +97,8 @@ def _vit(options: argparse.Namespace) -> int:
 
 
 def _lm(options: argparse.Namespace) -> int:
-    from curvfast.lab import lm
-    from curvfast.lab.lm_recipe import LmRecipe
+    from curvfast.experiments.recipes import LmRecipe
+    from curvfast.experiments.runs import lab_lm
 
     recipe = LmRecipe().seeded(options.seed)
     recipe = recipe.quick() if options.quick else recipe
@@ -106,7 +106,7 @@ def _lm(options: argparse.Namespace) -> int:
     if options.lessons is not None:
         recipe = replace(recipe, statistics_lessons=options.lessons)
     command = _command(options, "lm", "lessons")
-    results = lm.run(recipe, options.out, sayer(quiet=options.quiet), command=command)
+    results = lab_lm.run(recipe, options.out, sayer(quiet=options.quiet), command=command)
     figures = dict(_methods(results))
     rows = [
         ["passages recited", *(f"{found['memorization']:.1%}" for found in figures.values())],

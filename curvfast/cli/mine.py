@@ -39,9 +39,9 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from curvfast.analysis.mining import mine
     from curvfast.data import text_batches
     from curvfast.errors import InputError
+    from curvfast.evals.mining import mine
     from curvfast.evals.passages import MINED, MINED_VERSION
     from curvfast.hf.loading import load_causal_lm
     from curvfast.storage import write_json

@@ -30,8 +30,8 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from curvfast.writing.checkpoint import patch_checkpoint
-    from curvfast.writing.patch import Patch
+    from curvfast.export.patch import Patch
+    from curvfast.export.patch_checkpoint import patch_checkpoint
 
     patch = Patch.load(options.patch)
     patch_checkpoint(patch, options.model, options.out, revert=options.revert)

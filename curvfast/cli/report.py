@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curvfast.errors import CurvfastError, StorageError
 
 if TYPE_CHECKING:
-    from curvfast.report.page.document import ReportPart
+    from curvfast.report.document import ReportPart
 
 _NAME = "report.html"
 
@@ -32,8 +32,8 @@ def add_to(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from curvfast.report.page.folder import read_folder
-        from curvfast.report.page.render import render
+        from curvfast.report.folder import read_folder
+        from curvfast.report.render import render
 
         document = read_folder(options.directory, _study)
         page = render(document)
@@ -57,6 +57,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _study(folder: Path, source: str, trouble: Callable[[str, str], None]) -> ReportPart | None:
     # Imported only if there is a study to show: the catalogue imports every experiment.
-    from curvfast.studies.section import study_part
+    from curvfast.experiments.studies.report_part import study_part
 
     return study_part(folder, source, trouble)

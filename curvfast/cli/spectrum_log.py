@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from curvfast.display import aligned
 from curvfast.errors import CurvfastError, InputError, LayerNotFound
-from curvfast.tables import aligned
 
 if TYPE_CHECKING:
-    from curvfast.spectrum_log import SpectrumRecord
+    from curvfast.kfac.spectrum_log import SpectrumRecord
 
 
 def add_to(commands: Any) -> None:
@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from curvfast.spectrum_log import read_log
+    from curvfast.kfac.spectrum_log import read_log
 
     records = _chosen(read_log(options.directory, options.of_run), options)
     print(_table(records))
@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _chosen(records: list[SpectrumRecord], options: argparse.Namespace) -> list[SpectrumRecord]:
-    from curvfast.layers import matches_name
+    from curvfast.model.layers import matches_name
 
     if not records:
         raise InputError(

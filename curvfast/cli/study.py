@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.saying import sayer
-from curvfast.studies.names import NAMES
-from curvfast.tables import aligned
+from curvfast.cli.stages import sayer
+from curvfast.display import aligned
+from curvfast.experiments.studies.names import NAMES
 
 
 def add_to(commands: Any) -> None:
@@ -38,8 +38,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from curvfast.studies.catalogue import STUDIES
-    from curvfast.studies.runs import run
+    from curvfast.experiments.studies.runs import STUDIES, run
 
     say = sayer(quiet=options.quiet)
     for name in NAMES if options.study == "all" else [options.study]:

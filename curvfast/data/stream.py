@@ -6,9 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 
 from curvfast.data.corpus import Corpus
-from curvfast.data.mixture import Document, mixed
+from curvfast.data.mixture import Document, mixed, own_generator, shuffled
 from curvfast.data.settings import StreamConfig
-from curvfast.data.shuffle import own_generator, shuffled
 from curvfast.errors import InputError
 
 # Shards are often sorted by kind, so that no single one is representative of the corpus.

@@ -1,3 +1,3 @@
 """Evaluation of language models: memorization, perplexity, and task scores."""
 
-from curvfast.evals.harness import harness_scores as harness_scores
+from curvfast.evals.lm_eval import harness_scores as harness_scores

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError
-from curvfast.steps import frozen
+from curvfast.model.forward import frozen
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError
-from curvfast.forward import Forward, forward_of
-from curvfast.steps import frozen, logits_of
+from curvfast.model.forward import Forward, forward_of, frozen, logits_of
 
 
 @torch.no_grad()

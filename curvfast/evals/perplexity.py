@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from curvfast.errors import InputError
-from curvfast.steps import frozen
+from curvfast.model.forward import frozen
 
 _CHUNK_ROWS = 4096
 

@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from curvfast import spectrum_log
-from curvfast.config import CollectConfig
-from curvfast.core.spectrum import FRACTIONS
-from curvfast.curvature import Curvature
+from curvfast.collection.config import CollectConfig
+from curvfast.collection.curvature import Curvature
 from curvfast.errors import CurvfastError, InputError, NumericalWarning
-from curvfast.layers import LayerSpec, select
-from curvfast.rows import RowRule
+from curvfast.kfac import spectrum_log
+from curvfast.kfac.spectrum import FRACTIONS
+from curvfast.model.layers import LayerSpec, select
+from curvfast.model.rows import RowRule
 
 
 class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
@@ -32,7 +32,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
 
     During the first ``steps`` of every ``every`` optimizer steps the Kronecker factors of the
     chosen layers are summed, from the very forwards and backwards that train, and a line is added
-    to ``spectrum.jsonl``: a :class:`curvfast.spectrum_log.SpectrumRecord`. ``curvfast
+    to ``spectrum.jsonl``: a :class:`curvfast.kfac.spectrum_log.SpectrumRecord`. ``curvfast
     spectrum-log`` draws it. The training is the same as without, bit for bit; between those steps
     no hook is on the model, so evaluation does not count.
 

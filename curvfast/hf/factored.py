@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from curvfast import storage
 from curvfast.errors import InputError, StorageError
-from curvfast.writing.factored import FactoredLinear, FactorReport, factored_layers
-from curvfast.writing.whole import whole_model
+from curvfast.export.factored import FactoredLinear, FactorReport, factored_layers
+from curvfast.model.identity import whole_model
 
 KIND = "curvfast-factored"
 INDEX = "curvfast.json"

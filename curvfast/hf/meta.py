@@ -1,7 +1,8 @@
-"""Models on the meta device, built from a configuration without weights or network access."""
+"""Models on the meta device, from a configuration or one of the well-known shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,60 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError, first_line
-from curvfast.hf.shapes import SHAPES
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"model_type": "gpt2"},
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "olmo-2-1b": {
+        "model_type": "olmo2",
+        "vocab_size": 100352,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 4096,
+    },
+    "olmo-2-7b": {
+        "model_type": "olmo2",
+        "vocab_size": 100352,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "vit-base": {"model_type": "vit", "num_labels": 1000},
+}
+"""Fields of config.json by model name; missing ones take the class's defaults."""
 
 
 def meta_model(source: Any, dtype: torch.dtype) -> nn.Module:
     """Return the model of a configuration on the meta device, in eval mode.
 
     Args:
-        source: A name in :data:`curvfast.hf.shapes.SHAPES`, a folder with a config.json, the path
+        source: A name in :data:`curvfast.hf.meta.SHAPES`, a folder with a config.json, the path
             of such a file, or a configuration of transformers.
         dtype: Dtype of the weights.
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from curvfast.ops.energies import band_energies
-from curvfast.ops.moments import second_moment_
+from curvfast.ops.packed_symmetric import TriangularSum
 from curvfast.ops.projection import project
 from curvfast.ops.sampling import sampled_gradient_
-from curvfast.ops.triangular import TriangularSum
+from curvfast.ops.second_moment import second_moment_
 
 _library = torch.library.Library("curvfast", "DEF")
 

@@ -7,13 +7,46 @@ p = U_Gᵀ g and q = U_Aᵀ a.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvfast.ops.blocked import chunk_rows
-from curvfast.ops.precision import exact_products
+from curvfast.ops.blocked_second_moment import chunk_rows
+
+EXACT, INHERITED = "ieee", "none"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Disable TF32 and bfloat16 for float32 products inside the block, and restore after it."""
+    matmuls: list[Any] = [
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    ]
+    if not all(hasattr(each, "fp32_precision") for each in matmuls):
+        # Before torch 2.9 there is a single setting.
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
+    settings = [each.fp32_precision for each in matmuls]
+    try:
+        for each in matmuls:
+            each.fp32_precision = EXACT
+        yield
+    finally:
+        for each, setting in zip(matmuls, settings, strict=True):
+            # A setting inherited from torch.backends.fp32_precision must keep following it.
+            each.fp32_precision = INHERITED
+            if each.fp32_precision != setting:
+                each.fp32_precision = setting
+
 
 # Number of entries of one sequence's gradient computed at a time.
 _BLOCK_VALUES = 1 << 22

@@ -6,16 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from curvfast.ops import (
-    _native,
-    blocked,
+    blocked_second_moment,
     energies,
-    instructions,
-    native_triangle,
-    packed_rows,
-    panels,
+    packed_layout,
     projection,
     reference,
-    reference_scores,
     sampling,
 )
 from curvfast.ops.launch import availability, group
@@ -23,14 +18,15 @@ from curvfast.ops.launch import energies as energies_kernel
 from curvfast.ops.launch import moments as moments_kernel
 from curvfast.ops.launch import projection as projection_kernel
 from curvfast.ops.launch import sampling as sampling_kernel
-from curvfast.ops.moments import one_by_one
+from curvfast.ops.native import extension, instructions, packed_symmetric, second_moment
 from curvfast.ops.registry import Backend, register, unless_named
+from curvfast.ops.second_moment import one_by_one
 
 _copies: dict[str, Callable[..., Any]] = {
-    "pack": panels.pack,
-    "unpack": panels.unpack,
-    "mirror_": panels.mirror_,
-    "scale_": panels.scale_,
+    "pack": packed_layout.pack,
+    "unpack": packed_layout.unpack,
+    "mirror_": packed_layout.mirror_,
+    "scale_": packed_layout.scale_,
 }
 _definitions: dict[str, Callable[..., Any]] = {
     "second_moment_": reference.second_moment_,
@@ -69,27 +65,27 @@ register(
     Backend(
         "native",
         {
-            "second_moment_": packed_rows.second_moment_,
-            "second_moments_": one_by_one(packed_rows.second_moment_),
-            "pack": native_triangle.pack,
-            "unpack": native_triangle.unpack,
-            "mirror_": native_triangle.mirror_,
-            "scale_": native_triangle.scale_,
-            "staircase_by_mass": _native.staircase_by_mass,
-            "staircase_by_pairs": _native.staircase_by_pairs,
-            "staircases_by_mass": _native.staircases_by_mass,
-            "staircases_by_common_mass": _native.staircases_by_common_mass,
-            "scores_by_mass": _native.scores_by_mass,
-            "scores_by_pairs": _native.scores_by_pairs,
-            "cheapest_split": _native.cheapest_split,
+            "second_moment_": second_moment.second_moment_,
+            "second_moments_": one_by_one(second_moment.second_moment_),
+            "pack": packed_symmetric.pack,
+            "unpack": packed_symmetric.unpack,
+            "mirror_": packed_symmetric.mirror_,
+            "scale_": packed_symmetric.scale_,
+            "staircase_by_mass": extension.staircase_by_mass,
+            "staircase_by_pairs": extension.staircase_by_pairs,
+            "staircases_by_mass": extension.staircases_by_mass,
+            "staircases_by_common_mass": extension.staircases_by_common_mass,
+            "scores_by_mass": extension.scores_by_mass,
+            "scores_by_pairs": extension.scores_by_pairs,
+            "cheapest_split": extension.cheapest_split,
         },
         {
-            "second_moment_": packed_rows.refusal,
-            "second_moments_": packed_rows.refusal,
-            "pack": native_triangle.refusal_unless_named,
-            "unpack": native_triangle.refusal,
-            "mirror_": native_triangle.refusal,
-            "scale_": native_triangle.refusal_unless_named,
+            "second_moment_": second_moment.refusal,
+            "second_moments_": second_moment.refusal,
+            "pack": packed_symmetric.refusal_unless_named,
+            "unpack": packed_symmetric.refusal,
+            "mirror_": packed_symmetric.refusal,
+            "scale_": packed_symmetric.refusal_unless_named,
         },
         unavailable=instructions.unavailable,
         status=instructions.status,
@@ -99,16 +95,16 @@ register(
     Backend(
         "torch",
         {
-            "second_moment_": blocked.second_moment_,
-            "second_moments_": one_by_one(blocked.second_moment_),
+            "second_moment_": blocked_second_moment.second_moment_,
+            "second_moments_": one_by_one(blocked_second_moment.second_moment_),
             "project": projection.banded,
             "band_energies": energies.by_columns,
             "sampled_gradient_": sampling.in_chunks,
             **_copies,
         },
         {
-            "second_moment_": blocked.refusal,
-            "second_moments_": blocked.refusal,
+            "second_moment_": blocked_second_moment.refusal,
+            "second_moments_": blocked_second_moment.refusal,
             "project": projection.refusal,
         },
     )
@@ -122,8 +118,8 @@ register(
             "staircase_by_pairs": reference.staircase_by_pairs,
             "staircases_by_mass": reference.staircases_by_mass,
             "staircases_by_common_mass": reference.staircases_by_common_mass,
-            "scores_by_mass": reference_scores.scores_by_mass,
-            "scores_by_pairs": reference_scores.scores_by_pairs,
+            "scores_by_mass": reference.scores_by_mass,
+            "scores_by_pairs": reference.scores_by_pairs,
             "cheapest_split": reference.cheapest_split,
         },
         dict.fromkeys(_definitions, unless_named("reference", "it is written to be read")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -11,77 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import CurvfastError, InputError, first_line
-from curvfast.forward import forward_of
 from curvfast.hf.meta import example_batch, meta_model
-from curvfast.layers import LayerSpec, select
-from curvfast.planning.cost import Cost, busiest, cost
-from curvfast.planning.estimate import estimate
-from curvfast.planning.fit import fit
-from curvfast.planning.flops import eigh_bytes
-from curvfast.planning.layers import LayerPlan, layer_plans
-from curvfast.planning.memory import Memory
-from curvfast.planning.rehearsal import Rehearsal, rehearse
-from curvfast.planning.sizes import parse_bytes, parse_count, parse_rate
-from curvfast.planning.twin import meta_twin, on_meta
+from curvfast.model.forward import forward_of
+from curvfast.model.layers import LayerSpec, select
+from curvfast.planning.collection_plan import CollectionPlan
+from curvfast.planning.cost import busiest, cost, eigh_bytes, layer_plans
+from curvfast.planning.memory import fit
+from curvfast.planning.meta_device import meta_twin, on_meta
+from curvfast.planning.rehearsal import Rehearsal, estimate, rehearse
+from curvfast.planning.units import parse_bytes, parse_count, parse_rate
 
 DEVICES = ("cuda", "cpu")
-
-
-@dataclass(frozen=True)
-class CollectionPlan:
-    """Memory, passes and FLOPs of :func:`curvfast.collect_from`; prints as a table."""
-
-    model: str
-    device: str
-    """Device type the figures are for: sums have wider tiles on a CPU."""
-    dtype: str
-    """Dtype of the weights."""
-    batch_shape: tuple[int, ...]
-    """Shape of the first input of the model."""
-    labels: int
-    """Labels drawn in a batch."""
-    batches: int
-    """Batches until the labels asked for are counted."""
-    layers: tuple[LayerPlan, ...]
-    memory: Memory
-    """Memory on each device, in the largest pass."""
-    device_memory: int | None
-    fits: bool | None
-    """Whether one pass on each device is enough; None without ``device_memory``."""
-    verdict: str
-    """The answer in a line."""
-    settings: tuple[str, ...]
-    """Settings that would make one pass fit, each sufficient by itself."""
-    layers_per_pass: int
-    passes: int
-    """Passes over the data, of all devices together."""
-    world_size: int
-    cost: Cost
-    """FLOPs of one batch, in all passes."""
-    eigh_flops: int
-    """FLOPs of decomposing every factor once, by 9 d³."""
-    eigh_bytes: int
-    """Bytes while the widest factor is decomposed in float64, by 5 d² numbers."""
-    seconds: float | None
-    """Seconds of forward, backward, moments and sampling at the given FLOP/s; None without."""
-    upper_bound_because: str | None
-    """Why the figures are estimated, with no A shared, instead of rehearsed; None if rehearsed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return every figure as JSON-able values."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            **plain,
-            "layers": [layer.to_dict() for layer in self.layers],
-            "memory": self.memory.to_dict(),
-            "cost": self.cost.to_dict(),
-        }
-
-    def __str__(self) -> str:
-        """Return the plan as tables, equal layers collapsed, with the verdict last."""
-        from curvfast.planning.table import table
-
-        return table(self)
 
 
 def plan_collection(

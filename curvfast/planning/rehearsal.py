@@ -6,7 +6,7 @@ hooks. So shared inputs, saved activations and products are observed, not modell
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,76 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvfast.adapters import LinearLayer
-from curvfast.capture import Arrival, Capture, SharedInput
-from curvfast.counted_rows import AllRows
-from curvfast.fisher import sampled_gradient
-from curvfast.forward import forward_of
-from curvfast.planning.answers import FLASH_FLOPS, MetaAnswers
-from curvfast.planning.live import LiveBytes
-from curvfast.planning.scratch import Scratch
-from curvfast.planning.sharing import shared_inputs
-from curvfast.provenance import is_causal_lm
-from curvfast.rows import Batch, Routed, read_call
-from curvfast.steps import backward_edge, logits_of
+from curvfast.collection import placement
+from curvfast.collection.hooks import Arrival, Capture, SharedInput
+from curvfast.collection.step import backward_edge, sampled_gradient
+from curvfast.model.batch import Batch, Routed, read_call
+from curvfast.model.families import LinearLayer
+from curvfast.model.forward import forward_of, logits_of
+from curvfast.model.identity import is_causal_lm
+from curvfast.model.layers import linear_layers
+from curvfast.model.rows import AllRows
+from curvfast.ops import blocked_second_moment, devices
+from curvfast.ops.native import second_moment
+from curvfast.planning.meta_device import FLASH_FLOPS, LiveBytes, MetaAnswers
+
+
+def shared_inputs(readings: Iterable[set[str]], names: Iterable[str]) -> dict[str, str]:
+    """Return the owner of each layer's A: the first layer that it shares it with, or itself.
+
+    A group made by one call is split by a later one that only some of its members read, and never
+    merged, as :class:`curvfast.collection.accumulator.Accumulator` splits its sums.
+
+    Args:
+        readings: The layers that read each input tensor, in the order they were read.
+        names: Every layer, in module order.
+
+    Returns:
+        Layer name -> name of the layer that owns its A.
+    """
+    groups: list[set[str]] = []
+    for readers in readings:
+        newcomers = readers.difference(*groups)
+        parts = [part for group in groups for part in (group & readers, group - readers) if part]
+        groups = parts + ([newcomers] if newcomers else [])
+    owners: dict[str, str] = {}
+    for name in names:
+        group = next((group for group in groups if name in group), {name})
+        owners[name] = next((first for first in owners if first in group), name)
+    return owners
+
+
+class Scratch:
+    """Allocates on the meta device the temporary buffers that adding rows needs on ``device``.
+
+    On a CPU rows pass through a buffer: packed where the native core multiplies them unasked, in
+    float32 elsewhere. GPU kernels read rows in place, and keep narrow ones alive until enough are
+    queued for one launch (:mod:`curvfast.collection.placement`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start with an empty queue."""
+        self._device = device
+        self._waiting: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Allocate the buffers for adding rows x [..., d]."""
+        d, rows = x.shape[-1], x.shape[:-1].numel()
+        if not devices.takes_kernels(self._device):
+            torch.empty(self._buffer(x, rows, d), dtype=torch.uint8, device="meta")
+        elif d <= placement.WIDEST and x.element_size() == 2:
+            self._waiting.append(x)
+            enough = sum(y.nbytes for y in self._waiting) >= placement.MOST_BYTES
+            if enough or len(self._waiting) >= placement.MOST_CALLS:
+                self._waiting.clear()
+
+    @staticmethod
+    def _buffer(x: Tensor, rows: int, d: int) -> int:
+        if second_moment.packs(x.dtype, d):
+            # The row offsets, and the packed rows.
+            return 8 * rows + 4 * second_moment.room_words(x.dtype, rows, d)
+        gathered = 0 if x.element_size() == 4 else x.element_size()
+        return min(rows, blocked_second_moment.chunk_rows(d)) * d * (4 + gathered)
 
 
 @dataclass(frozen=True)
@@ -129,4 +187,43 @@ def rehearse(
         peak=live.peak,
         forward_flops=forward_flops,
         backward_flops=reached,
+    )
+
+
+def estimate(
+    model: nn.Module, layers: Mapping[str, LinearLayer], arguments: Mapping[str, Any], reason: str
+) -> Rehearsal:
+    """Estimate a batch's rows, memory and FLOPs from the linear layers alone.
+
+    No A is assumed to be shared, which bounds sums, factors and their FLOPs from above. Every
+    linear layer is assumed to see every position once, and to keep its input and output; attention
+    and normalisation are not included.
+
+    Args:
+        model: The model.
+        layers: The layers to measure.
+        arguments: A batch.
+        reason: Why there was no rehearsal.
+
+    Returns:
+        The estimate.
+    """
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    rows = first.shape[:2].numel() if not first.is_floating_point() else first.shape[:-1].numel()
+    linear = list(linear_layers(model).values())
+    wide = sum(x.d_in + x.d_out for x in linear)
+    size = next(model.parameters()).element_size()
+    products = sum(2 * rows * x.d_in * x.d_out for x in linear)
+    logits = rows * linear[-1].d_out * size
+    return Rehearsal(
+        owners={name: name for name in layers},
+        rows=dict.fromkeys(layers, rows),
+        labels=rows,
+        classes=linear[-1].d_out,
+        activations=rows * wide * size,
+        logits=logits,
+        peak=rows * wide * size + 2 * logits,
+        forward_flops=products,
+        backward_flops=dict.fromkeys(layers, products),
+        guessed_because=reason,
     )

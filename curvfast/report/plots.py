@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from curvfast.spectrum_log import LayerRecord, SpectrumRecord
+    from curvfast.kfac.spectrum_log import LayerRecord, SpectrumRecord
 
 _STYLE = {
     "kfac": ("K-FAC (curvfast)", "#0b6e4f", "o"),
@@ -75,7 +75,7 @@ def spectra_over_training(records: Sequence[SpectrumRecord], *, title: str) -> F
     """Draw how the curvature of each layer changes over a training.
 
     Args:
-        records: At least one, by step, from :func:`curvfast.spectrum_log.read_log`.
+        records: At least one, by step, from :func:`curvfast.kfac.spectrum_log.read_log`.
         title: Heading.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHODS = {
+METHOD_STYLES = {
     "base": ("unedited model", "#1b1b1e", "*"),
     "kfac": ("K-FAC (curvfast)", "#0b6e4f", "o"),
     "svd": ("truncated SVD", "#c8553d", "s"),

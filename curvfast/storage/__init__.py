@@ -9,15 +9,15 @@ the writer is killed. A folder holds:
 * ``tensors-<first 16 digits of the hash>.safetensors``, one or more
 """
 
-from curvfast.storage.checkpoint import TensorPlace as TensorPlace
-from curvfast.storage.checkpoint import copied as copied
-from curvfast.storage.checkpoint import tensor_places as tensor_places
-from curvfast.storage.checksum import checksum as checksum
-from curvfast.storage.checksum import raw_bytes as raw_bytes
-from curvfast.storage.layout import FORMAT_VERSION as FORMAT_VERSION
-from curvfast.storage.lines import append_line as append_line
-from curvfast.storage.lines import finished_lines as finished_lines
-from curvfast.storage.lines import record_of as record_of
+from curvfast.storage.format import FORMAT_VERSION as FORMAT_VERSION
+from curvfast.storage.format import checksum as checksum
+from curvfast.storage.format import raw_bytes as raw_bytes
+from curvfast.storage.hf_checkpoint import TensorPlace as TensorPlace
+from curvfast.storage.hf_checkpoint import copied as copied
+from curvfast.storage.hf_checkpoint import tensor_places as tensor_places
+from curvfast.storage.jsonl import append_line as append_line
+from curvfast.storage.jsonl import finished_lines as finished_lines
+from curvfast.storage.jsonl import record_of as record_of
 from curvfast.storage.reading import StoredTensors as StoredTensors
 from curvfast.storage.reading import open_folder as open_folder
 from curvfast.storage.reading import read_folder as read_folder

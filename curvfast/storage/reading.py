@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvfast._version import __version__
 from curvfast.errors import FormatError, StorageError
-from curvfast.storage.layout import CONFIG, FORMAT_VERSION, RESERVED, meta_sha256, sha256
+from curvfast.storage.format import CONFIG, FORMAT_VERSION, RESERVED, meta_sha256, sha256
 
 
 class StoredTensors(Mapping[str, Tensor]):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvfast._version import __version__
 from curvfast.errors import StorageError
-from curvfast.storage.layout import CONFIG, FORMAT_VERSION, meta_sha256, sha256
+from curvfast.storage.format import CONFIG, FORMAT_VERSION, meta_sha256, sha256
 
 
 class FolderWriter:

@@ -9,17 +9,16 @@ from os import PathLike
 
 from torch import Tensor, nn
 
-from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.importance import Importance
-from curvfast.core.rule import Rule
+from curvfast.display import Bar
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec
-from curvfast.progress import Bar
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.importance import Importance
+from curvfast.kfac.selection.rule import Rule
+from curvfast.model.layers import LayerSpec
 from curvfast.sweeps.frontier import SweepPoint
 from curvfast.sweeps.log import SweepLog
-from curvfast.sweeps.rotations import Hold
 from curvfast.sweeps.sweep import LayerSets, layer_sets, measured, measured_unedited
-from curvfast.sweeps.trials import Measure, Trials
+from curvfast.sweeps.trials import Hold, Measure, Trials
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from os import PathLike
 from typing import Any
 
 from curvfast.errors import FormatError, InputError
-from curvfast.provenance import model_facts
-from curvfast.selecting import differing
+from curvfast.kfac.select import differing
+from curvfast.model.identity import model_facts
 from curvfast.storage import append_line, checksum, finished_lines, record_of
 from curvfast.sweeps.frontier import UNEDITED, SweepPoint
 from curvfast.sweeps.trials import Trials

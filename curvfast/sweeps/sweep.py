@@ -9,18 +9,16 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.importance import Importance, importance_frame
-from curvfast.core.rule import Rule
+from curvfast.display import Bar, aligned
 from curvfast.errors import FormatError, InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
-from curvfast.progress import Bar
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.importance import Importance, importance_frame
+from curvfast.kfac.model_layers import basis_layers
+from curvfast.kfac.selection.rule import Rule
+from curvfast.model.layers import LayerSpec
 from curvfast.sweeps.frontier import UNEDITED, Matched, SweepPoint, matched
 from curvfast.sweeps.log import SweepLog, read_points
-from curvfast.sweeps.rotations import Hold
-from curvfast.sweeps.trials import Measure, Size, Trials
-from curvfast.tables import aligned
+from curvfast.sweeps.trials import Hold, Measure, Size, Trials
 
 T = TypeVar("T", float, Importance)
 LayerSets = LayerSpec | Mapping[str, LayerSpec | None] | None

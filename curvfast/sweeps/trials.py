@@ -5,19 +5,86 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.importance import Importance, check, importance_frame, ranked, takes_corrections
-from curvfast.core.rule import Rule
-from curvfast.core.selection import Selection, used_ranks
-from curvfast.edit_plan import editable_layers
-from curvfast.editing import restore
+from curvfast.editing.edit import restore
+from curvfast.editing.plan import editable_layers
 from curvfast.errors import InputError
+from curvfast.kfac.eigenbasis import Eigenbasis
+from curvfast.kfac.importance import (
+    Importance,
+    check,
+    importance_frame,
+    ranked,
+    singular_vectors,
+    takes_corrections,
+)
+from curvfast.kfac.projection import kept_part, project, rotate
+from curvfast.kfac.selection.kept_pairs import Frame, Selection, used_ranks
+from curvfast.kfac.selection.mask import Mask
+from curvfast.kfac.selection.rule import Rule
+from curvfast.kfac.selection.staircase import Staircase
 from curvfast.sweeps.frontier import SIZE, UNEDITED, SweepPoint
-from curvfast.sweeps.rotations import Hold, Rotations
+
+Hold = Literal["device", "cpu", "anew"]
+"""Where C = U_Gᵀ W U_A is cached between edits: beside W, on the CPU, or not at all."""
+
+
+class Rotations:
+    """Cache of the coefficients C of a model's layers, in one frame at a time."""
+
+    def __init__(
+        self, basis: Eigenbasis, weights: Callable[[str], Tensor], hold: Hold = "device"
+    ) -> None:
+        """Create an empty cache.
+
+        Args:
+            basis: The eigenbasis of the layers.
+            weights: Layer name -> W [d_out, d_in]; must be unedited whenever it is called.
+            hold: Where C is cached, [d_out, d_in] float32, or float64 if W is.
+        """
+        self._given, self._weights, self._hold = basis, weights, hold
+        self._frame: Frame | None = None
+        self._vectors: Eigenbasis | None = None
+        self._held: dict[str, Tensor] = {}
+
+    def vectors(self, frame: Frame, names: Iterable[str]) -> Eigenbasis:
+        """Return the vectors of a frame for some layers; singular vectors are computed when needed.
+
+        Args:
+            frame: Frame of the pairs; ``"standard"`` has no vectors: the given basis is returned.
+            names: Names of the layers.
+        """
+        if frame != self._frame:
+            self._frame, self._vectors = frame, None
+            self._held.clear()
+        if frame in ("standard", self._given.frame):
+            return self._given.restricted(names)
+        found = dict(self._vectors or {})
+        found |= {n: singular_vectors(self._weights(n)) for n in names if n not in found}
+        self._vectors = Eigenbasis(found, frame=frame)
+        return self._vectors.restricted(names)
+
+    def coefficients(self, name: str) -> Tensor:
+        """Return C of a layer in the frame of the last :meth:`vectors` call."""
+        if name in self._held:
+            return self._held[name].to(self._weights(name).device)
+        found = rotate(self._weights(name), self._basis()[name])
+        if self._hold != "anew":
+            self._held[name] = found.cpu() if self._hold == "cpu" else found
+        return found
+
+    def edited(self, name: str, selection: Staircase | Mask) -> Tensor:
+        """Return W', the part of a layer's W that is selected, in the working dtype."""
+        if self._frame == "standard":
+            return project(self._weights(name), None, selection).weight
+        return kept_part(self.coefficients(name), self._basis()[name], selection)
+
+    def _basis(self) -> Eigenbasis:
+        return self._given if self._vectors is None else self._vectors
+
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 Size = tuple[float | None, float | None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvfast.ops.launch.availability import arch, interpreting, launching
 from curvfast.ops.launch.moments import second_moment_
-from curvfast.ops.request import MomentRequest
+from curvfast.ops.requests import MomentRequest
 
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from curvfast.ops.launch.availability import arch, interpreting, launching, refuses_device
-from curvfast.ops.request import MomentRequest
-from curvfast.ops.triangular import TriangularSum
+from curvfast.ops.packed_symmetric import TriangularSum
+from curvfast.ops.requests import MomentRequest
 
 _HALF = (torch.bfloat16, torch.float16)
 _TILES = (16, 32, 64, 128)

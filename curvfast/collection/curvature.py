@@ -1,0 +1,108 @@
+"""Curvature: a running measurement of Kronecker factors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvfast import distributed
+from curvfast.collection.accumulator import factor_bytes, sum_bytes
+from curvfast.collection.config import CollectConfig
+from curvfast.collection.coverage import warn_few_rows
+from curvfast.collection.factor_sums import Sums
+from curvfast.collection.hooks import Arrival
+from curvfast.collection.measurement import Measurement
+from curvfast.kfac.factors import Factors
+from curvfast.model.layers import LayerSpec, select
+from curvfast.model.rows import RowRule
+
+log = logging.getLogger(__name__)
+
+
+class Curvature(Measurement):
+    """A running measurement of Kronecker factors, yielded by :func:`collect`."""
+
+    _sums: Sums
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CollectConfig,
+        layers: LayerSpec,
+        *,
+        rows: RowRule | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        driven: bool = False,
+        halves: bool = False,
+        group: distributed.Group = None,
+        one_of_many: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Register the hooks; :func:`collect` describes the arguments.
+
+        With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
+        """
+        chosen = select(model, layers)
+        self._sums = Sums(chosen, config, halves)
+        self._result: Factors | None = None
+        copies = 2 if config.marginals else 1
+        log.info(
+            "collecting %d layers: the sums will need at most %.1f MB, the factors %.1f MB",
+            len(chosen), copies * sum_bytes(chosen) / 1e6, copies * factor_bytes(chosen) / 1e6,
+        )  # fmt: skip
+        super().__init__(
+            model, config, chosen, rows=rows, grad_scaler=grad_scaler, driven=driven, group=group,
+            one_of_many=one_of_many, facts=facts, parts=2 if halves else 1,
+            # A weight of either side is the norm of the other, so both must be there.
+            on_input=None if config.marginals else self._sums.add_input,
+        )  # fmt: skip
+
+    def factors(self) -> Factors:
+        """Return the factors of everything summed so far, on all ranks together.
+
+        With a process group every rank must call this, and gets the same.
+
+        Returns:
+            A snapshot while collecting; after the ``with`` block, the same object on every call.
+            Experts that no counted token was routed to are left out, with a warning.
+
+        Raises:
+            CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
+                to the same rows; the message says which and why.
+            DistributedError: If another rank is gone.
+        """
+        if self._result is not None:
+            return self._result
+        sums: Sums = self._added_up(final=not self._active)
+        idle = self._require(sums)
+        layers = sums.factors()
+        warn_few_rows(layers)
+        factors = Factors(layers, self._provenance(idle))
+        if not self._active:
+            self._result = factors
+            self._sums.release()
+        return factors
+
+    def halves(self) -> tuple[Factors, Factors]:
+        """Return A and G of each half of the batches, without layers that got no rows.
+
+        With a process group every rank must call this.
+        """
+        sums: Sums = self._added_up(final=False)
+        return Factors(sums.factors(0)), Factors(sums.factors(1))
+
+    def _count(self, arrival: Arrival, unit: float) -> None:
+        name, batch, shared, x = arrival.layer, arrival.batch, arrival.shared, arrival.x
+        if x is not None and not shared.added:
+            shared.added = True
+            self._sums.add_input(name, batch, shared, x)
+        self._sums.add_gradient(name, batch, arrival.g, unit)
+        if x is not None and self._config.marginals:
+            self._sums.add_weighted(name, batch, x, arrival.g, unit)
+
+    def _sum_bytes(self) -> int:
+        return (2 if self._config.marginals else 1) * sum_bytes(self._layers)

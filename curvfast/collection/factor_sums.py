@@ -1,0 +1,158 @@
+"""Sums of a measurement: one set, or two for alternating batches, to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfast import distributed
+from curvfast.collection.accumulator import SIDES, Accumulator, Moment
+from curvfast.collection.config import CollectConfig
+from curvfast.collection.hooks import SharedInput
+from curvfast.kfac.layer_factors import LayerFactors
+from curvfast.model.batch import Batch, Routed
+from curvfast.model.families import LinearLayer
+
+
+class Sums:
+    """Second moments of layers, in one part or in two halves of the batches."""
+
+    def __init__(
+        self, layers: dict[str, LinearLayer], config: CollectConfig, halves: bool = False
+    ) -> None:
+        """Start empty."""
+        self._layers = layers
+        self._config = config
+        self.parts = [
+            Accumulator(
+                layers, config.spill_every, config.sums_device, overlap=config.streams == "overlap"
+            )
+            for _ in range(2 if halves else 1)
+        ]
+
+    def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
+        """See :class:`Accumulator`; the rows are added to the part of the batch."""
+        self.parts[batch.half].add_input(name, batch, shared, x)
+
+    def add_gradient(self, name: str, batch: Batch | Routed, g: Tensor, unit: float) -> None:
+        """See :class:`Accumulator`; the rows are added to the part of the batch."""
+        self.parts[batch.half].add_gradient(name, batch, g, unit)
+
+    def add_weighted(
+        self, name: str, batch: Batch | Routed, x: Tensor, g: Tensor, unit: float
+    ) -> None:
+        """See :class:`Accumulator`; the rows are added to the part of the batch."""
+        self.parts[batch.half].add_weighted(name, batch, x, g, unit)
+
+    def rows(self, name: str) -> tuple[int, int]:
+        """Return the numbers of summed inputs and gradients of a layer."""
+        a, g = (self._moments(side, name) for side in ("inputs", "gradients"))
+        return sum(m.rows for m in a), sum(m.rows for m in g)
+
+    def factors(self, part: int | None = None) -> dict[str, LayerFactors]:
+        """Return the factors of every layer with rows, of all parts together or of one alone.
+
+        Args:
+            part: Which half, of which A and G alone are read; None means everything.
+        """
+        for each in self.parts:
+            each.flush()
+        dense: dict[tuple[int, ...], Tensor] = {}
+        found = {}
+        for name in self._layers:
+            a, g, weighted_a, weighted_g = (self._moments(side, name, part) for side in SIDES)
+            rows_a, rows_g = (sum(m.rows for m in moments) for moments in (a, g))
+            if not (rows_a and rows_g):
+                continue
+            found[name] = LayerFactors(_total(a, dense), _total(g, dense), rows_a, rows_g)
+            if weighted_g and part is None:
+                weighted = [_total(moments, dense) for moments in (weighted_a, weighted_g)]
+                found[name] = replace(found[name], a_weighted=weighted[0], g_weighted=weighted[1])
+        return found
+
+    def _moments(self, side: str, name: str, part: int | None = None) -> list[Moment]:
+        parts = self.parts if part is None else [self.parts[part]]
+        return [each.sides[side][name] for each in parts if name in each.sides[side]]
+
+    def add_up(self, group: distributed.Group) -> None:
+        """Replace every sum and count by its total over all ranks; called by all, once.
+
+        Raises:
+            DistributedError: If another rank is gone.
+        """
+        if group is None:
+            return
+        for part in self.parts:
+            everywhere = distributed.gather(part.groups(), group)
+            for side in SIDES:
+                groups = _refined([own[side] for own in everywhere])
+                if not groups:
+                    continue
+                moments = part.regroup(side, groups)
+                rows = torch.tensor([moment.rows for moment in moments], device="cpu")
+                distributed.add_(rows, group)
+                for moment, total in zip(moments, rows.tolist(), strict=True):
+                    moment.rows = total
+                self._add_up_tiles(moments, group)
+
+    def copy(self) -> Sums:
+        """Return a copy, to be added up while the original goes on."""
+        other = Sums(self._layers, self._config, len(self.parts) == 2)
+        other.restore(*self.state())
+        return other
+
+    def _add_up_tiles(self, moments: list[Moment], group: distributed.Group) -> None:
+        spilled = distributed.gather([m.spilled is not None for m in moments], group)
+        for moment, anywhere in zip(moments, zip(*spilled, strict=True), strict=True):
+            if any(anywhere):
+                moment.spill()
+            distributed.add_((moment.spilled or moment.sum).tiles, group)
+
+    def release(self) -> None:
+        """Release every sum; the counts stay."""
+        for part in self.parts:
+            part.release()
+
+    def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Return what :meth:`restore` needs: JSON-able facts, and tensors by key."""
+        facts: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            own, held = part.state()
+            facts.append(own)
+            tensors |= {f"{number}.{key}": tensor for key, tensor in held.items()}
+        return facts, tensors
+
+    def restore(self, facts: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a state."""
+        for number, (part, own) in enumerate(zip(self.parts, facts, strict=True)):
+            lead = f"{number}."
+            held = {k.removeprefix(lead): t for k, t in tensors.items() if k.startswith(lead)}
+            part.restore(own, held)
+
+
+def _refined(everywhere: list[list[tuple[str, ...]]]) -> list[list[str]]:
+    """Return the groups within which every rank that has rows shares a sum."""
+    numbers = [
+        {name: number for number, group in enumerate(groups) for name in group}
+        for groups in everywhere
+    ]
+    found: dict[tuple[int | None, ...], list[str]] = {}
+    for name in sorted({name for own in numbers for name in own}):
+        found.setdefault(tuple(own.get(name) for own in numbers), []).append(name)
+    return sorted(found.values())
+
+
+def _total(moments: list[Moment], dense: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """Return the sum of moments as a matrix; the same moments are read once."""
+    key = tuple(id(moment) for moment in moments)
+    if key not in dense:
+        total = moments[0].dense()
+        for moment in moments[1:]:
+            total.add_(moment.dense())
+        dense[key] = total
+    return dense[key]

@@ -1,0 +1,298 @@
+"""Capture: hooks that observe inputs and output gradients of linear layers, and change nothing.
+
+The input a of a layer is saved by autograd, and read back when the gradient g of
+that very call arrives. So a and g always belong together: under activation checkpointing,
+re-entrant or not, a is recomputed rather than held, and a forward that is recomputed, or never
+followed by a backward, counts nothing. Only where we drive the passes ourselves, and each forward
+is known to run once and to be followed by its backward, is a counted at once and released.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvfast.errors import CoverageError
+from curvfast.model.batch import Batch, Routed
+from curvfast.model.families import LinearLayer, Part, Product, Removable, watch
+
+
+@dataclass(eq=False)
+class SharedInput:
+    """One tensor that one or more layers read: gate and up, or q, k and v."""
+
+    readers: set[str] = field(default_factory=set)
+    added: bool = False
+    """True once its rows are in the second moments of its readers."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One call of one layer, complete: its input and the gradient of its output."""
+
+    layer: str
+    batch: Batch | Routed
+    shared: SharedInput
+    x: Tensor | None
+    """[..., d_in]; None if it was counted in the forward"""
+    g: Tensor
+    """[..., d_out], in the units of the caller's loss"""
+
+
+@dataclass
+class Calls:
+    """Call counts of a layer, for errors that explain a missing gradient."""
+
+    forward: int = 0
+    without_grad: int = 0
+    gradients: int = 0
+    resting: int = 0
+    """Forwards of an expert's module that routed nothing to it."""
+
+
+class _Keep(torch.autograd.Function):
+    """Saves a tensor the way autograd saves its own, so checkpointing and offloading treat it so.
+
+    The same device as ``torch.utils.checkpoint`` uses for the inputs of a checkpointed region.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise AssertionError("the kept tensor is read, never differentiated")
+
+
+class _Start(torch.autograd.Function):
+    """The node where the backward of a driven pass ends: a copy, which may be modified in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """One layer's part of a product."""
+
+    layer: LinearLayer
+    rows: slice | Tensor | None
+    batch: Batch | Routed
+    shared: SharedInput
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return self.layer.inputs(x) if self.rows is None else _take(x, self.layer.d_in, self.rows)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        if self.rows is None:
+            return self.layer.gradients(g)
+        return _take(g, self.layer.d_out, self.rows)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast; a device that has none, such as meta, needs nothing."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@dataclass
+class _Call:
+    """The state kept from the forward of one product for its gradient."""
+
+    pieces: list[_Piece]
+    kept: Tensor | None
+    """Whose node keeps the input; a node alone may lose it. None once read, or counted before."""
+    done: bool = False
+
+
+class Capture:
+    """Hooks on the chosen layers of a model."""
+
+    def __init__(
+        self,
+        layers: dict[str, LinearLayer],
+        current_batch: Callable[[], Batch],
+        on_arrival: Callable[[Arrival], None],
+        on_input: Callable[[str, Batch | Routed, SharedInput, Tensor], None] | None,
+        *,
+        share_inputs: bool,
+        driven: bool,
+    ) -> None:
+        """Store the arguments; :meth:`attach` registers the hooks.
+
+        Args:
+            layers: Layers by name.
+            current_batch: Returns the batch of the running forward.
+            on_arrival: Called with every complete call, in its backward.
+            on_input: Called with (layer, batch, shared, x) in the forward of a driven pass; None
+                keeps the input there too, until its gradient arrives.
+            share_inputs: Whether layers that read one tensor share a record of it.
+            driven: Whether each forward runs once and its backward follows. Inputs may then be
+                counted in the forward, and an output without gradient becomes the place where the
+                backward ends: nothing below the first layer of a frozen model needs one.
+        """
+        self.calls = {name: Calls() for name in layers}
+        self._layers = layers
+        self._current_batch = current_batch
+        self._on_arrival = on_arrival
+        self._on_input = on_input
+        self._share_inputs = share_inputs
+        self._driven = driven
+        self._seen: list[tuple[weakref.ref[Tensor], tuple[Any, ...], SharedInput]] = []
+        self._pending: tuple[_Piece, Tensor, int] | None = None
+        self._handles: list[Removable] = []
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        self._handles = watch(self._layers.values(), self)
+
+    def remove(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+        self._pending = None
+
+    def forget(self) -> None:
+        """Release the callbacks: later gradients count nothing, and keep nothing alive."""
+        self._current_batch = self._on_arrival = self._on_input = _nothing_more  # type: ignore[assignment]
+
+    def flush(self) -> None:
+        """Count the last input of a driven pass, whose readers are known now."""
+        if self._pending is None:
+            return
+        (piece, x, version), self._pending = self._pending, None
+        if x._version != version:
+            raise CoverageError(
+                f"the input of {piece.layer.name!r} was modified in place before it was counted; "
+                "leave the layer out, or make the operation after it out of place"
+            )
+        self._count(piece, x)
+
+    def idle(self) -> bool:
+        """Return whether the batch of the running forward is not counted."""
+        return self._current_batch().idle
+
+    def rest(self, layer: str) -> None:
+        """Record that a forward routed no token to an expert."""
+        self.calls[layer].resting += 1
+
+    def see(self, product: Product) -> Tensor:
+        """Record one product; return its output, which starts the graph if nothing did before."""
+        x, y = product.x, product.y
+        batch = self._current_batch()
+        if batch.idle:
+            return y
+        blind = not torch.is_grad_enabled() or not (y.requires_grad or self._driven)
+        for part in product.parts:
+            calls = self.calls[part.layer]
+            calls.forward += 1
+            calls.without_grad += blind
+        if blind:
+            return y
+        if not y.requires_grad:
+            anchor = torch.empty(0, device=y.device, requires_grad=True)
+            y = _Start.apply(anchor, y)  # type: ignore[no-untyped-call]
+        pieces = [self._piece(part, x, batch) for part in product.parts]
+        kept = None
+        if self._driven and self._on_input is not None:
+            self._read(pieces, x)
+        else:
+            anchor = torch.empty(0, device=x.device, requires_grad=True)
+            kept = _Keep.apply(anchor, x.detach())  # type: ignore[no-untyped-call]
+        y.register_hook(partial(self._on_gradient, _Call(pieces, kept)))
+        return y
+
+    def _piece(self, part: Part, x: Tensor, batch: Batch) -> _Piece:
+        layer = self._layers[part.layer]
+        if part.positions is None or part.of is None:
+            return _Piece(layer, part.rows, batch, self._shared(layer, x, batch))
+        routed = Routed(batch, part.positions, part.of)
+        return _Piece(layer, part.rows, routed, SharedInput({part.layer}))
+
+    def _read(self, pieces: list[_Piece], x: Tensor) -> None:
+        """Count the input of a driven pass: at once, or when it is known who else reads it."""
+        first = pieces[0]
+        if self._pending is not None and self._pending[0].shared is first.shared:
+            return
+        self.flush()
+        if isinstance(first.batch, Batch):
+            self._pending = (first, x.detach(), x._version)
+            return
+        for piece in pieces:
+            self._count(piece, x.detach())
+
+    def _count(self, piece: _Piece, x: Tensor) -> None:
+        assert self._on_input is not None
+        piece.shared.added = True
+        with torch.no_grad(), no_autocast(x.device):
+            self._on_input(piece.layer.name, piece.batch, piece.shared, piece.inputs(x))
+
+    def _on_gradient(self, call: _Call, g: Tensor) -> None:
+        name = call.pieces[0].layer.name
+        if call.done:
+            raise CoverageError(
+                f"a second backward ran through one forward of {name!r} (retain_graph=True), "
+                "which would count its rows twice; sum the losses and run one backward"
+            )
+        x = None
+        if call.kept is not None:
+            try:
+                (x,) = call.kept.grad_fn.saved_tensors  # type: ignore[union-attr]
+            except RuntimeError as error:
+                raise CoverageError(
+                    f"the input of {name!r} is gone when its gradient arrives: {error}. The "
+                    "likely cause is an in-place operation on the tensor the layer read; leave the "
+                    "layer out"
+                ) from error
+        # The graph may outlive the backward in the caller's loss: hold nothing through it.
+        call.kept, call.done = None, True
+        with torch.no_grad(), no_autocast(g.device):
+            for piece in call.pieces:
+                self.calls[piece.layer.name].gradients += 1
+                inputs = None if x is None else piece.inputs(x)
+                own = piece.gradients(g)
+                self._on_arrival(Arrival(piece.layer.name, piece.batch, piece.shared, inputs, own))
+
+    def _shared(self, layer: LinearLayer, x: Tensor, batch: Batch) -> SharedInput:
+        """Return the record of the tensor this call reads: one for all layers that read it."""
+        name = layer.name
+        if not self._share_inputs:
+            return SharedInput({name})
+        # The storage, not its address: on the meta device every address is 0.
+        place = (x.untyped_storage()._cdata, x.storage_offset())
+        identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch, layer.reading)
+        # A tensor still alive cannot have lent its memory to another: equal identity is equal data.
+        self._seen = [entry for entry in self._seen if entry[0]() is not None]
+        for _, known, shared in self._seen:
+            if known == identity and name not in shared.readers and not shared.added:
+                shared.readers.add(name)
+                return shared
+        shared = SharedInput({name})
+        self._seen.append((weakref.ref(x), identity, shared))
+        return shared
+
+
+def _take(x: Tensor, width: int, rows: slice | Tensor) -> Tensor:
+    flat = x.reshape(-1, width)
+    return flat[rows] if isinstance(rows, slice) else flat[rows.to(x.device)]
+
+
+def _nothing_more(*_: object) -> None:
+    """Ignore what arrives after the hooks were removed."""

@@ -1,1 +1,0 @@
-"""The paper's experiments in small, on real text."""

@@ -1,0 +1,1 @@
+"""Experiments in small on what an edit removes: the demo, the lab, and the paper's studies."""

@@ -1,0 +1,1 @@
+"""Data of the experiments: prose, pictures, and tasks made from nothing."""

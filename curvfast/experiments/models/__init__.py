@@ -1,0 +1,1 @@
+"""Small models of the experiments, trained here and kept in a cache."""

@@ -1,0 +1,1 @@
+"""Selection of eigenpairs: staircases, masks, and the searches for both."""

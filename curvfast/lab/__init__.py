@@ -1,1 +1,0 @@
-"""Small experiments on the effect of edits: images with wrong labels, tasks, passages."""

@@ -1,0 +1,53 @@
+"""Layer families: which modules are linear maps, and how their calls are observed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from curvfast.model.expert_routing import watch_experts
+from curvfast.model.experts import ExpertLayer, expert_layers
+from curvfast.model.layer import LinearLayer, Observer, Part, Product, Removable, outside_graphs
+from curvfast.model.linear import linear_layer, watch_module
+from curvfast.model.patch_embedding import patch_layer
+from curvfast.model.refusals import unsupported_reason
+
+__all__ = [
+    "ExpertLayer",
+    "LinearLayer",
+    "Observer",
+    "Part",
+    "Product",
+    "Removable",
+    "layers_of",
+    "outside_graphs",
+    "unsupported_reason",
+    "watch",
+]
+
+
+def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
+    """Return the layers whose weights ``module`` itself holds, ``name`` being its name."""
+    return linear_layer(name, module) or patch_layer(name, module) or expert_layers(name, module)
+
+
+def watch(layers: Iterable[LinearLayer], observer: Observer) -> list[Removable]:
+    """Register hooks that pass every product of the layers to ``observer``.
+
+    Args:
+        layers: The chosen layers.
+        observer: Called with each product in its forward.
+
+    Returns:
+        Handles that remove the hooks.
+    """
+    handles: list[Removable] = []
+    mixtures: dict[int, list[ExpertLayer]] = {}
+    for layer in layers:
+        if isinstance(layer, ExpertLayer):
+            mixtures.setdefault(id(layer.module), []).append(layer)
+        else:
+            handles.append(watch_module(layer, observer))
+    handles += [watch_experts(group, observer) for group in mixtures.values()]
+    return handles

@@ -1,0 +1,162 @@
+"""Rows: the rows of a flattened activation that count, all of them or a random subset.
+
+Three types, so that "all of them" is never mistaken for "a view says which".
+
+The canonical layout is [rows, features]: every leading dimension of an activation is flattened. A
+row counts if it is a real position and, for a causal language model, not the last real position of
+its sequence, whose prediction no label scores (arXiv 2510.24256, appendix on data collection).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Rows(ABC):
+    """Which rows of an activation [..., d], its leading dimensions flattened, count."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many count."""
+
+    @abstractmethod
+    def view(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return x [..., d] as kernels take it: a view, and int64 indices of its rows that count.
+
+        The view is [rows, d], or [sequences, length, d]; no index means that all of its rows count.
+        """
+
+    @abstractmethod
+    def positions(self, chosen: Tensor) -> Tensor:
+        """Return where those of the rows that count stand that ``chosen`` numbers, int64."""
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the rows of x [..., d] that count, [count, d]."""
+        seen, index = self.view(x)
+        return seen.flatten(0, -2) if index is None else seen[index]
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Return where the rows that count stand in the flattened activation, int64 [count]."""
+        return self.positions(torch.arange(self.count, device=device))
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same rows for activations on a device."""
+        return self
+
+
+@dataclass(frozen=True)
+class AllRows(Rows):
+    """Every row counts."""
+
+    total: int
+
+    @property
+    def count(self) -> int:
+        """How many count."""
+        return self.total
+
+    def view(self, x: Tensor) -> tuple[Tensor, None]:
+        """As of every kind."""
+        return x.flatten(0, -2), None
+
+    def positions(self, chosen: Tensor) -> Tensor:
+        """As of every kind."""
+        return chosen
+
+
+@dataclass(frozen=True)
+class FirstRows(Rows):
+    """The first rows of each sequence count: a view, without an index or a copy."""
+
+    sequences: int
+    length: int
+    first: int
+    """How many of each sequence."""
+
+    @property
+    def count(self) -> int:
+        """How many count."""
+        return self.sequences * self.first
+
+    def view(self, x: Tensor) -> tuple[Tensor, None]:
+        """As of every kind."""
+        return x.reshape(self.sequences, self.length, x.shape[-1])[:, : self.first], None
+
+    def positions(self, chosen: Tensor) -> Tensor:
+        """As of every kind."""
+        return chosen // self.first * self.length + chosen % self.first
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenRows(Rows):
+    """The rows that an index names count."""
+
+    index: Tensor
+    """int64 [count]."""
+
+    @property
+    def count(self) -> int:
+        """How many count."""
+        return self.index.shape[0]
+
+    def view(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As of every kind."""
+        return x.flatten(0, -2), self.index
+
+    def positions(self, chosen: Tensor) -> Tensor:
+        """As of every kind."""
+        return self.index.to(chosen.device)[chosen]
+
+    def indices(self, device: torch.device) -> Tensor:
+        """As of every kind, without a copy where it is there."""
+        return self.index.to(device)
+
+    def to(self, device: torch.device) -> Rows:
+        """As of every kind."""
+        return self if self.index.device == device else ChosenRows(self.index.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Thinning:
+    """Row subsampling without replacement, with its own generator on the CPU."""
+
+    part: float
+    """Share of a batch's rows below 1, or a number of rows."""
+    generator: torch.Generator
+
+    def thin(self, rows: Rows, device: torch.device) -> Rows:
+        """Return a uniform random subset of the rows that count.
+
+        The number drawn depends on the number there, not on the draw, so a mean over the subset is
+        an unbiased estimate of the mean over all.
+
+        Args:
+            rows: Those that count.
+            device: Where indices are needed.
+
+        Returns:
+            At least one of them, if there is one.
+        """
+        wanted = round(self.part * rows.count) if self.part < 1 else int(self.part)
+        wanted = min(max(1, wanted), rows.count)
+        if wanted == rows.count:
+            return rows
+        order = torch.randperm(rows.count, generator=self.generator, device="cpu")
+        return ChosenRows(rows.positions(order[:wanted].sort().values.to(device)))
+
+
+def nothing(rows: Rows, device: torch.device) -> Rows:
+    """Return an empty set of rows."""
+    return ChosenRows(torch.empty(0, dtype=torch.int64, device=device))
+
+
+RowRule = Callable[[str, torch.Size], Tensor]
+"""(layer name, leading shape of its input) -> bool tensor: True where a row counts."""
+
+IGNORED_LABEL = -100

@@ -1,0 +1,1 @@
+"""The C++ and CUDA cores: the only modules that touch their extensions."""
