@@ -175,9 +175,9 @@ def test_a_wrapper_takes_what_it_wraps_takes(wrapper: str) -> None:
 
 def causal(family: str, **changes: Any) -> nn.Module:
     sizes = {
-        "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": VOCABULARY,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
-        "pad_token_id": 0,
+        "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
     kind = getattr(transformers, f"{family}ForCausalLM", None)

@@ -20,8 +20,9 @@ def greedy(
     """Continue each prefix by exactly ``length`` tokens, always the likeliest.
 
     Prompts are padded on the *left*, so every continuation starts at one column and none is cut by
-    padding; of a model that takes no positions only equal prompts are read together. The model's own generation settings (sampling, penalties, end tokens) play no part:
-    ``generate()`` would merge them into whatever it is given.
+    padding; of a model that takes no positions only equal prompts are read together. The model's
+    own generation settings (sampling, penalties, end tokens) play no part: ``generate()`` would
+    merge them into whatever it is given.
 
     Args:
         model: A causal language model: one of transformers that can generate, or one whose forward
