@@ -14,9 +14,7 @@ def main() -> None:
     """Read the command line, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--but", nargs="*", default=[], help="names to leave out")
-    parser.add_argument(
-        "--oldest", action="store_true", help="the library's own as declared: == for >="
-    )
+    parser.add_argument("--oldest", action="store_true", help="== for >=, but of tools")
     arguments = parser.parse_args()
     path = Path(__file__).parents[1] / "pyproject.toml"
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]

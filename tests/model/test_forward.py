@@ -20,7 +20,8 @@ from curvfast.analysis import leading_matches
 from curvfast.data.tokenizing import as_encoder
 from curvfast.errors import InputError
 from curvfast.evals.generation import greedy
-from curvfast.model.forward import forward_of, logits_of, model_arguments
+from curvfast.forward import forward_of
+from curvfast.steps import logits_of, model_arguments
 
 
 class Recurrent(nn.Module):
@@ -175,7 +176,7 @@ def test_a_wrapper_takes_what_it_wraps_takes(wrapper: str) -> None:
 def causal(family: str, **changes: Any) -> nn.Module:
     sizes = {
         "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
-        "vocab_size": VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
