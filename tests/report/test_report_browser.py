@@ -15,7 +15,16 @@ import pytest
 import reports
 from matplotlib.figure import Figure
 
-from curvfast.report.document import Code, Document, Facts, Part, Picture, Table, Text, sections
+from curvfast.report.document import (
+    Code,
+    Facts,
+    Picture,
+    ReportPage,
+    ReportPart,
+    Table,
+    Text,
+    sections,
+)
 from curvfast.report.folder import read_folder
 from curvfast.report.inline import inline
 from curvfast.report.recitals import Continuation, save_passages
@@ -76,8 +85,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         Facts(((endless, endless),)),
         Text(endless),
     )
-    part = Part(endless, endless, sections((endless, blocks)), note=endless)
-    return render(Document(found.title, (*found.parts, part), found.troubles))
+    part = ReportPart(endless, endless, sections((endless, blocks)), note=endless)
+    return render(ReportPage(found.title, (*found.parts, part), found.troubles))
 
 
 @pytest.fixture(scope="module")
