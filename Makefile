@@ -118,15 +118,9 @@ $(PEERS_STAMP): $(SOURCES) benchmarks/peers/requirements.txt
 
 # GPU machines often have no network: what is there is used, and nothing is installed. The leading +
 # makes `make gpu --dry-run` run the whole host side, small, under Triton's interpreter.
-GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_FLAGS = $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
-gpu: ## on a GPU: its tests, then benchmarks against cuBLAS (--dry-run: neither GPU nor network)
-	+test -n "$(GPU_FLAGS)" || { cmake -S . -B build/gpu -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON)) \
-		-Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) \
-		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/curvfast && cmake --build build/gpu; } || true
-	+ln -sfn ../kernels/src curvfast/kernels
-	+PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_FLAGS) $(GPU_ARGS); \
-		status=$$?; rm -f curvfast/kernels; exit $$status
+gpu: ## on a GPU: checks, tests, and benchmarks against cuBLAS (--dry-run: neither GPU nor network)
+	+benchmarks/device.sh A B $(GPU_FLAGS) $(GPU_ARGS)
 
 wheel: install ## a wheel and an sdist in dist/
 	rm -rf build dist

@@ -69,7 +69,7 @@ def pretrained() -> str:
 
 
 def gpu(results: Mapping[str, Any]) -> str:
-    """Second moments and projections on a GPU, from what benchmarks/gpu.py wrote."""
+    """Second moments and projections on a GPU, from what benchmarks/device.sh wrote."""
     head = ["", "rows × d", "ms", "of the best of cuBLAS", "dense-equivalent TFLOP/s", "error"]
     rows = [
         [
@@ -91,10 +91,22 @@ def gpu(results: Mapping[str, Any]) -> str:
 
 
 def newest_gpu() -> Mapping[str, Any] | None:
-    """Return the latest results of a GPU, or None if none ever ran."""
+    """Return the latest results of a GPU, its parts as one, or None if none ever ran."""
     folders = [f for f in DEMO.parent.iterdir() if f.is_dir() and f.name not in _OTHERS]
-    runs = [load(path) for folder in folders for path in folder.glob("*.json")]
-    return max(runs, key=lambda run: run["environment"]["time"], default=None)
+    return merged([load(path) for folder in folders for path in folder.glob("*.json")])
+
+
+def merged(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the latest run with what earlier ones of its GPU and commit have beside it."""
+    ordered = sorted(runs, key=lambda run: run["environment"]["time"])
+    if not ordered:
+        return None
+
+    def origin(run: Mapping[str, Any]) -> tuple[str, str]:
+        return run["environment"]["gpu"], run["environment"]["commit"]
+
+    same = [run for run in ordered if origin(run) == origin(ordered[-1])]
+    return {key: value for run in same for key, value in run.items()}
 
 
 def load(path: Path) -> Mapping[str, Any]:

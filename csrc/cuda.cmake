@@ -9,6 +9,8 @@ else()
   enable_language(CUDA)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
     set(missing "nvcc ${CMAKE_CUDA_COMPILER_VERSION} knows no C++20, version 12 does")
+  elseif(NOT "cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
+    set(missing "CMake ${CMAKE_VERSION} cannot ask nvcc for C++20, version 3.26 can")
   endif()
 endif()
 
@@ -18,12 +20,13 @@ if(missing)
     return()
   endif()
   message(FATAL_ERROR "CURVFAST_CUDA=${CURVFAST_CUDA}, but ${missing}. "
-    "Put nvcc on PATH or name it with CUDACXX, or pass -DCURVFAST_CUDA=AUTO.")
+    "Put a newer CMake, or nvcc, on PATH (or name nvcc with CUDACXX), or pass -DCURVFAST_CUDA=AUTO.")
 endif()
 
 # Machine code for each generation; PTX of the newest serves what comes after it. Not CMake's own
 # variable, which enabling the language fills with a default.
-set(CURVFAST_CUDA_ARCHITECTURES "" CACHE STRING "Instead of every generation there is code for")
+set(CURVFAST_CUDA_ARCHITECTURES "" CACHE STRING
+  "Instead of every generation there is code for: 90a-real, say, or native for the card at hand")
 set(architectures ${CURVFAST_CUDA_ARCHITECTURES})
 if(NOT architectures)
   set(architectures 80-real 90a-real)
@@ -38,7 +41,8 @@ message(STATUS "curvfast._cuda is built for ${architectures}")
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 pybind11_add_module(_cuda csrc/bindings_cuda.cpp csrc/triangle.cu)
-target_compile_options(_cuda PRIVATE ${CURVFAST_OPTIONS})
+# --threads: nvcc compiles for several generations at a time.
+target_compile_options(_cuda PRIVATE ${CURVFAST_OPTIONS} $<$<COMPILE_LANGUAGE:CUDA>:--threads=0>)
 # A static runtime: the module imports where there is no CUDA.
 set_target_properties(_cuda PROPERTIES
   CUDA_ARCHITECTURES "${architectures}" CUDA_RUNTIME_LIBRARY Static)

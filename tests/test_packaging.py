@@ -140,6 +140,30 @@ def test_without_nvcc_only_who_asks_for_cuda_is_refused(tmp_path: Path, choice: 
         assert "CURVFAST_CUDA=ON, but no working nvcc was found" in done.stderr
 
 
+def old_cmake() -> str | None:
+    """Return a CMake on PATH that knows no C++20 of nvcc, if there is one."""
+    for folder in os.get_exec_path():
+        path = shutil.which("cmake", path=folder)
+        said = subprocess.run([path, "--version"], capture_output=True, text=True) if path else None
+        if said and re.match(r"cmake version 3\.2[45]\.", said.stdout):
+            return path
+    return None
+
+
+@needs_nvcc
+@pytest.mark.skipif(old_cmake() is None, reason="needs a CMake of 3.24 or 3.25")
+def test_a_cmake_too_old_for_cuda_builds_the_rest(tmp_path: Path) -> None:
+    import pybind11
+
+    command = [
+        old_cmake(), "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "curvfast._cuda is not built: CMake 3.2" in done.stdout
+
+
 def test_the_kernels_folder_is_never_a_package_of_that_name() -> None:
     """transformers imports a distribution called kernels: ours must not be found as one."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -68,6 +68,9 @@ def compiled(job: dict[str, Any], source: ASTSource) -> dict[str, Any]:
         "tensor_core": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code)),
         "untransposed": len(re.findall(r"HGMMA.*tnspA.*tnspB", code)),
         "bulk_loads": code.count("UTMALDG"),
+        "two_byte_loads": len(re.findall(r"\bLDG\S*\.U16\b", code)),
+        "two_byte_copies": len(re.findall(r"\bSTS\S*\.U16\b", code)),
+        "sixteen_byte_copies": len(re.findall(r"\bLDGSTS\S*\.128\b", code)),
     }
 
 

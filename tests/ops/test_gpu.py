@@ -1,7 +1,7 @@
 """The kernels on a GPU, through the same calls users make; without one, interpreted and small.
 
-``make gpu`` runs this file on a CUDA device. Elsewhere the same code runs under the interpreter, so
-that nothing here is first executed on a machine that costs money.
+``benchmarks/device.sh B`` runs this file on a CUDA device. Elsewhere the same code is interpreted,
+small, so that nothing here is first executed on a machine that costs money.
 """
 
 from __future__ import annotations

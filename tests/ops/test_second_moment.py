@@ -275,6 +275,24 @@ def test_no_launch_adds_to_one_sum_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [int(s.dense()[0, 0] / defined(x)[0, 0]) for s in sums] == [3, 2, 1]
 
 
+def test_a_launch_holds_only_what_its_kernel_may_assume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is told that 8 divides d and the distance of rows; other layers go alone."""
+    launches = []
+    original = group._launch
+    monkeypatch.setattr(group, "_launch", lambda calls: (launches.append(calls), original(calls)))
+    wide = integers(70, 80, dtype=torch.bfloat16)
+    inputs = [wide[:, :d] for d in (40, 36, 72, 33, 8)] + [wide[:, 8:48], wide[:, 1:41]]
+    inputs += [integers(70, d, dtype=torch.bfloat16) for d in (33, 36)]
+    sums = [empty("triton", x.shape[1]) for x in inputs]
+    with ops.use_backend("triton"):
+        ops.second_moments_([MomentRequest(s, x) for s, x in zip(sums, inputs, strict=True)])
+    (calls,) = launches
+    assert [call.d for call in calls] == [40, 72, 8, 40]
+    assert all(call.x.stride(0) % 8 == 0 == call.x.data_ptr() % 16 for call in calls)
+    for out, x in zip(sums, inputs, strict=True):
+        assert torch.equal(out.dense().double(), defined(x)), x.shape
+
+
 PACKED = [torch.float32, torch.bfloat16]
 
 
