@@ -18,8 +18,7 @@ from curvfast.correction import Correction
 from curvfast.distributed import group_of
 from curvfast.driving import Drive, merged_provenance
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers
 from curvfast.provenance import is_causal_lm, without_ddp
 from curvfast.rows import RowRule
 from curvfast.storage import checksum

@@ -11,20 +11,18 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from curvfast.adapters import ExpertLayer, LinearLayer
+from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
 from curvfast.core.importance import Importance, ranked
 from curvfast.core.projection import Projected, project
 from curvfast.core.rule import Rule
-from curvfast.core.selection import Frame, Mask, Staircase
+from curvfast.core.selection import Frame, Mask, Selection, Staircase
 from curvfast.core.singular import singular_vectors
-from curvfast.distributed import refuse_layout
 from curvfast.edit_report import EditReport, LayerEdit
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec, refuse_tied
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers, refuse_tied
 from curvfast.provenance import model_facts
-from curvfast.selecting import Kept, frame_of, require_fit
+from curvfast.selecting import Kept, require_fit
 
 DEFAULT_MASS = 0.6
 
@@ -151,7 +149,7 @@ def plan_edit(
     else:
         require_fit(chosen, part, selection)
         rule = {"selection": "given"}
-    frame = frame_of(selection, part)
+    frame = selection.frame if isinstance(selection, Selection) else part.frame
     foreign = None if frame == part.frame else frame
     provenance = {
         "model": model_facts(model),
@@ -176,19 +174,8 @@ def editable_layers(
     chosen = basis_layers(model, basis, layers)
     refuse_tied(model, chosen)
     for layer in chosen.values():
-        require_editable(layer)
+        layer.require_editable()
     return chosen
-
-
-def require_editable(layer: LinearLayer) -> None:
-    """Make sure that a weight can be edited in place.
-
-    Raises:
-        InputError: If it is stored quantised, or sharded in a way that is not supported.
-    """
-    layer.require_writable()
-    sliced = isinstance(layer, ExpertLayer)
-    refuse_layout(f"the weight of layer {layer.name!r}", layer.parameter, sliced=sliced)
 
 
 def relative_change(weight: Tensor, new: Tensor) -> float:

@@ -11,10 +11,9 @@ from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance, ranked
 from curvfast.core.rule import Rule
-from curvfast.core.selection import Frame, Mask, Selection, Staircase
+from curvfast.core.selection import Mask, Selection, Staircase
 from curvfast.errors import BasisMismatch, LayerNotFound
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers
 
 Kept = Mapping[str, Staircase | Mask]
 # How far masses of one basis may lie apart: decompositions in float32 and float64 do by 1e-5.
@@ -91,7 +90,7 @@ def require_fit(chosen: Mapping[str, LinearLayer], basis: Eigenbasis, selection:
         InputError: If it needs more than the leading eigenpairs the basis holds.
         LayerNotFound: If it says nothing about a layer.
     """
-    frame = frame_of(selection, basis)
+    frame = selection.frame if isinstance(selection, Selection) else basis.frame
     if basis.frame == "singular" and frame == "curvature":
         raise BasisMismatch(
             "the selection is of eigenvectors of curvature, and this basis holds singular vectors: "
@@ -111,11 +110,6 @@ def require_fit(chosen: Mapping[str, LinearLayer], basis: Eigenbasis, selection:
             basis[name].require(name, selection[name])
     if isinstance(selection, Selection) and frame == basis.frame:
         _require_same(selection, basis)
-
-
-def frame_of(selection: Kept, basis: Eigenbasis) -> Frame:
-    """Return what a selection's pairs are of: what it says, or else the vectors of the basis."""
-    return selection.frame if isinstance(selection, Selection) else basis.frame
 
 
 def _require_same(selection: Selection, basis: Eigenbasis) -> None:

@@ -91,7 +91,6 @@ FLOORS = [
         "adapters.routing",
         "adapters",
         "layers",
-        "matching",
         "rows",
         "own_loss",
         "thinning",

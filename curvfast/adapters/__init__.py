@@ -1,15 +1,12 @@
-"""Families of layers: which modules are linear maps, and how their calls are seen."""
+"""Families of linear layers, and how their calls are seen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
-
-from curvfast.adapters.experts import ExpertLayer, expert_layers
+from curvfast.adapters.experts import ExpertLayer
 from curvfast.adapters.layer import LinearLayer, Observer, Part, Product, Removable, outside_graphs
-from curvfast.adapters.linear import linear_layer, watch_module
-from curvfast.adapters.patches import patch_layer
+from curvfast.adapters.linear import watch_module
 from curvfast.adapters.refusals import refusal
 from curvfast.adapters.routing import watch_experts
 
@@ -20,16 +17,10 @@ __all__ = [
     "Part",
     "Product",
     "Removable",
-    "layers_of",
     "outside_graphs",
     "refusal",
     "watch",
 ]
-
-
-def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
-    """Return the layers whose weights ``module`` itself holds, ``name`` being its name."""
-    return linear_layer(name, module) or patch_layer(name, module) or expert_layers(name, module)
 
 
 def watch(layers: Iterable[LinearLayer], observer: Observer) -> list[Removable]:

@@ -14,8 +14,7 @@ from curvfast.analysis.separation import auc
 from curvfast.analysis.texts import Vectors, readers, text_sums
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.errors import InputError, LayerNotFound
-from curvfast.layers import LayerSpec, matches_name
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers, matches_name
 from curvfast.rows import RowRule
 
 TOKENS = ("mean", "energy", "last")

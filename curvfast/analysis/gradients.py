@@ -19,8 +19,7 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.selection import Selection
 from curvfast.errors import CoverageError, InputError
 from curvfast.fisher import fisher_gradient, label_gradient
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers
 from curvfast.ops import project_rows
 from curvfast.progress import Bar
 from curvfast.provenance import is_causal_lm

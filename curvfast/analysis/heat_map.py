@@ -16,8 +16,7 @@ from curvfast.analysis.texts import readers
 from curvfast.analysis.watching import Seen, watching
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.errors import CoverageError, InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers
 
 _COLOUR = "214, 69, 65"
 

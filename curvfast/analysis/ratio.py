@@ -16,8 +16,7 @@ from curvfast.analysis.resampling import Floats, draws, interval, pooled
 from curvfast.analysis.texts import Vectors, readers, text_sums
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.errors import InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers
 from curvfast.rows import RowRule
 from curvfast.tables import aligned
 

@@ -13,8 +13,7 @@ from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance, importance_frame
 from curvfast.core.rule import Rule
 from curvfast.errors import FormatError, InputError
-from curvfast.layers import LayerSpec
-from curvfast.matching import basis_layers
+from curvfast.layers import LayerSpec, basis_layers
 from curvfast.progress import Bar
 from curvfast.sweeps.frontier import UNEDITED, Matched, SweepPoint, matched
 from curvfast.sweeps.log import SweepLog, read_points

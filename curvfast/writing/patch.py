@@ -22,7 +22,7 @@ from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.selection import Mask, Staircase
 from curvfast.distributed import gathered, write_
-from curvfast.edit_plan import EditArguments, plan_edit, require_editable
+from curvfast.edit_plan import EditArguments, plan_edit
 from curvfast.edit_report import EditReport
 from curvfast.errors import PatchMismatch
 from curvfast.layers import linear_layers, refuse_tied
@@ -167,7 +167,7 @@ class Patch:
         refuse_tied(model, {name: there[name] for name in self.layers})
         found = {}
         for name in self.layers:
-            require_editable(there[name])
+            there[name].require_editable()
             found[name] = fingerprint_of(gathered(there[name].stored()))
         self.require(found, revert=revert)
         change = LayerPatch.reverted if revert else LayerPatch.applied
