@@ -69,7 +69,7 @@ def test_a_sweep_against_a_published_edit_without_its_heap(
     def theirs() -> None:
         for mass in MASSES:
             (g, u_g), (a, u_a) = official.eigh(layer.G), official.eigh(layer.A)
-            kept = curvfast.core.selection.staircase_by_mass(g.clamp_min(0), a.clamp_min(0), mass)
+            kept = curvfast.core.staircase.staircase_by_mass(g.clamp_min(0), a.clamp_min(0), mass)
             official.project(weight, u_g, u_a, kept.dense())
 
     race(lambda: weights(model, factors.eigh()), theirs, rounds=5)

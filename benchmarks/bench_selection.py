@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvfast.core.rule import Rule
 from curvfast.core.scores import masks
-from curvfast.core.selection import staircase_by_mass
+from curvfast.core.staircase import staircase_by_mass
 
 # (d_out, d_in): GPT-2's and Llama-2-7B's up projections.
 SHAPES = ((768, 3072), (4096, 11008))

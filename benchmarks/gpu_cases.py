@@ -11,7 +11,7 @@ from torch import Tensor
 
 import curvfast
 from curvfast import ops
-from curvfast.core.selection import staircase_by_mass
+from curvfast.core.staircase import staircase_by_mass
 from curvfast.errors import BackendUnavailable
 from curvfast.ops import TriangularSum
 from curvfast.ops.projection import dense_flops, plan

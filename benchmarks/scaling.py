@@ -27,7 +27,7 @@ from torch import nn
 
 import curvfast
 from curvfast import Factors, LayerFactors, ops
-from curvfast.core.selection import staircase_by_mass
+from curvfast.core.staircase import staircase_by_mass
 
 ROUNDS = 7
 Run = Callable[[], Any]

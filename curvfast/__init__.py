@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from curvfast.core.factors import LayerFactors as LayerFactors
     from curvfast.core.mask import Mask as Mask
     from curvfast.core.selection import Selection as Selection
-    from curvfast.core.selection import Staircase as Staircase
+    from curvfast.core.staircase import Staircase as Staircase
     from curvfast.correcting import collect_corrections as collect_corrections
     from curvfast.correcting import correct as correct
     from curvfast.correction import Correction as Correction
@@ -87,7 +87,7 @@ _HOMES = {
     "LayerFactors": "core.factors",
     "Mask": "core.mask",
     "Selection": "core.selection",
-    "Staircase": "core.selection",
+    "Staircase": "core.staircase",
     "collect_from": "driver",
     "EditReport": "edit_report",
     "edit": "editing",

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
 from curvfast.core.importance import Importance, ranked
+from curvfast.core.mask import Mask
 from curvfast.core.projection import Projected, project
 from curvfast.core.rule import Rule
-from curvfast.core.selection import Frame, Mask, Selection, Staircase
+from curvfast.core.selection import Frame, Selection
 from curvfast.core.singular import singular_vectors
+from curvfast.core.staircase import Staircase
 from curvfast.edit_report import EditReport, LayerEdit
 from curvfast.errors import InputError
 from curvfast.layers import LayerSpec, basis_layers, refuse_tied

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance
-from curvfast.core.selection import Mask, Selection, Staircase
+from curvfast.core.mask import Mask
+from curvfast.core.selection import Selection
+from curvfast.core.staircase import Staircase
 from curvfast.edit_plan import EditOptions, EditPlan, plan_edit
 from curvfast.edit_report import EditReport
 from curvfast.layers import LayerSpec

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from curvfast.adapters import LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance, ranked
+from curvfast.core.mask import Mask
 from curvfast.core.rule import Rule
-from curvfast.core.selection import Mask, Selection, Staircase
+from curvfast.core.selection import Selection
+from curvfast.core.staircase import Staircase
 from curvfast.errors import BasisMismatch, LayerNotFound
 from curvfast.layers import LayerSpec, basis_layers
 

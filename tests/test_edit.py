@@ -18,7 +18,8 @@ from curvfast.baselines.svd import svd_basis
 from curvfast.core.eigenbasis import Eigenbasis, LayerBasis
 from curvfast.core.mask import random_mask
 from curvfast.core.projection import drop_, project, rotate, rotate_back, sweep
-from curvfast.core.selection import Selection, staircase_by_mass
+from curvfast.core.selection import Selection
+from curvfast.core.staircase import staircase_by_mass
 from curvfast.errors import BasisMismatch, InputError, LayerNotFound
 from curvfast.ops import registry
 

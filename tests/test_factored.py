@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import curvfast
 from curvfast.core.eigenbasis import LayerBasis
-from curvfast.core.mask import random_mask
+from curvfast.core.mask import Mask, random_mask
 from curvfast.core.projection import drop_, rotate, rotate_back
-from curvfast.core.selection import Mask, Staircase
+from curvfast.core.staircase import Staircase
 from curvfast.errors import InputError, LayerNotFound, StorageError
 from curvfast.layers import linear_layers
 from curvfast.writing.factored import FactoredLinear, factored_layers

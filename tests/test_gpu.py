@@ -18,7 +18,7 @@ from torch import Tensor
 
 import curvfast
 from curvfast import ops
-from curvfast.core.selection import staircase_by_mass
+from curvfast.core.staircase import staircase_by_mass
 from curvfast.ops import MomentRequest, TriangularSum, _native, _native_cuda, moments, reference
 
 REAL = torch.cuda.is_available()

@@ -18,8 +18,12 @@ from curvfast.core.mask import random_mask, unpacked
 from curvfast.core.projection import drop_
 from curvfast.core.rule import Rule
 from curvfast.core.scores import masks
-from curvfast.core.search import staircases, staircases_by_common_mass
-from curvfast.core.selection import staircase_by_mass, used_ranks
+from curvfast.core.staircase import (
+    staircase_by_mass,
+    staircases,
+    staircases_by_common_mass,
+    used_ranks,
+)
 from curvfast.errors import InputError, LayerNotFound, ShapeError, StorageError
 from curvfast.ops import _native, reference_scores
 
@@ -311,10 +315,10 @@ def test_bad_scores_are_named_and_nothing_else_is_asked_for() -> None:
 
 def test_rules_by_layer_name_are_each_layers_own() -> None:
     scores = {"x": torch.rand(4, 5), "y": torch.rand(4, 5)}
-    assert masks(scores, Rule(pairs={"x": 3, "y": 7})).pairs == {"x": 3, "y": 7}
-    assert masks(scores, Rule(fraction={"x": 0.5, "y": 0.13})).pairs == {"x": 10, "y": 3}
+    assert Selection(masks(scores, Rule(pairs={"x": 3, "y": 7}))).pairs == {"x": 3, "y": 7}
+    assert Selection(masks(scores, Rule(fraction={"x": 0.5, "y": 0.13}))).pairs == {"x": 10, "y": 3}
     spectra = {name: (torch.ones(4), torch.ones(5)) for name in scores}
-    assert staircases(spectra, Rule(pairs={"x": 3, "y": 7})).pairs == {"x": 3, "y": 7}
+    assert Selection(staircases(spectra, Rule(pairs={"x": 3, "y": 7}))).pairs == {"x": 3, "y": 7}
     with pytest.raises(LayerNotFound, match="pairs= says nothing about layer 'y'"):
         masks(scores, Rule(pairs={"x": 3}))
     with pytest.raises(InputError, match="4 x 5 = 20"):

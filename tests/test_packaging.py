@@ -185,7 +185,7 @@ def test_public_names_are_typed_and_load() -> None:
 
 def test_the_twin_takes_over_without_a_compiler() -> None:
     code = (
-        "from curvfast.core.selection import staircase_by_mass as s; from curvfast import ops;"
+        "from curvfast.core.staircase import staircase_by_mass as s; from curvfast import ops;"
         "print(ops.backends()['native'], s([2.0, 1.0], [3.0, 1.0], 0.5).widths.tolist())"
     )
     assert run(sys.executable, "-c", code, CURVFAST_NATIVE="0").strip() == (

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as stn
 
 import curvfast
 from curvfast.cli import main
-from curvfast.core.selection import Mask
+from curvfast.core.mask import Mask
 from curvfast.errors import (
     CurvfastError,
     InputError,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from curvfast import ops
-from curvfast.core.selection import staircase_by_mass
+from curvfast.core.staircase import staircase_by_mass
 from curvfast.errors import BackendUnavailable, InputError, ShapeError
 from curvfast.ops import _native, reference
 from curvfast.ops.projection import Plan, bands, dense_flops, plan, transposed_widths

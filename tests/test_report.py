@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from curvfast.cli import main
-from curvfast.core.selection import Staircase, staircase_by_mass
+from curvfast.core.staircase import Staircase, staircase_by_mass
 from curvfast.errors import FormatError, InputError
 from curvfast.report.page import shown as shown_blocks
 from curvfast.report.page.curvature import (

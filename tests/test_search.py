@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvfast import Eigenbasis, LayerBasis, ops
-from curvfast.core.search import staircases_by_common_mass, staircases_by_mass
-from curvfast.core.selection import staircase_by_mass
+from curvfast.core.staircase import staircase_by_mass, staircases_by_common_mass, staircases_by_mass
 from curvfast.errors import InputError
 from curvfast.ops import _native, reference
 

@@ -11,11 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from curvfast.core.mask import random_mask
-from curvfast.core.selection import (
-    staircase_by_fraction,
-    staircase_by_mass,
-    staircase_by_pairs,
-)
+from curvfast.core.staircase import staircase_by_fraction, staircase_by_mass, staircase_by_pairs
 from curvfast.errors import InputError
 from curvfast.ops import _native, reference
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvfast.core.factors import Factors, LayerFactors
 from curvfast.core.layer_basis import LayerBasis, diagonal
-from curvfast.core.selection import Staircase, staircase_by_mass, staircase_by_pairs
+from curvfast.core.staircase import Staircase, staircase_by_mass, staircase_by_pairs
 from curvfast.errors import NumericalWarning
 
 

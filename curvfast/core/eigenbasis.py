@@ -15,10 +15,11 @@ from curvfast.core.factors import Factors
 from curvfast.core.layer_basis import LayerBasis as LayerBasis
 from curvfast.core.layer_basis import StoredBasis
 from curvfast.core.marginals import reordered
+from curvfast.core.mask import Mask
 from curvfast.core.rule import Rule
 from curvfast.core.scores import Scores, Term, masks, sum_of, unit_of
-from curvfast.core.search import staircases, staircases_by_mass
 from curvfast.core.selection import Frame, Selection
+from curvfast.core.staircase import Staircase, staircases, staircases_by_mass
 from curvfast.core.tasks import Task, along
 from curvfast.errors import InputError
 
@@ -91,15 +92,15 @@ class Eigenbasis(ByLayer[LayerBasis]):
             return [self.keep(mass=mass) for mass in masses]
         return [self.labelled(kept) for kept in staircases_by_mass(self.spectra(), masses)]
 
-    def labelled(self, kept: Selection, importance: str = "kfac") -> Selection:
-        """Return ``kept``, which has no frame yet, as a selection of this basis's pairs.
+    def labelled(self, kept: Mapping[str, Staircase | Mask], importance: str = "kfac") -> Selection:
+        """Return ``kept`` as a selection of this basis's pairs.
 
         Raises:
             InputError: If it needs more than the leading eigenpairs a basis holds.
         """
         for name, own in kept.items():
             self[name].require(name, own)
-        return replace(kept, importance=importance, frame=self.frame, totals=self.totals())
+        return Selection(kept, importance, self.frame, self.totals())
 
     def require_curvature(self) -> None:
         """Make sure that pairs can be ranked by curvature.
@@ -187,7 +188,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
 
     def spectra(self) -> dict[str, Term]:
         """Return (λ, μ) of each layer, tasks apart."""
-        return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}
+        return {name: (own.values_g, own.values_a) for name, own in self.layers.items()}
 
     def totals(self) -> dict[str, float]:
         """Return ΣλΣμ of each layer, by which this basis is known again."""

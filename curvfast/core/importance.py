@@ -35,9 +35,9 @@ from curvfast.core.mask import random_mask
 from curvfast.core.projection import rotate
 from curvfast.core.rule import Rule
 from curvfast.core.scores import Rows, Scores, Term, masks, sum_of
-from curvfast.core.search import staircases
 from curvfast.core.selection import Frame, Selection
 from curvfast.core.singular import leading_directions, singular_values
+from curvfast.core.staircase import staircases
 from curvfast.errors import InputError, LayerNotFound, ShapeError
 
 Importance = Literal[
@@ -99,7 +99,7 @@ def ranked(
         rotated = partial(_rotated, basis, weights)
     found = masks(_scores(importance, basis, weights, rotated, corrections or {}), rule)
     if importance_frame(importance) == "standard":
-        return replace(found, importance=importance, frame="standard")
+        return Selection(found, importance, "standard")
     return basis.labelled(found, importance)
 
 
@@ -162,7 +162,7 @@ def _random(basis: Eigenbasis, rule: Rule, seed: int) -> Selection:
     pairs = basis.keep_by(rule).pairs
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: random_mask(*own.shape, pairs[name], generator) for name, own in basis.items()}
-    return basis.labelled(Selection(drawn), "random")
+    return basis.labelled(drawn, "random")
 
 
 def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -> Selection:
@@ -179,7 +179,7 @@ def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -
         for name, (energies, _) in spectra.items()
     }
     if known:
-        return basis.labelled(Selection(blocks), "svd")
+        return basis.labelled(blocks, "svd")
     # Vectors found anew for the edit are of the weight as it is then: there is nothing to compare.
     return Selection(blocks, "svd", "singular")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curvfast import storage
-from curvfast.core.selection import Mask, Staircase, used_ranks
+from curvfast.core.mask import Mask
+from curvfast.core.staircase import Staircase, used_ranks
 from curvfast.errors import InputError
 
 # Eigenvectors taken to float64 at a time.

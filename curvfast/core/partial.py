@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from curvfast.core.decomposition import NARROW, Spectrum
-from curvfast.core.search import staircases_by_mass
-from curvfast.core.selection import used_ranks
+from curvfast.core.staircase import staircases_by_mass, used_ranks
 
 # Shares of a factor's eigenpairs looked for first: past 1/64 all are found as soon.
 _SHARES = (1 / 256, 1 / 64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from curvfast.core.selection import spectrum
+from curvfast.core.staircase import spectrum
 from curvfast.errors import InputError
 from curvfast.ops.selection import Values
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.core.layer_basis import LayerBasis
 from curvfast.core.mask import Mask
-from curvfast.core.selection import Staircase, used_ranks
+from curvfast.core.staircase import Staircase, used_ranks
 
 
 def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:

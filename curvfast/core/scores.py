@@ -13,7 +13,6 @@ from torch import Tensor
 from curvfast import ops
 from curvfast.core.mask import Mask
 from curvfast.core.rule import Rule
-from curvfast.core.selection import Selection
 from curvfast.errors import InputError
 from curvfast.ops.selection import Kept
 
@@ -82,7 +81,7 @@ def unit_of(layers: Iterable[Sequence[Term]]) -> int:
     return max(math.frexp(largest)[1] - _TOP, -1023)
 
 
-def masks(scores: Mapping[str, Tensor], rule: Rule) -> Selection:
+def masks(scores: Mapping[str, Tensor], rule: Rule) -> dict[str, Mask]:
     """Keep the largest of arbitrary scores; nothing is sorted.
 
     Args:
@@ -104,12 +103,9 @@ def masks(scores: Mapping[str, Tensor], rule: Rule) -> Selection:
         if not any(top > 0 for _, top in held.values()):
             raise InputError("every score of every layer is zero, so there is no mass to share")
         found = ops.scores_by_mass([v.numpy() for v, _ in held.values()], rule.mass, workers)
-        return Selection(
-            {
-                name: _mask(own, held[name][0].shape[1])
-                for name, own in zip(held, found, strict=True)
-            }
-        )
+        return {
+            name: _mask(own, held[name][0].shape[1]) for name, own in zip(held, found, strict=True)
+        }
     kept = {}
     for name in scores:
         values, top = _checked(name, scores[name])
@@ -124,7 +120,7 @@ def masks(scores: Mapping[str, Tensor], rule: Rule) -> Selection:
                 "weight zero, or was no data collected? Pass fraction= or pairs=, or leave it out"
             )
         kept[name] = _mask(own, values.shape[1])
-    return Selection(kept)
+    return kept
 
 
 def _checked(name: str, values: Tensor) -> tuple[Tensor, float]:

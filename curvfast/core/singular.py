@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvfast.core.layer_basis import LayerBasis
-from curvfast.core.selection import Staircase
+from curvfast.core.staircase import Staircase
 
 
 def singular_values(weight: Tensor) -> Tensor:

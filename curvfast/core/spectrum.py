@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvfast.core.decomposition import decompose_factor, prepared, require_finite
 from curvfast.core.factors import LayerFactors
-from curvfast.core.selection import spectrum, staircase_by_fraction
+from curvfast.core.staircase import spectrum, staircase_by_fraction
 from curvfast.errors import InputError, NumericalWarning, first_line
 from curvfast.ops.selection import Values
 

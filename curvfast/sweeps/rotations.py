@@ -8,9 +8,11 @@ from typing import Literal
 from torch import Tensor
 
 from curvfast.core.eigenbasis import Eigenbasis
+from curvfast.core.mask import Mask
 from curvfast.core.projection import kept_part, project, rotate
-from curvfast.core.selection import Frame, Mask, Staircase
+from curvfast.core.selection import Frame
 from curvfast.core.singular import singular_vectors
+from curvfast.core.staircase import Staircase
 
 Hold = Literal["device", "cpu", "anew"]
 """Where C = U_Gᵀ W U_A is between edits: beside W, on the CPU, or nowhere, and computed anew."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.importance import Importance, check, importance_frame, ranked, takes_corrections
 from curvfast.core.rule import Rule
-from curvfast.core.selection import Selection, used_ranks
+from curvfast.core.selection import Selection
+from curvfast.core.staircase import used_ranks
 from curvfast.edit_plan import editable_layers
 from curvfast.editing import restore
 from curvfast.errors import InputError

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from curvfast.core.eigenbasis import LayerBasis
+from curvfast.core.mask import Mask
 from curvfast.core.projection import working_dtype
-from curvfast.core.selection import Mask, Staircase
+from curvfast.core.staircase import Staircase
 
 
 def cover(kept: Staircase | Mask) -> tuple[Tensor, Tensor]:

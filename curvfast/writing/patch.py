@@ -20,7 +20,8 @@ from torch import nn
 from curvfast import storage
 from curvfast.adapters import ExpertLayer, LinearLayer
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.selection import Mask, Staircase
+from curvfast.core.mask import Mask
+from curvfast.core.staircase import Staircase
 from curvfast.distributed import gathered, write_
 from curvfast.edit_plan import EditArguments, plan_edit
 from curvfast.edit_report import EditReport

@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from curvfast.core.eigenbasis import Eigenbasis
-from curvfast.core.selection import Selection, Staircase
+from curvfast.core.selection import Selection
 from curvfast.core.spectrum import FRACTIONS, CurvatureSpectrum, curvature_spectrum
+from curvfast.core.staircase import Staircase
 from curvfast.errors import FormatError
 from curvfast.report.page.versions import require_version
 from curvfast.storage import write_text

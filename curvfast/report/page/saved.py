@@ -13,8 +13,9 @@ from curvfast import storage
 from curvfast.core.eigenbasis import KIND as BASIS
 from curvfast.core.eigenbasis import Eigenbasis
 from curvfast.core.factors import Factors
-from curvfast.core.selection import Selection, Staircase, staircase_by_mass
+from curvfast.core.selection import Selection
 from curvfast.core.spectrum import layer_eigenvalues
+from curvfast.core.staircase import Staircase, staircase_by_mass
 from curvfast.edit_report import EditReport
 from curvfast.report.page.collected import MEASURED, collected, uncovered, versions
 from curvfast.report.page.curvature import layer_curvature, outline
