@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvfast.kfac.selection.rule import Rule
-from curvfast.kfac.selection.search import masks
+from curvfast.kfac.selection.scores import masks
 from curvfast.kfac.selection.staircase import staircase_by_mass
 
 # (d_out, d_in): GPT-2's and Llama-2-7B's up projections.

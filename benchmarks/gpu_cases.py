@@ -27,8 +27,7 @@ import curvfast
 from curvfast import ops
 from curvfast.kfac.selection.staircase import staircase_by_mass
 from curvfast.ops import TriangularSum
-from curvfast.ops.projection import plan
-from curvfast.ops.requests import dense_flops
+from curvfast.ops.projection import dense_flops, plan
 
 Row = dict[str, Any]
 Call = Callable[[], Any]

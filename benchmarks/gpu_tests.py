@@ -41,8 +41,9 @@ def run_tests(selected: str = "", processes: str = "8") -> Iterator[dict[str, An
 
     rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     arguments = [
-        str(ROOT / "tests" / "ops" / "test_gpu.py"), "-q", "-o", "addopts=", "--import-mode=importlib",
-        "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"),
+        str(ROOT / "tests" / "ops" / "test_gpu.py"), "-q", "-o", "addopts=",
+        "--import-mode=importlib", "-p", "no:cacheprovider",
+        "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"),
     ]  # fmt: skip
     if selected:
         arguments += ["-k", selected]

@@ -15,8 +15,7 @@ from curvfast.analysis.bands import row_energies
 from curvfast.analysis.statistics import auc
 from curvfast.errors import InputError, LayerNotFound
 from curvfast.kfac.eigenbasis import Eigenbasis
-from curvfast.kfac.model_layers import basis_layers
-from curvfast.model.layers import LayerSpec, matches_name
+from curvfast.model.layers import LayerSpec, basis_layers, matches_name
 from curvfast.model.rows import RowRule
 
 TOKENS = ("mean", "energy", "last")

@@ -17,13 +17,12 @@ from curvfast.display import Bar
 from curvfast.errors import CoverageError, InputError
 from curvfast.kfac.corrections import POSITION, READINGS, SEQUENCE
 from curvfast.kfac.eigenbasis import Eigenbasis
-from curvfast.kfac.model_layers import basis_layers
 from curvfast.kfac.selection.kept_pairs import Selection
 from curvfast.model.batch import Batch, read_call
 from curvfast.model.families import LinearLayer
 from curvfast.model.forward import frozen, logits_of
 from curvfast.model.identity import is_causal_lm
-from curvfast.model.layers import LayerSpec
+from curvfast.model.layers import LayerSpec, basis_layers
 from curvfast.model.rows import RowRule
 from curvfast.ops import project_rows
 

@@ -15,8 +15,7 @@ from curvfast.analysis.activations import Seen, readers, watching
 from curvfast.analysis.detector import FLATTEST, FlatEnergy, share
 from curvfast.errors import CoverageError, InputError
 from curvfast.kfac.eigenbasis import Eigenbasis
-from curvfast.kfac.model_layers import basis_layers
-from curvfast.model.layers import LayerSpec
+from curvfast.model.layers import LayerSpec, basis_layers
 
 _COLOUR = "214, 69, 65"
 

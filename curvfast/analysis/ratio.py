@@ -17,8 +17,7 @@ from curvfast.analysis.statistics import Floats, draws, interval, pooled
 from curvfast.display import aligned
 from curvfast.errors import InputError
 from curvfast.kfac.eigenbasis import Eigenbasis
-from curvfast.kfac.model_layers import basis_layers
-from curvfast.model.layers import LayerSpec
+from curvfast.model.layers import LayerSpec, basis_layers
 from curvfast.model.rows import RowRule
 
 SIDES = ("inputs", "outputs")

@@ -21,10 +21,9 @@ from curvfast.distributed import group_of
 from curvfast.errors import InputError
 from curvfast.kfac.corrections import POSITION, READINGS, SEQUENCE, Corrections
 from curvfast.kfac.eigenbasis import Eigenbasis
-from curvfast.kfac.model_layers import basis_layers
 from curvfast.model.families import LinearLayer
 from curvfast.model.identity import is_causal_lm, without_ddp
-from curvfast.model.layers import LayerSpec
+from curvfast.model.layers import LayerSpec, basis_layers
 from curvfast.model.rows import RowRule
 from curvfast.storage import checksum
 

@@ -11,22 +11,20 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from curvfast.distributed import refuse_layout
 from curvfast.editing.report import EditReport, LayerEdit
 from curvfast.errors import InputError
 from curvfast.kfac.eigenbasis import Eigenbasis
 from curvfast.kfac.importance import Importance, ranked, singular_vectors
 from curvfast.kfac.layer_basis import LayerBasis
-from curvfast.kfac.model_layers import basis_layers
 from curvfast.kfac.projection import Projected, project
-from curvfast.kfac.select import Kept, frame_of, require_fit
-from curvfast.kfac.selection.kept_pairs import Frame
+from curvfast.kfac.select import Kept, require_fit
+from curvfast.kfac.selection.kept_pairs import Frame, Selection
 from curvfast.kfac.selection.mask import Mask
 from curvfast.kfac.selection.rule import Rule
 from curvfast.kfac.selection.staircase import Staircase
-from curvfast.model.families import ExpertLayer, LinearLayer
+from curvfast.model.families import LinearLayer
 from curvfast.model.identity import model_facts
-from curvfast.model.layers import LayerSpec, refuse_tied
+from curvfast.model.layers import LayerSpec, basis_layers, refuse_tied
 
 DEFAULT_MASS = 0.6
 
@@ -153,7 +151,7 @@ def plan_edit(
     else:
         require_fit(chosen, part, selection)
         rule = {"selection": "given"}
-    frame = frame_of(selection, part)
+    frame = selection.frame if isinstance(selection, Selection) else part.frame
     foreign = None if frame == part.frame else frame
     provenance = {
         "model": model_facts(model),
@@ -178,19 +176,8 @@ def editable_layers(
     chosen = basis_layers(model, basis, layers)
     refuse_tied(model, chosen)
     for layer in chosen.values():
-        require_editable(layer)
+        layer.require_editable()
     return chosen
-
-
-def require_editable(layer: LinearLayer) -> None:
-    """Make sure that a weight can be edited in place.
-
-    Raises:
-        InputError: If it is stored quantised, or sharded in a way that is not supported.
-    """
-    layer.require_writable()
-    sliced = isinstance(layer, ExpertLayer)
-    refuse_layout(f"the weight of layer {layer.name!r}", layer.parameter, sliced=sliced)
 
 
 def relative_change(weight: Tensor, new: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from curvfast import storage
 from curvfast.distributed import gathered, write_
 from curvfast.editing.edit import restore
-from curvfast.editing.plan import EditArguments, plan_edit, require_editable
+from curvfast.editing.plan import EditArguments, plan_edit
 from curvfast.editing.report import EditReport
 from curvfast.errors import InputError, PatchMismatch
 from curvfast.export.bit_difference import (
@@ -171,7 +171,7 @@ class Patch:
         refuse_tied(model, {name: there[name] for name in self.layers})
         found = {}
         for name in self.layers:
-            require_editable(there[name])
+            there[name].require_editable()
             found[name] = fingerprint_of(gathered(there[name].stored()))
         self.require(found, revert=revert)
         change = LayerPatch.reverted if revert else LayerPatch.applied

@@ -17,9 +17,10 @@ from curvfast.kfac.layer_factors import LayerFactors
 from curvfast.kfac.layer_mapping import ByLayer
 from curvfast.kfac.marginals import reordered
 from curvfast.kfac.selection.kept_pairs import Frame, Selection
+from curvfast.kfac.selection.mask import Mask
 from curvfast.kfac.selection.rule import Rule
-from curvfast.kfac.selection.scores import Scores, Term, sum_of, unit_of
-from curvfast.kfac.selection.search import masks, staircases, staircases_by_mass
+from curvfast.kfac.selection.scores import Scores, Term, masks, sum_of, unit_of
+from curvfast.kfac.selection.staircase import Staircase, staircases, staircases_by_mass
 from curvfast.kfac.task_curvature import TaskCurvature, curvature_along
 
 KIND = "curvfast-eigenbasis"
@@ -91,15 +92,17 @@ class Eigenbasis(ByLayer[LayerBasis]):
             return [self.keep(mass=mass) for mass in masses]
         return [self._with_frame(kept) for kept in staircases_by_mass(self.spectra(), masses)]
 
-    def _with_frame(self, kept: Selection, importance: str = "kfac") -> Selection:
-        """Return ``kept``, which has no frame yet, as a selection of this basis's pairs.
+    def _with_frame(
+        self, kept: Mapping[str, Staircase | Mask], importance: str = "kfac"
+    ) -> Selection:
+        """Return ``kept`` as a selection of this basis's pairs.
 
         Raises:
             InputError: If it needs more than the leading eigenpairs a basis holds.
         """
         for name, own in kept.items():
             self[name].require(name, own)
-        return replace(kept, importance=importance, frame=self.frame, totals=self.totals())
+        return Selection(kept, importance, self.frame, self.totals())
 
     def require_curvature(self) -> None:
         """Check that pairs can be ranked by curvature.
@@ -187,7 +190,7 @@ class Eigenbasis(ByLayer[LayerBasis]):
 
     def spectra(self) -> dict[str, Term]:
         """Return (λ, μ) of each layer, without tasks."""
-        return {name: (basis.values_g, basis.values_a) for name, basis in self.items()}
+        return {name: (own.values_g, own.values_a) for name, own in self.layers.items()}
 
     def totals(self) -> dict[str, float]:
         """Return ΣλΣμ of each layer, which identifies this basis."""

@@ -37,9 +37,8 @@ from curvfast.kfac.projection import rotate
 from curvfast.kfac.selection.kept_pairs import Frame, Selection
 from curvfast.kfac.selection.mask import random_mask
 from curvfast.kfac.selection.rule import Rule
-from curvfast.kfac.selection.scores import CurvatureRows, Scores, Term, sum_of
-from curvfast.kfac.selection.search import masks, staircases
-from curvfast.kfac.selection.staircase import Staircase
+from curvfast.kfac.selection.scores import CurvatureRows, Scores, Term, masks, sum_of
+from curvfast.kfac.selection.staircase import Staircase, staircases
 
 
 def singular_values(weight: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ def ranked(
         rotated = partial(_rotated, basis, weights)
     found = masks(_scores(importance, basis, weights, rotated, corrections or {}), rule)
     if importance_frame(importance) == "standard":
-        return replace(found, importance=importance, frame="standard")
+        return Selection(found, importance, "standard")
     return basis._with_frame(found, importance)
 
 
@@ -195,7 +194,7 @@ def _random(basis: Eigenbasis, rule: Rule, seed: int) -> Selection:
     pairs = basis.keep_by(rule).pairs
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: random_mask(*own.shape, pairs[name], generator) for name, own in basis.items()}
-    return basis._with_frame(Selection(drawn), "random")
+    return basis._with_frame(drawn, "random")
 
 
 def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -> Selection:
@@ -212,7 +211,7 @@ def _singular(basis: Eigenbasis, weights: Callable[[str], Tensor], rule: Rule) -
         for name, (energies, _) in spectra.items()
     }
     if known:
-        return basis._with_frame(Selection(blocks), "svd")
+        return basis._with_frame(blocks, "svd")
     # Vectors found anew for the edit are of the weight as it is then: there is nothing to compare.
     return Selection(blocks, "svd", "singular")
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from curvfast import storage
 from curvfast.errors import InputError
-from curvfast.kfac.selection.kept_pairs import used_ranks
 from curvfast.kfac.selection.mask import Mask
-from curvfast.kfac.selection.staircase import Staircase
+from curvfast.kfac.selection.staircase import Staircase, used_ranks
 
 # Number of eigenvectors converted to float64 at a time.
 _BAND = 1024

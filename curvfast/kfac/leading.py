@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from curvfast.kfac.decomposition import NARROW, Spectrum, ordered, prepared
-from curvfast.kfac.selection.kept_pairs import used_ranks
-from curvfast.kfac.selection.search import staircases_by_mass
+from curvfast.kfac.selection.staircase import staircases_by_mass, used_ranks
 
 # Largest residual ‖Mv - θv‖ over the largest eigenvalue at which a pair counts as converged.
 _FOUND = 1e-11

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from curvfast import ops
 from curvfast.kfac.layer_basis import LayerBasis
-from curvfast.kfac.selection.kept_pairs import used_ranks
 from curvfast.kfac.selection.mask import Mask
-from curvfast.kfac.selection.staircase import Staircase
+from curvfast.kfac.selection.staircase import Staircase, used_ranks
 
 
 def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:

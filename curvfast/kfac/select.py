@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from curvfast.errors import BasisMismatch, LayerNotFound
 from curvfast.kfac.eigenbasis import Eigenbasis
 from curvfast.kfac.importance import Importance, ranked
-from curvfast.kfac.model_layers import basis_layers
-from curvfast.kfac.selection.kept_pairs import Frame, Selection
+from curvfast.kfac.selection.kept_pairs import Selection
 from curvfast.kfac.selection.mask import Mask
 from curvfast.kfac.selection.rule import Rule
 from curvfast.kfac.selection.staircase import Staircase
 from curvfast.model.families import LinearLayer
-from curvfast.model.layers import LayerSpec
+from curvfast.model.layers import LayerSpec, basis_layers
 
 Kept = Mapping[str, Staircase | Mask]
 # How far masses of one basis may lie apart: decompositions in float32 and float64 do by 1e-5.
@@ -93,7 +92,7 @@ def require_fit(chosen: Mapping[str, LinearLayer], basis: Eigenbasis, selection:
         InputError: If it needs more than the leading eigenpairs the basis holds.
         LayerNotFound: If it lacks a layer.
     """
-    frame = frame_of(selection, basis)
+    frame = selection.frame if isinstance(selection, Selection) else basis.frame
     if basis.frame == "singular" and frame == "curvature":
         raise BasisMismatch(
             "the selection is of eigenvectors of curvature, and this basis holds singular vectors: "
@@ -113,11 +112,6 @@ def require_fit(chosen: Mapping[str, LinearLayer], basis: Eigenbasis, selection:
             basis[name].require(name, selection[name])
     if isinstance(selection, Selection) and frame == basis.frame:
         _require_same(selection, basis)
-
-
-def frame_of(selection: Kept, basis: Eigenbasis) -> Frame:
-    """Return the frame of a selection's pairs, by default that of the basis."""
-    return selection.frame if isinstance(selection, Selection) else basis.frame
 
 
 def _require_same(selection: Selection, basis: Eigenbasis) -> None:

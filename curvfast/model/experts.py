@@ -22,6 +22,11 @@ class ExpertLayer(LinearLayer):
 
     expert: int = 0
 
+    @property
+    def sliced(self) -> bool:
+        """Whether the weight is a slice of the parameter: it is."""
+        return True
+
     def stored(self) -> Tensor:
         """Return the slice as it is stored, a view without gradient."""
         return self.parameter.detach()[self.expert]

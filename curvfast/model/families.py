@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
-
 from curvfast.model.expert_routing import watch_experts
-from curvfast.model.experts import ExpertLayer, expert_layers
+from curvfast.model.experts import ExpertLayer
 from curvfast.model.layer import LinearLayer, Observer, Part, Product, Removable, outside_graphs
-from curvfast.model.linear import linear_layer, watch_module
-from curvfast.model.patch_embedding import patch_layer
+from curvfast.model.linear import watch_module
 from curvfast.model.refusals import unsupported_reason
 
 __all__ = [
@@ -20,16 +17,10 @@ __all__ = [
     "Part",
     "Product",
     "Removable",
-    "layers_of",
     "outside_graphs",
     "unsupported_reason",
     "watch",
 ]
-
-
-def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
-    """Return the layers whose weights ``module`` itself holds, ``name`` being its name."""
-    return linear_layer(name, module) or patch_layer(name, module) or expert_layers(name, module)
 
 
 def watch(layers: Iterable[LinearLayer], observer: Observer) -> list[Removable]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from curvfast.distributed import gathered, write_
+from curvfast.distributed import gathered, refuse_layout, write_
 from curvfast.errors import InputError
 
 PARAMETRISED = "parametrised: its weight is computed anew in every call, so no edit would last"
@@ -39,6 +39,11 @@ class LinearLayer:
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the weight, as the module stores it."""
         return getattr(self.module, self.leaf)  # type: ignore[no-any-return]
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the weight is a slice of the parameter, as one expert's is."""
+        return False
 
     @property
     def reading(self) -> Any:
@@ -83,6 +88,15 @@ class LinearLayer:
         """
         if self.unwritable:
             raise InputError(f"layer {self.name!r} cannot be edited: {self.unwritable}")
+
+    def require_editable(self) -> None:
+        """Make sure that the weight can be edited in place.
+
+        Raises:
+            InputError: If it is stored quantised, or sharded in a way that is not supported.
+        """
+        self.require_writable()
+        refuse_layout(f"the weight of layer {self.name!r}", self.parameter, sliced=self.sliced)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the module's input as rows, [..., d_in]."""

@@ -1,4 +1,4 @@
-"""Selection of a model's linear layers by kind, by name or by predicate.
+"""Selection of a model's linear layers: by kind, by name, by predicate, or by a basis.
 
 Names are those of ``model.named_modules()`` without the wrappers of ``torch.compile``,
 ``DistributedDataParallel`` and PEFT, so factors measured on a wrapped model fit the bare one.
@@ -10,12 +10,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from curvfast.errors import LayerNotFound
-from curvfast.model.families import LinearLayer, layers_of, unsupported_reason
+from curvfast.errors import BasisMismatch, LayerNotFound
+from curvfast.model.experts import expert_layers
+from curvfast.model.families import LinearLayer, unsupported_reason
+from curvfast.model.linear import linear_layer
+from curvfast.model.patch_embedding import patch_layer
 
 LayerSpec = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -50,6 +54,13 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
         for layer in layers_of(bare_name(full_name), module):
             found[layer.name] = replace(layer, kind=_kind(layer.name, full_name, modules))
     return found
+
+
+def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
+    """Return the layers whose weights ``module`` itself holds, ``name`` being its name."""
+    if not module._parameters:
+        return []
+    return linear_layer(name, module) or patch_layer(name, module) or expert_layers(name, module)
 
 
 def refused_modules(model: nn.Module) -> dict[str, str]:
@@ -91,6 +102,55 @@ def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
             f"Its linear layers are:\n  {listing}\nNot supported are:\n  {others or '(none)'}"
         )
     refuse_tied(model, chosen)
+    return chosen
+
+
+class Shaped(Protocol):
+    """What is known of one layer, and of which widths."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+
+
+def basis_layers(
+    model: nn.Module, basis: Mapping[str, Shaped], layers: LayerSpec | None
+) -> dict[str, LinearLayer]:
+    """Return the layers of a model that an eigenbasis describes.
+
+    Args:
+        model: The model the basis was measured on.
+        basis: Eigenbases by layer name.
+        layers: Which of them; None means all.
+
+    Returns:
+        Layers by name, in the order of the basis.
+
+    Raises:
+        BasisMismatch: If the model lacks a layer, or it has other widths.
+        LayerNotFound: If ``layers`` matches nothing in the basis.
+    """
+    there = linear_layers(model)
+    missing = [name for name in basis if name not in there]
+    if missing:
+        raise BasisMismatch(
+            f"the basis has layer {missing[0]!r} and {len(missing) - 1} more that this "
+            f"{type(model).__name__} lacks; it was measured on another model, or on one with other "
+            "names (a wrapper around it?)"
+        )
+    chosen = {n: there[n] for n in basis if layers is None or matches(layers, there[n])}
+    if not chosen:
+        raise LayerNotFound(
+            f"layers={layers!r} matches none of the basis's layers: "
+            f"{', '.join(map(repr, basis)) or 'it is empty'}"
+        )
+    for name, layer in chosen.items():
+        shape = basis[name].shape
+        if shape != (layer.d_out, layer.d_in):
+            raise BasisMismatch(
+                f"the basis of layer {name!r} is for a weight {shape}, the model's is "
+                f"{(layer.d_out, layer.d_in)}: it was measured on another model"
+            )
     return chosen
 
 

@@ -9,12 +9,12 @@ from curvfast.ops.energies import band_energies as band_energies
 from curvfast.ops.packed_symmetric import TriangularSum as TriangularSum
 from curvfast.ops.packed_symmetric import mirror_ as mirror_
 from curvfast.ops.packed_symmetric import pack as pack
+from curvfast.ops.projection import Plan as Plan
 from curvfast.ops.projection import plan as plan
 from curvfast.ops.projection import project as project
 from curvfast.ops.registry import backends as backends
 from curvfast.ops.registry import use_backend as use_backend
 from curvfast.ops.requests import MomentRequest as MomentRequest
-from curvfast.ops.requests import Plan as Plan
 from curvfast.ops.sampling import minus_onehot_ as minus_onehot_
 from curvfast.ops.sampling import sampled_gradient_ as sampled_gradient_
 from curvfast.ops.second_moment import new_sum as new_sum

@@ -87,7 +87,7 @@ register(
             "mirror_": packed_symmetric.refusal,
             "scale_": packed_symmetric.refusal_unless_named,
         },
-        unavailable=instructions.unavailable,
+        unavailable=extension.unavailable,
         status=instructions.status,
     )
 )

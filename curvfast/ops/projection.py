@@ -12,6 +12,7 @@ is executed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from curvfast.errors import InputError, ShapeError
 from curvfast.ops import registry
-from curvfast.ops.requests import Plan, ProjectionRequest, dense_flops
 
 Widths = npt.NDArray[np.int64]
 ExpandContract = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +30,53 @@ PRECISIONS = ("tf32x3", "tf32", "ieee")
 BAND = 128
 # A dense evaluation is a few large products; many small ones must promise more than that.
 _GAIN = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one weight will be projected."""
+
+    rows: int
+    """o."""
+    columns: int
+    """i."""
+    split: int
+    """Rows before this one are evaluated rows first."""
+    reach: int
+    """Columns that the rows from ``split`` on need."""
+    complement: bool
+    """Whether what is removed is evaluated, and subtracted."""
+    dense: bool
+    """Whether bands are not worth their while: the mask is applied to the whole of C."""
+    flops: int
+    """Floating-point operations executed, the bands' surplus included."""
+
+    @property
+    def share(self) -> float:
+        """Executed FLOPs over those of a dense evaluation."""
+        return self.flops / max(1, dense_flops(self.rows, self.columns))
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionRequest:
+    """One projection, as every backend takes it."""
+
+    weight: Tensor
+    """W, [o, i], float32 or float64."""
+    left: Tensor
+    """U, [o, o], orthonormal columns."""
+    right: Tensor
+    """V, [i, i], orthonormal columns."""
+    widths: Tensor
+    """Columns of C = Uᵀ W V that each row keeps, int, on the CPU, non-increasing, [o]."""
+    plan: Plan
+    precision: str | None = None
+    """Of the kernels' products; None is their own choice."""
+
+
+def dense_flops(rows: int, columns: int) -> int:
+    """Return the FLOPs of a dense evaluation."""
+    return 4 * rows * columns * (rows + columns)
 
 
 def project(

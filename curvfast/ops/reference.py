@@ -22,7 +22,8 @@ from curvfast.ops.projection import banded_area, transposed_widths
 from curvfast.ops.selection import Bits, Found, Kept, ScoreMatrix, Values, Widths
 
 if TYPE_CHECKING:
-    from curvfast.ops.requests import MomentRequest, ProjectionRequest
+    from curvfast.ops.projection import ProjectionRequest
+    from curvfast.ops.requests import MomentRequest
 
 
 def second_moment_(call: MomentRequest) -> None:

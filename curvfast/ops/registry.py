@@ -38,12 +38,9 @@ class Backend:
     refusals: Mapping[str, Callable[..., str | None]]
     """For an operation that cannot take everything: (its arguments) -> why it cannot, or None."""
     unavailable: Callable[[], str | None] = field(default=lambda: None)
-    """Why it cannot run on this machine at all, or None; asked at every call, so cheap.
-
-    It may raise where it was asked for by name in a way that cannot be honoured.
-    """
+    """Why it cannot run on this machine at all, or None; asked at every call, so cheap."""
     status: Callable[[], str] = field(default=lambda: "available")
-    """What there is to say where it can run."""
+    """What there is to say where it can run; raises if a choice of its own cannot be honoured."""
 
 
 def register(backend: Backend) -> None:
@@ -56,7 +53,7 @@ def backends() -> dict[str, str]:
 
     The native one says as well by which instruction set its second moments are multiplied.
     """
-    return {name: _why_not(b) or b.status() for name, b in _backends.items()}
+    return {name: _state(backend)[1] for name, backend in _backends.items()}
 
 
 @contextmanager
@@ -79,7 +76,7 @@ def use_backend(name: str) -> Iterator[None]:
         BackendUnavailable: If it cannot run on this machine.
     """
     if name != AUTO:
-        reason = _why_not(_named(name, "use_backend"))
+        reason, _ = _state(_named(name, "use_backend"))
         if reason:
             raise BackendUnavailable(f"backend {name!r} cannot be used: {reason}")
     token = _chosen.set(name)
@@ -129,12 +126,15 @@ def _name() -> str:
     return _chosen.get() or os.environ.get(_ENVIRONMENT) or AUTO
 
 
-def _why_not(backend: Backend) -> str | None:
-    """Return why a backend cannot run on this machine, or None, without raising."""
-    try:
-        return backend.unavailable()
-    except CurvfastError as error:
-        return str(error)
+def _state(backend: Backend) -> tuple[str | None, str]:
+    """Return why a backend cannot be used here, or None, and what to say of it."""
+    reason = backend.unavailable()
+    if reason is None:
+        try:
+            return None, backend.status()
+        except CurvfastError as error:
+            reason = str(error)
+    return reason, reason
 
 
 def _refusal(backend: Backend, operation: str, arguments: tuple[Any, ...]) -> str | None:

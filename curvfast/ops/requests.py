@@ -1,4 +1,4 @@
-"""MomentRequest and ProjectionRequest: arguments of operations, as every backend takes them."""
+"""MomentRequest: arguments of a second-moment update, checked once, as every backend takes them."""
 
 from __future__ import annotations
 
@@ -91,50 +91,3 @@ class MomentRequest:
             return self.rows
         positions = torch.arange(self.x.shape[1], device=self.x.device)
         return (positions < self.lengths[:, None]).flatten().nonzero().squeeze(1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one weight will be projected."""
-
-    rows: int
-    """o."""
-    columns: int
-    """i."""
-    split: int
-    """Rows before this one are evaluated rows first."""
-    reach: int
-    """Columns that the rows from ``split`` on need."""
-    complement: bool
-    """Whether what is removed is evaluated, and subtracted."""
-    dense: bool
-    """Whether bands are not worth their while: the mask is applied to the whole of C."""
-    flops: int
-    """Floating-point operations executed, the bands' surplus included."""
-
-    @property
-    def share(self) -> float:
-        """Executed FLOPs over those of a dense evaluation."""
-        return self.flops / max(1, dense_flops(self.rows, self.columns))
-
-
-@dataclass(frozen=True, eq=False)
-class ProjectionRequest:
-    """One projection, as every backend takes it."""
-
-    weight: Tensor
-    """W, [o, i], float32 or float64."""
-    left: Tensor
-    """U, [o, o], orthonormal columns."""
-    right: Tensor
-    """V, [i, i], orthonormal columns."""
-    widths: Tensor
-    """Columns of C = Uᵀ W V that each row keeps, int, on the CPU, non-increasing, [o]."""
-    plan: Plan
-    precision: str | None = None
-    """Of the kernels' products; None is their own choice."""
-
-
-def dense_flops(rows: int, columns: int) -> int:
-    """Return the FLOPs of a dense evaluation."""
-    return 4 * rows * columns * (rows + columns)

@@ -13,9 +13,8 @@ from curvfast.display import Bar, aligned
 from curvfast.errors import FormatError, InputError
 from curvfast.kfac.eigenbasis import Eigenbasis
 from curvfast.kfac.importance import Importance, importance_frame
-from curvfast.kfac.model_layers import basis_layers
 from curvfast.kfac.selection.rule import Rule
-from curvfast.model.layers import LayerSpec
+from curvfast.model.layers import LayerSpec, basis_layers
 from curvfast.sweeps.frontier import UNEDITED, Matched, SweepPoint, matched
 from curvfast.sweeps.log import SweepLog, read_points
 from curvfast.sweeps.trials import Hold, Measure, Size, Trials

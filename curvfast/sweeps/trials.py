@@ -22,10 +22,10 @@ from curvfast.kfac.importance import (
     takes_corrections,
 )
 from curvfast.kfac.projection import kept_part, project, rotate
-from curvfast.kfac.selection.kept_pairs import Frame, Selection, used_ranks
+from curvfast.kfac.selection.kept_pairs import Frame, Selection
 from curvfast.kfac.selection.mask import Mask
 from curvfast.kfac.selection.rule import Rule
-from curvfast.kfac.selection.staircase import Staircase
+from curvfast.kfac.selection.staircase import Staircase, used_ranks
 from curvfast.sweeps.frontier import SIZE, UNEDITED, SweepPoint
 
 Hold = Literal["device", "cpu", "anew"]

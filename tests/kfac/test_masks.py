@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from curvfast import Mask, Selection, Staircase, ops
 from curvfast.errors import InputError, LayerNotFound, ShapeError, StorageError
 from curvfast.kfac.projection import drop_
-from curvfast.kfac.selection.kept_pairs import used_ranks
 from curvfast.kfac.selection.mask import random_mask, unpacked
 from curvfast.kfac.selection.rule import Rule
-from curvfast.kfac.selection.search import masks, staircases, staircases_by_common_mass
-from curvfast.kfac.selection.staircase import staircase_by_mass
+from curvfast.kfac.selection.scores import masks
+from curvfast.kfac.selection.staircase import (
+    staircase_by_mass,
+    staircases,
+    staircases_by_common_mass,
+    used_ranks,
+)
 from curvfast.ops import reference
 from curvfast.ops.native import extension
 
@@ -306,16 +310,16 @@ def test_bad_scores_are_named_and_nothing_else_is_asked_for() -> None:
     with pytest.raises(InputError, match="every layer is zero"):
         masks({"zero": 0 * scores}, Rule(mass=0.5, globally=True))
     both = masks({"zero": 0 * scores, "x": scores}, Rule(mass=0.75, globally=True))
-    assert both.pairs == {"zero": 0, "x": 2}
+    assert Selection(both).pairs == {"zero": 0, "x": 2}
     assert masks({"zero": 0 * scores}, Rule(pairs=4))["zero"].pairs == 4
 
 
 def test_rules_by_layer_name_are_each_layers_own() -> None:
     scores = {"x": torch.rand(4, 5), "y": torch.rand(4, 5)}
-    assert masks(scores, Rule(pairs={"x": 3, "y": 7})).pairs == {"x": 3, "y": 7}
-    assert masks(scores, Rule(fraction={"x": 0.5, "y": 0.13})).pairs == {"x": 10, "y": 3}
+    assert Selection(masks(scores, Rule(pairs={"x": 3, "y": 7}))).pairs == {"x": 3, "y": 7}
+    assert Selection(masks(scores, Rule(fraction={"x": 0.5, "y": 0.13}))).pairs == {"x": 10, "y": 3}
     spectra = {name: (torch.ones(4), torch.ones(5)) for name in scores}
-    assert staircases(spectra, Rule(pairs={"x": 3, "y": 7})).pairs == {"x": 3, "y": 7}
+    assert Selection(staircases(spectra, Rule(pairs={"x": 3, "y": 7}))).pairs == {"x": 3, "y": 7}
     with pytest.raises(LayerNotFound, match="pairs= says nothing about layer 'y'"):
         masks(scores, Rule(pairs={"x": 3}))
     with pytest.raises(InputError, match="4 x 5 = 20"):

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from curvfast import Eigenbasis, LayerBasis, ops
 from curvfast.errors import InputError
-from curvfast.kfac.selection.search import staircases_by_common_mass, staircases_by_mass
-from curvfast.kfac.selection.staircase import staircase_by_mass
+from curvfast.kfac.selection.staircase import (
+    staircase_by_mass,
+    staircases_by_common_mass,
+    staircases_by_mass,
+)
 from curvfast.ops import reference
 from curvfast.ops.native import extension
 
@@ -33,14 +36,14 @@ LAYERS = st.lists(st.tuples(SPECTRA, SPECTRA), min_size=1, max_size=4)
 MASSES = st.one_of(st.floats(0.01, 1.0), st.just(1.0))
 
 
-def massive(layers: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def checked_spectra(layers: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(g, a) for g, a in layers if g[0] > 0 and a[0] > 0]
 
 
 @given(LAYERS, st.lists(MASSES, min_size=1, max_size=3), st.integers(1, 3))
 @settings(max_examples=300, deadline=None)
 def test_many_searches_are_each_of_them(layers: Any, masses: Any, workers: int) -> None:
-    layers = massive(layers)
+    layers = checked_spectra(layers)
     found = extension.staircases_by_mass(layers, masses, workers)
     for (g, a), own in zip(layers, found, strict=True):
         for mass, one in zip(masses, own, strict=True):
@@ -53,7 +56,7 @@ def test_many_searches_are_each_of_them(layers: Any, masses: Any, workers: int) 
 @given(LAYERS, MASSES)
 @settings(max_examples=300, deadline=None)
 def test_a_common_threshold_equals_its_twin_bit_for_bit(layers: Any, mass: float) -> None:
-    if not massive(layers):
+    if not checked_spectra(layers):
         return
     widths, threshold = extension.staircases_by_common_mass(layers, mass)
     twins, twin = reference.staircases_by_common_mass(layers, mass)
@@ -69,7 +72,7 @@ INTEGERS = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=6).map(
 @given(st.lists(st.tuples(INTEGERS, INTEGERS), min_size=1, max_size=4), st.integers(1, 16))
 @settings(max_examples=300, deadline=None)
 def test_a_common_threshold_keeps_the_largest_products_of_all(layers: Any, parts: int) -> None:
-    if not massive(layers):
+    if not checked_spectra(layers):
         return
     mass = parts / 16
     spectra = {str(i): pair for i, pair in enumerate(layers)}

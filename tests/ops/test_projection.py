@@ -18,8 +18,7 @@ from curvfast.errors import BackendUnavailable, InputError, ShapeError
 from curvfast.kfac.selection.staircase import staircase_by_mass
 from curvfast.ops import reference
 from curvfast.ops.native import extension
-from curvfast.ops.projection import bands, plan, transposed_widths
-from curvfast.ops.requests import Plan, dense_flops
+from curvfast.ops.projection import Plan, bands, dense_flops, plan, transposed_widths
 
 
 def orthonormal(d: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -83,13 +83,6 @@ class Selection(ByLayer[Staircase | Mask]):
         return cls(layers, meta["importance"], meta["frame"], meta["totals"])
 
 
-def used_ranks(kept: Staircase | Mask) -> tuple[int, int]:
-    """Return how many leading rows and columns of the eigenbasis hold all that is kept."""
-    if isinstance(kept, Staircase):
-        return int((kept.widths > 0).sum()), int(kept.widths[0])
-    return kept.ranks()
-
-
 def _record(kept: Staircase | Mask) -> dict[str, Any]:
     """Return what JSON can say of a layer; it has neither NaN nor infinity."""
     record: dict[str, Any] = {"columns": kept.columns}

@@ -10,6 +10,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from curvfast import ops
+from curvfast.errors import InputError
+from curvfast.kfac.selection.mask import Mask
+from curvfast.kfac.selection.rule import Rule
+from curvfast.ops.selection import Kept
+
 Term = tuple[Tensor, Tensor]
 """g [d_out] and a [d_in], float64 on the CPU: the curvature gᵢaⱼ."""
 CurvatureRows = Callable[[slice], Tensor]
@@ -73,3 +79,63 @@ def unit_of(layers: Iterable[Sequence[Term]]) -> int:
     )
     # 2^1023 is the largest power of two there is to multiply by.
     return max(math.frexp(largest)[1] - _TOP, -1023)
+
+
+def masks(scores: Mapping[str, Tensor], rule: Rule) -> dict[str, Mask]:
+    """Select the largest of arbitrary scores, without sorting.
+
+    Args:
+        scores: [d_out, d_in] by layer name, finite and non-negative, taken as float32.
+        rule: How much to keep. ``mass`` is a share of the summed score: every score that ties with
+            the one that reaches it is kept as well, and 1 keeps every score above zero. Numbers and
+            fractions are exact; ties go in row order. ``globally`` holds the scores of all layers.
+
+    Returns:
+        A mask for each layer.
+
+    Raises:
+        InputError: If scores are negative or not finite, or the rule is out of range.
+        LayerNotFound: If the rule is by layer name, and one is missing.
+    """
+    workers = torch.get_num_threads()
+    if rule.globally and rule.mass is not None:
+        held = {name: _checked(name, values) for name, values in scores.items()}
+        if not any(top > 0 for _, top in held.values()):
+            raise InputError("every score of every layer is zero, so there is no mass to share")
+        found = ops.scores_by_mass([v.numpy() for v, _ in held.values()], rule.mass, workers)
+        return {
+            name: _mask(own, held[name][0].shape[1]) for name, own in zip(held, found, strict=True)
+        }
+    kept = {}
+    for name in scores:
+        values, top = _checked(name, scores[name])
+        if rule.mass is None:
+            count = rule.count(name, *values.shape)
+            own = ops.scores_by_pairs(values.numpy(), count, workers)
+        elif top > 0:
+            own = ops.scores_by_mass([values.numpy()], rule.mass, workers)[0]
+        else:
+            raise InputError(
+                f"every score of layer {name!r} is zero, so there is no mass to share: is its "
+                "weight zero, or was no data collected? Pass fraction= or pairs=, or leave it out"
+            )
+        kept[name] = _mask(own, values.shape[1])
+    return kept
+
+
+def _checked(name: str, values: Tensor) -> tuple[Tensor, float]:
+    """Return scores as float32 on the CPU, and the largest of them."""
+    scores = values.detach().to("cpu", torch.float32).contiguous()
+    if scores.dim() != 2 or not scores.numel():
+        raise InputError(f"scores of layer {name!r} must be [d_out, d_in], got {[*scores.shape]}")
+    low, high = (float(edge) for edge in scores.aminmax())
+    if not 0 <= low <= high < math.inf:
+        raise InputError(
+            f"scores of layer {name!r} must be finite and non-negative, and are from {low} to "
+            f"{high}: is there NaN or infinity in its weight or curvature?"
+        )
+    return scores, high
+
+
+def _mask(kept: Kept, columns: int) -> Mask:
+    return Mask(torch.from_numpy(kept.mask), columns, kept.mass)

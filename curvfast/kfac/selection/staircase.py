@@ -1,4 +1,4 @@
-"""Staircase: the kept eigenpairs of one layer, by mass, number or share.
+"""Staircases: the eigenpairs of a layer that a threshold keeps, of one layer or of many.
 
 Both eigenvalue lists descend, so {(i, j): λᵢ μⱼ ≥ τ} is a Young diagram: row i keeps its first
 width[i] columns, and widths never increase. d_out integers say it all.
@@ -6,6 +6,7 @@ width[i] columns, and widths never increase. d_out integers say it all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from curvfast import ops
 from curvfast.errors import InputError
-from curvfast.kfac.selection.mask import Mask as Mask
-from curvfast.kfac.selection.rule import check_mass, share_of, within
+from curvfast.kfac.selection.mask import Mask
+from curvfast.kfac.selection.rule import Rule, check_mass, share_of, within
 from curvfast.ops.selection import Found, Values
 
 
@@ -50,7 +51,7 @@ class Staircase:
 
     def dense(self) -> Tensor:
         """Return the staircase as a mask, [d_out, d_in] bool: for tests and pictures."""
-        return torch.arange(self.columns, device=self.widths.device) < self.widths[:, None]
+        return torch.arange(self.columns) < self.widths[:, None]
 
     def complement(self) -> Mask:
         """Return what is removed."""
@@ -75,7 +76,7 @@ def staircase_by_mass(values_g: Any, values_a: Any, mass: float) -> Staircase:
         InputError: If ``mass`` is outside (0, 1], or a list is not a spectrum.
     """
     check_mass(mass)
-    g, a = massive(None, (values_g, values_a))
+    g, a = checked_spectra(None, (values_g, values_a))
     return found_staircase(ops.staircase_by_mass(g, a, float(mass)), len(a))
 
 
@@ -115,7 +116,99 @@ def staircase_by_fraction(values_g: Any, values_a: Any, fraction: float) -> Stai
     return staircase_by_pairs(values_g, values_a, pairs)
 
 
-def massive(name: str | None, pair: tuple[Any, Any]) -> tuple[Values, Values]:
+def staircases(spectra: Mapping[str, tuple[Any, Any]], rule: Rule) -> dict[str, Staircase]:
+    """Keep the largest products λᵢμⱼ of each layer.
+
+    Args:
+        spectra: (λ, μ) by layer name, as of :func:`staircase_by_mass`.
+        rule: How much to keep.
+
+    Returns:
+        A staircase for each layer.
+
+    Raises:
+        InputError: If the rule is out of range, or a list is not a spectrum.
+        LayerNotFound: If the rule is by layer name, and one is missing.
+    """
+    if rule.mass is None:
+        return {
+            name: staircase_by_pairs(g, a, rule.count(name, len(g), len(a)))
+            for name, (g, a) in spectra.items()
+        }
+    if rule.globally:
+        return staircases_by_common_mass(spectra, rule.mass)
+    return staircases_by_mass(spectra, [rule.mass])[0]
+
+
+def staircases_by_mass(
+    spectra: Mapping[str, tuple[Any, Any]], masses: Sequence[float]
+) -> list[dict[str, Staircase]]:
+    """Select at several masses, every layer by its own spectrum, in one search.
+
+    Args:
+        spectra: (λ, μ) by layer name, as of :func:`staircase_by_mass`.
+        masses: ρ, each in (0, 1].
+
+    Returns:
+        The staircases of all layers, for each mass.
+
+    Raises:
+        InputError: If a mass is outside (0, 1], or a list is not a spectrum.
+    """
+    for mass in masses:
+        check_mass(mass)
+    layers = {name: checked_spectra(name, pair) for name, pair in spectra.items()}
+    found = ops.staircases_by_mass(
+        list(layers.values()), [float(mass) for mass in masses], torch.get_num_threads()
+    )
+    return [
+        {
+            name: found_staircase(own[m], len(layers[name][1]))
+            for name, own in zip(layers, found, strict=True)
+        }
+        for m in range(len(masses))
+    ]
+
+
+def staircases_by_common_mass(
+    spectra: Mapping[str, tuple[Any, Any]], mass: float
+) -> dict[str, Staircase]:
+    """Keep the largest products of all layers together: one threshold, the largest to reach ρ.
+
+    Args:
+        spectra: (λ, μ) by layer name, as of :func:`staircase_by_mass`.
+        mass: ρ in (0, 1], of the curvature mass of all layers; a layer may keep nothing.
+
+    Returns:
+        A staircase for each layer.
+
+    Raises:
+        InputError: If ``mass`` is outside (0, 1], or a list is not a spectrum.
+    """
+    check_mass(mass)
+    layers = {
+        name: (spectrum(f"λ of {name!r}", g), spectrum(f"μ of {name!r}", a))
+        for name, (g, a) in spectra.items()
+    }
+    if not any(g[0] * a[0] > 0 for g, a in layers.values()):
+        raise InputError("every eigenvalue is zero, so there is no curvature mass")
+    widths, threshold = ops.staircases_by_common_mass(list(layers.values()), float(mass))
+    kept = {}
+    for (name, (g, a)), own in zip(layers.items(), widths, strict=True):
+        prefix = np.concatenate([[0.0], np.cumsum(a)])
+        share = float((g * prefix[own]).sum() / max(g.sum() * prefix[-1], np.finfo(float).tiny))
+        kept[name] = Staircase(torch.from_numpy(own), len(a), threshold, share)
+    return kept
+
+
+def used_ranks(kept: Staircase | Mask) -> tuple[int, int]:
+    """Return how many leading rows and columns of the eigenbasis hold all that is kept."""
+    if isinstance(kept, Staircase):
+        return int((kept.widths > 0).sum()), int(kept.widths[0])
+    return kept.ranks()
+
+
+def checked_spectra(name: str | None, pair: tuple[Any, Any]) -> tuple[Values, Values]:
     """Return both spectra of a layer, checked, their products not all zero."""
     where = "" if name is None else f" of layer {name!r}"
     g, a = spectrum(f"values_g{where}", pair[0]), spectrum(f"values_a{where}", pair[1])

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from curvfast.ops.launch.availability import arch, interpreting, launching, refuses_device
-from curvfast.ops.projection import banded, staircase_split
-from curvfast.ops.requests import ProjectionRequest
+from curvfast.ops.projection import ProjectionRequest, banded, staircase_split
 
 DEFAULT_PRECISION = "tf32x3"
 

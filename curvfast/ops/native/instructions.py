@@ -31,21 +31,13 @@ def refusal() -> str | None:
     return None
 
 
-def unavailable() -> str | None:
-    """Return why the native core cannot be used on this machine, or None.
+def status() -> str:
+    """Return what multiplies second moments, for :func:`curvfast.backends`.
 
     Raises:
-        InputError: As :func:`chosen`: nothing runs in place of instructions asked for by name.
+        InputError: As :func:`chosen`.
         BackendUnavailable: As :func:`chosen`.
     """
-    reason = extension.unavailable()
-    if reason is None:
-        chosen()
-    return reason
-
-
-def status() -> str:
-    """Return what multiplies second moments, for :func:`curvfast.backends`."""
     return f"available; second moments by {chosen()}{', where named' if refusal() else ''}"
 
 
