@@ -34,10 +34,13 @@ class Moment:
 
     def request(
         self, x: Tensor, rows: Rows, scale: float, weights: Tensor | None = None
-    ) -> MomentRequest:
-        """Add the rows of x [..., d] that count to the count; return the update that sums them."""
-        x, index = rows.view(x)  # [rows, d] or [sequences, length, d]
-        self.rows += x.shape[:-1].numel() if index is None else len(index)
+    ) -> MomentRequest | None:
+        """Note how many rows of x [..., d] count; return the update that sums them, if any does."""
+        x, index = rows.view(x)  # [rows, d] or [sequences, length, d]; index [count]
+        count = x.shape[:-1].numel() if index is None else len(index)
+        if not count:
+            return None
+        self.rows += count
         self.calls += 1
         if weights is not None:
             weights = rows.view(weights.unsqueeze(-1))[0].squeeze(-1)
@@ -94,7 +97,7 @@ class Accumulator:
         Args:
             layers: Layers by name.
             spill_every: Calls of a layer after which float32 is added to float64; None: never.
-            place: Where sums are, as of :class:`Placement`.
+            place: Where the sums are stored: a place of :class:`Placement`.
             overlap: Whether updates run on a separate CUDA stream.
             marginals: Whether the weighted sides are summed too.
         """
@@ -177,9 +180,10 @@ class Accumulator:
     def _add(
         self, moment: Moment, x: Tensor, rows: Rows, scale: float, weights: Tensor | None = None
     ) -> None:
-        if not rows.count:
+        request = moment.request(x, rows, scale, weights)
+        if request is None:
             return
-        self._placement.add(moment.request(x, rows, scale, weights))
+        self._placement.add(request)
         if self._spill_every is not None and moment.calls >= self._spill_every:
             self.flush()
             moment.spill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from curvfast.collection.config import CollectConfig
 from curvfast.collection.convergence import Converged
 from curvfast.collection.curvature import Curvature
-from curvfast.collection.driver import Drive, merged_provenance
+from curvfast.collection.driver import Pass, merged_provenance
 from curvfast.distributed import group_of
 from curvfast.errors import InputError
 from curvfast.kfac.factors import Factors
-from curvfast.model.families import LinearLayer
 from curvfast.model.identity import is_causal_lm, without_ddp
 from curvfast.model.layers import LayerSpec, select
 from curvfast.model.rows import RowRule
@@ -200,24 +200,16 @@ def collect_from(
         marginals=marginals,
         seed=seed,
     )
-    drive = Drive(
-        labels=labels, tokens=tokens, seed=seed, progress=progress, keep_mode=keep_mode,
+    model, rule = without_ddp(model), _rule(until)
+    data = Pass(
+        model=model, batches=batches, layers=select(model, layers),
+        causal=is_causal_lm(model) if skip_last is None else skip_last, labels=labels,
+        tokens=tokens, seed=seed, progress=progress, keep_mode=keep_mode,
         layers_per_pass=layers_per_pass, checkpoint=checkpoint, every=every,
-        group=group_of(group), until=_rule(until),
+        group=group_of(group), identity={"config": config.to_dict()}, until=rule,
     )  # fmt: skip
-    model = without_ddp(model)
-
-    def begin(these: dict[str, LinearLayer], driven: bool, one_of_many: bool) -> Curvature:
-        return Curvature(
-            model, config, lambda name, _: name in these, rows=rows, driven=driven,
-            halves=drive.until is not None, group=drive.group, one_of_many=one_of_many,
-            facts=drive.facts,
-        )  # fmt: skip
-
-    causal = is_causal_lm(model) if skip_last is None else skip_last
-    chosen, identity = select(model, layers), {"config": config.to_dict()}
-    passes = drive.passes(model, batches, chosen, causal, begin, identity)
-    results = [curvature.factors() for curvature in passes]
+    begin = partial(Curvature, model, config, rows=rows, halves=rule is not None)
+    results = [curvature.factors() for curvature in data.measure(begin)]
     provenance = merged_provenance([factors.provenance for factors in results], batches)
     return Factors({n: f for factors in results for n, f in factors.items()}, provenance)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from curvfast import distributed
 from curvfast.collection.config import CollectConfig
 from curvfast.collection.correction_sums import CorrectionSums, bytes_of
-from curvfast.collection.driver import Drive, merged_provenance
+from curvfast.collection.driver import Pass, merged_provenance
 from curvfast.collection.measurement import Measurement
 from curvfast.distributed import group_of
 from curvfast.errors import InputError
@@ -166,21 +167,18 @@ def correct(
         layers=_described(layers), loss_reduction="sum", skip_last=skip_last,
         spill_every=spill_every, rows_per_step=rows_per_step, seed=seed,
     )  # fmt: skip
-    drive = Drive(
-        labels=labels, tokens=tokens, seed=seed, progress=progress, keep_mode=keep_mode,
-        layers_per_pass=layers_per_pass, checkpoint=checkpoint, every=every, group=group_of(group),
+    identity: dict[str, Any] = {"config": config.to_dict(), "per": per}
+    if checkpoint:
+        identity["basis"] = _checksum(basis, chosen)
+    data = Pass(
+        model=model, batches=batches, layers=chosen,
+        causal=is_causal_lm(model) if skip_last is None else skip_last, labels=labels,
+        tokens=tokens, seed=seed, progress=progress, keep_mode=keep_mode,
+        layers_per_pass=layers_per_pass, checkpoint=checkpoint, every=every,
+        group=group_of(group), identity=identity,
     )  # fmt: skip
-
-    def begin(these: dict[str, LinearLayer], driven: bool, one_of_many: bool) -> Correction:
-        return Correction(
-            model, config, basis, these, per, rows=rows, driven=driven, group=drive.group,
-            one_of_many=one_of_many, facts=drive.facts,
-        )  # fmt: skip
-
-    causal = is_causal_lm(model) if skip_last is None else skip_last
-    identity = {"config": config.to_dict(), "per": per, "basis": _checksum(basis, chosen)}
-    passes = drive.passes(model, batches, chosen, causal, begin, identity)
-    results = [correction.corrections() for correction in passes]
+    begin = partial(Correction, model, config, basis, per=per, rows=rows)
+    results = [correction.corrections() for correction in data.measure(begin)]
     provenance = merged_provenance([each.provenance for each in results], batches)
     return Corrections({n: c for r in results for n, c in r.layers.items()}, per, provenance)
 

@@ -16,6 +16,7 @@ from curvfast.collection.coverage import warn_few_rows
 from curvfast.collection.factor_sums import FactorSums
 from curvfast.collection.measurement import Measurement
 from curvfast.kfac.factors import Factors
+from curvfast.model.families import LinearLayer
 from curvfast.model.layers import LayerSpec, select
 from curvfast.model.rows import RowRule
 
@@ -31,7 +32,7 @@ class Curvature(Measurement):
         self,
         model: nn.Module,
         config: CollectConfig,
-        layers: LayerSpec,
+        layers: LayerSpec | dict[str, LinearLayer],
         *,
         rows: RowRule | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -43,9 +44,10 @@ class Curvature(Measurement):
     ) -> None:
         """Register the hooks; :func:`collect` describes the arguments.
 
-        With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
+        ``layers`` may be chosen before. With ``one_of_many``, other passes measure other layers:
+        here there may be no rows at all.
         """
-        chosen = select(model, layers)
+        chosen = layers if isinstance(layers, dict) else select(model, layers)
         self._sums = FactorSums(chosen, config, halves)
         self._result: Factors | None = None
         copies = 2 if config.marginals else 1

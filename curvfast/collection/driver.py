@@ -1,9 +1,9 @@
-"""Drive and Pass: runs a model over data to measure it, pass after pass, with checkpoints."""
+"""Pass: a model run over data to measure its layers, in one pass or several, with checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from curvfast import distributed
 from curvfast.collection.checkpoint import Checkpoint
 from curvfast.collection.convergence import Converged, compare
-from curvfast.collection.curvature import Curvature
 from curvfast.collection.measurement import Measurement
 from curvfast.collection.step import run_step
 from curvfast.display import Bar
@@ -25,55 +24,148 @@ from curvfast.model.families import LinearLayer
 from curvfast.model.forward import frozen
 from curvfast.storage import checksum
 
+LABELS = ("sampled", "gold")
+M = TypeVar("M", bound=Measurement)
 
-@dataclass
+
+@dataclass(kw_only=True)
 class Pass:
-    """One pass over the data, and its state."""
+    """One pass over data, its options and its state; :func:`curvfast.collect_from` describes them.
+
+    Measured few layers at a time, a pass is split into one for each such part.
+    """
 
     model: nn.Module
-    measurement: Measurement
-    labels: str
-    """Where labels come from."""
+    """Not wrapped by DistributedDataParallel."""
+    batches: Iterable[Any]
+    """From the first one on, whatever was counted before; each pass reads them anew."""
+    layers: dict[str, LinearLayer]
     causal: bool
-    generator: torch.Generator
-    """Draws the labels."""
+    """Whether position t predicts the label at t + 1."""
+    labels: str
     tokens: int | None
-    """Labels to stop at."""
-    until: Converged | None
-    """The stopping rule, besides ``tokens``."""
-    checkpoint: Checkpoint | None
+    """Labels to stop at, on all ranks together."""
+    seed: int
+    progress: bool
+    keep_mode: bool
+    layers_per_pass: int | None
+    checkpoint: str | PathLike[str] | None
     every: int
     """Batches between two checkpoints."""
-    group: distributed.Group
+    group: Group
     """The ranks that count with this one."""
-    counted: int = 0
+    identity: Mapping[str, Any]
+    """What else makes a checkpoint one of this measurement, JSON-able."""
+    until: Converged | None = None
+    """The stopping rule, besides ``tokens``."""
+    number: int = 0
+    """Which of the passes it is split into."""
+
+    measurement: Measurement = field(init=False)
+    generator: torch.Generator = field(init=False)
+    """Draws the labels."""
+    slots: Checkpoint | None = field(init=False, default=None)
+    share: int | None = field(init=False, default=None)
+    """Labels of this rank to stop at."""
+    counted: int = field(init=False, default=0)
     """Labels so far."""
-    taken: int = 0
+    taken: int = field(init=False, default=0)
     """Batches so far."""
-    steps: int = 0
+    steps: int = field(init=False, default=0)
     """Turns so far, of all ranks together where they keep step."""
-    saved_at: int | None = None
+    saved_at: int | None = field(init=False, default=None)
     """Turns at the last checkpoint."""
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(init=False, default_factory=list)
     """What each comparison of the halves found."""
-    compare_at: int = 0
+    compare_at: int = field(init=False, default=0)
     """Turns before the next comparison."""
 
-    def run(self, batches: Iterable[Any], bar: Bar) -> None:
-        """Count batches until there is enough, and close the measurement.
-
-        Args:
-            batches: From the first one on, whatever was counted before.
-            bar: Told of every label.
+    def __post_init__(self) -> None:
+        """Check every option.
 
         Raises:
-            InputError: If there is nothing to count.
-            StorageError: If a checkpoint cannot be written or is of no use.
+            InputError: If one is out of range.
         """
+        if self.labels not in LABELS:
+            raise InputError(
+                f"labels={self.labels!r}: pass 'sampled' (true Fisher) or 'gold' (empirical)"
+            )
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(
+                f"tokens={self.tokens}: pass a positive number of labels, or None for all"
+            )
+        if self.every < 1:
+            raise InputError(
+                f"every={self.every}: pass the number of batches between two checkpoints"
+            )
+        if self.layers_per_pass is not None and self.layers_per_pass < 1:
+            raise InputError(
+                f"layers_per_pass={self.layers_per_pass}: pass a number of layers, or None"
+            )
+
+    def measure(self, begin: Callable[..., M]) -> Iterator[M]:
+        """Yield the measurement of each pass once its data has run through.
+
+        Args:
+            begin: Begins the measurement of a pass, given its ``layers``, whether it is ``driven``
+                (no activation is recomputed) and ``one_of_many``, its ``group`` and its ``facts``.
+
+        Yields:
+            What ``begin`` returned, closed.
+
+        Raises:
+            InputError: If there is nothing to count, or batches cannot be read again.
+            StorageError: If the checkpoint is foreign, damaged, or of another measurement.
+            DistributedError: If another rank is gone.
+        """
+        names = list(self.layers)
+        size = self.layers_per_pass or len(names)
+        parts = [names[start : start + size] for start in range(0, len(names), size)]
+        if len(parts) > 1 and iter(self.batches) is self.batches:
+            raise InputError(
+                f"{len(parts)} passes need batches that can be read again: pass a list, a "
+                "DataLoader or text_batches(), not a generator, or leave layers_per_pass= out"
+            )
+        for number, part in enumerate(parts):
+            layers = {name: self.layers[name] for name in part}
+            own = replace(self, layers=layers, number=number)
+            yield own._run(begin, one_of_many=len(parts) > 1)
+
+    def _run(self, begin: Callable[..., M], *, one_of_many: bool) -> M:
+        rank, world = rank_and_size(self.group)
+        self.share = self.tokens and -(-self.tokens // world)
+        device = next(self.model.parameters()).device
+        self.generator = torch.Generator(device).manual_seed(self.seed + rank)
+        facts = {"labels": self.labels, "seed": self.seed}
+        if self.checkpoint:
+            part = f"pass-{self.number}" + (f"-rank-{rank}-of-{world}" if world > 1 else "")
+            identity = {
+                **facts, "tokens": self.share, **self.identity, "pass": self.number,
+                "until": self.until and asdict(self.until), "layers": list(self.layers),
+                "weights": _checksum(self.layers),
+            }  # fmt: skip
+            self.slots = Checkpoint(Path(self.checkpoint) / part, identity)
+        with (
+            frozen(self.model, self.keep_mode) as driven,
+            Bar("collect", self.share, "label", self.progress) as bar,
+        ):
+            measurement = begin(
+                layers=self.layers, driven=driven, one_of_many=one_of_many, group=self.group,
+                facts=facts,
+            )  # fmt: skip
+            self.measurement = measurement
+            try:
+                self._count_all(bar)
+            finally:
+                measurement.close()
+        return measurement
+
+    def _count_all(self, bar: Bar) -> None:
+        """Count batches until there is enough, and note how many there were."""
         if self.until:
             self.compare_at = self.until.first
-        bar.advance(self._resume(batches))
-        for batch, counts in self._turns(self._rest(batches)):
+        bar.advance(self._resume())
+        for batch, counts in self._turns(self._rest()):
             self.steps += 1
             if counts:
                 bar.advance(self._count(batch))
@@ -81,23 +173,22 @@ class Pass:
                 self._keep_step(batch)
             if self.until and self.steps >= self.compare_at:
                 self._compare(self.until)
-            if counts and self.checkpoint and self.taken % self.every == 0:
-                self._save(batches)
+            if counts and self.slots and self.taken % self.every == 0:
+                self._save(self.slots)
         total = sum(distributed.gather(self.counted, self.group))
         if not total:
             raise InputError(
                 "batches gave no label to measure with: the iterable is empty (a generator is used "
                 "up after one pass), or every position is masked"
             )
-        if self.checkpoint and self.saved_at != self.steps:
-            self._save(batches)
+        if self.slots and self.saved_at != self.steps:
+            self._save(self.slots)
         if self.until:
             self.measurement.add_facts(convergence=self.curve)
         self.measurement.add_facts(tokens=total, batches=self.taken)
-        self.measurement.close()
 
     def _enough(self) -> bool:
-        reached = self.tokens is not None and self.counted >= self.tokens
+        reached = self.share is not None and self.counted >= self.share
         return reached or bool(self.curve and self.curve[-1]["converged"])
 
     def _turns(self, own: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
@@ -137,164 +228,51 @@ class Pass:
         run_step(self.model, batch, self.labels, self.causal, aside)
 
     def _compare(self, rule: Converged) -> None:
-        assert isinstance(self.measurement, Curvature)
         halves = self.measurement.halves()
         labels = sum(distributed.gather(self.counted, self.group))
         # One rank decides: others might see the last digit otherwise, and wait for ever.
         self.curve.append(distributed.gather(compare(rule, halves, labels), self.group)[0])
         self.compare_at = rule.next(self.steps)
 
-    def _save(self, batches: Iterable[Any]) -> None:
+    def _save(self, slots: Checkpoint) -> None:
         facts, tensors = self.measurement.state()
         state = {
             "batches": self.taken, "labels": self.counted, "curve": self.curve,
             "steps": self.steps, "compare_at": self.compare_at, "curvature": facts,
         }  # fmt: skip
-        if hasattr(batches, "state_dict"):
-            state["data"] = batches.state_dict()
-        assert self.checkpoint is not None
-        self.checkpoint.save(state, {**tensors, "labels": self.generator.get_state()})
+        if hasattr(self.batches, "state_dict"):
+            state["data"] = self.batches.state_dict()
+        slots.save(state, {**tensors, "labels": self.generator.get_state()})
         self.saved_at = self.steps
 
-    def _resume(self, batches: Iterable[Any]) -> int:
+    def _resume(self) -> int:
         """Go back to the last checkpoint, if there is one; return the labels counted then."""
-        loaded = self.checkpoint.load() if self.checkpoint else None
+        loaded = self.slots.load() if self.slots else None
         if loaded is not None:
-            self._restore(*loaded, batches)
+            self._restore(*loaded)
         # Ranks killed at different moments meet at the same turn.
         turns = distributed.gather((self.steps, self.compare_at), self.group)
         self.steps, self.compare_at = (max(each) for each in zip(*turns, strict=True))
         return self.counted
 
-    def _restore(
-        self, state: dict[str, Any], tensors: dict[str, Tensor], batches: Iterable[Any]
-    ) -> None:
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.measurement.restore(state["curvature"], tensors)
         self.generator.set_state(tensors["labels"])
         self.counted, self.taken = state["labels"], state["batches"]
         self.steps, self.compare_at = state["steps"], state["compare_at"]
         self.curve, self.saved_at = state["curve"], state["steps"]
-        if "data" in state and hasattr(batches, "load_state_dict"):
-            batches.load_state_dict(state["data"])
+        if "data" in state and hasattr(self.batches, "load_state_dict"):
+            self.batches.load_state_dict(state["data"])
 
-    def _rest(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def _rest(self) -> Iterator[Any]:
         """Return the batches not yet counted: those that know their position, or all but some."""
-        if hasattr(batches, "load_state_dict"):
-            return iter(batches)
-        return islice(iter(batches), self.taken, None)
-
-
-LABELS = ("sampled", "gold")
-M = TypeVar("M", bound=Measurement)
-Begin = Callable[[dict[str, LinearLayer], bool, bool], M]
-"""(layers of the pass, whether no activation is recomputed, whether it is one of many passes)."""
-
-
-@dataclass(frozen=True)
-class Drive:
-    """Options of running a model over data; :func:`curvfast.collect_from` describes them."""
-
-    labels: str
-    tokens: int | None
-    seed: int
-    progress: bool
-    keep_mode: bool
-    layers_per_pass: int | None
-    checkpoint: str | PathLike[str] | None
-    every: int
-    group: Group
-    until: Converged | None = None
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            InputError: If one is out of range.
-        """
-        if self.labels not in LABELS:
-            raise InputError(
-                f"labels={self.labels!r}: pass 'sampled' (true Fisher) or 'gold' (empirical)"
-            )
-        if self.tokens is not None and self.tokens < 1:
-            raise InputError(
-                f"tokens={self.tokens}: pass a positive number of labels, or None for all"
-            )
-        if self.every < 1:
-            raise InputError(
-                f"every={self.every}: pass the number of batches between two checkpoints"
-            )
-        if self.layers_per_pass is not None and self.layers_per_pass < 1:
-            raise InputError(
-                f"layers_per_pass={self.layers_per_pass}: pass a number of layers, or None"
-            )
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The facts that are saved with the result."""
-        return {"labels": self.labels, "seed": self.seed}
-
-    def passes(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        layers: dict[str, LinearLayer],
-        causal: bool,
-        begin: Begin[M],
-        identity: Mapping[str, Any],
-    ) -> Iterator[M]:
-        """Yield the measurement of each pass once its data has run through.
-
-        Args:
-            model: Not wrapped by DistributedDataParallel.
-            batches: Read anew by each pass.
-            layers: All layers.
-            causal: Whether position t predicts the label at t + 1.
-            begin: Begins the measurement of a pass.
-            identity: What else makes a checkpoint one of this measurement, JSON-able.
-
-        Yields:
-            What ``begin`` returned, closed.
-
-        Raises:
-            InputError: If there is nothing to count, or batches cannot be read again.
-            StorageError: If the checkpoint is foreign, damaged, or of another measurement.
-            DistributedError: If another rank is gone.
-        """
-        rank, world = rank_and_size(self.group)
-        tokens = self.tokens and -(-self.tokens // world)
-        device = next(model.parameters()).device
-        chunks = list(_chunks(layers, self.layers_per_pass))
-        if len(chunks) > 1 and iter(batches) is batches:
-            raise InputError(
-                f"{len(chunks)} passes need batches that can be read again: pass a list, a "
-                "DataLoader or text_batches(), not a generator, or leave layers_per_pass= out"
-            )
-        for number, chosen in enumerate(chunks):
-            generator = torch.Generator(device).manual_seed(self.seed + rank)
-            whole = {
-                **self.facts, "tokens": tokens, **identity, "pass": number,
-                "until": self.until and asdict(self.until), "layers": list(chosen),
-                "weights": _checksum(chosen),
-            }  # fmt: skip
-            part = f"pass-{number}" + (f"-rank-{rank}-of-{world}" if world > 1 else "")
-            state = Checkpoint(Path(self.checkpoint) / part, whole) if self.checkpoint else None
-            with (
-                frozen(model, self.keep_mode) as driven,
-                Bar("collect", tokens, "label", self.progress) as bar,
-            ):
-                measurement = begin(chosen, driven, len(chunks) > 1)
-                try:
-                    Pass(
-                        model, measurement, self.labels, causal, generator, tokens, self.until,
-                        state, self.every, self.group,
-                    ).run(batches, bar)  # fmt: skip
-                finally:
-                    measurement.close()
-            yield measurement
+        if hasattr(self.batches, "load_state_dict"):
+            return iter(self.batches)
+        return islice(iter(self.batches), self.taken, None)
 
 
 def merged_provenance(provenances: Sequence[Mapping[str, Any]], batches: Any) -> dict[str, Any]:
-    """Return the provenance of all passes as one, with what the batches tell of themselves."""
+    """Return the provenance of all passes as one, with that of the batches, if they have one."""
     merged = dict(provenances[0])
     if len(provenances) > 1:
         merged["passes"] = [dict(each) for each in provenances]
@@ -303,12 +281,6 @@ def merged_provenance(provenances: Sequence[Mapping[str, Any]], batches: Any) ->
     if callable(describe):
         merged["data"] = describe()
     return merged
-
-
-def _chunks(layers: dict[str, LinearLayer], size: int | None) -> Iterator[dict[str, LinearLayer]]:
-    names = list(layers)
-    for start in range(0, len(names), size or len(names)):
-        yield {name: layers[name] for name in names[start : start + (size or len(names))]}
 
 
 def _checksum(layers: dict[str, LinearLayer]) -> int:

@@ -2,7 +2,7 @@
 
 A loop divides its model's loss by accumulation steps and multiplies it by processes and by AMP's
 scale. The gradient that arrives at that loss is the product of all these factors, exactly, so G can
-be of the summed loss without being told any of them.
+be of the summed loss although none of them is passed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from curvfast.errors import InputError
 from curvfast.model.batch import Batch
 from curvfast.model.rows import IGNORED_LABEL
 
-# Predictions that tell over how many labels a loss is a mean; several, as one may be certain.
+# Predictions whose gradients show over how many labels a loss is a mean; one alone may be certain.
 _PREDICTIONS = 16
 # Departure from the gradient of a mean cross-entropy, in logits as coarse as bfloat16.
 _DEPARTURE = 0.05
 
 
-class OwnLosses:
+class ReturnedLosses:
     """The losses that a model returned during a measurement."""
 
     def __init__(self) -> None:
         """Start without losses."""
         # Weak: a loss goes with the batch it is of.
-        self._of: WeakKeyDictionary[Batch, OwnLoss] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Batch, ReturnedLoss] = WeakKeyDictionary()
         self._sum: Tensor | None = None
         self._labels = 0
 
@@ -41,7 +41,7 @@ class OwnLosses:
         named = isinstance(output, Mapping)
         loss = output.get("loss") if named else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-            self._of[batch] = OwnLoss(loss, output.get("logits") if named else None, batch)
+            self._of[batch] = ReturnedLoss(loss, output.get("logits") if named else None, batch)
 
     def unit(self, batch: Batch, *, mean: bool) -> float:
         """Return the factor from a gradient to that of the summed loss.
@@ -55,7 +55,7 @@ class OwnLosses:
 
         Raises:
             InputError: If the gradient is not of the loss the model returned, or over how many
-                labels that is a mean cannot be told.
+                labels that is a mean cannot be determined.
         """
         loss = self._of.get(batch)
         if loss is None or loss.factor is None:
@@ -78,7 +78,7 @@ class OwnLosses:
         return None if self._sum is None else float(self._sum) / max(1, self._labels)
 
 
-class OwnLoss:
+class ReturnedLoss:
     """The loss that one call of a model returned."""
 
     def __init__(self, loss: Tensor, logits: Any, batch: Batch) -> None:
@@ -87,7 +87,7 @@ class OwnLoss:
         Args:
             loss: A scalar that requires grad.
             logits: [..., classes], where the model returned them.
-            batch: What its call told about labels.
+            batch: The batch of its call, with the number of its labels.
         """
         # A copy: the loop may scale the loss in place.
         self.value = loss.detach().to(torch.float32, copy=True)

@@ -27,8 +27,9 @@ from curvfast.collection.coverage import (
     warn_unrouted,
 )
 from curvfast.collection.hooks import Arrival, Calls, Capture, SharedInput
-from curvfast.collection.loss_scale import OwnLosses
+from curvfast.collection.loss_scale import ReturnedLosses
 from curvfast.errors import InputError
+from curvfast.kfac.factors import Factors
 from curvfast.model.batch import Batch, Routed, read_call
 from curvfast.model.families import LinearLayer, outside_graphs
 from curvfast.model.forward import forward_of
@@ -87,7 +88,7 @@ class Measurement:
         self._backward: Batch | None = None
         self._arguments = forward_of(model)
         self._active = True
-        self._losses = OwnLosses()
+        self._losses = ReturnedLosses()
         # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
         share = config.share_inputs and grad_scaler is None
         self._capture = Capture(
@@ -153,6 +154,10 @@ class Measurement:
         rows = {name: self._sums.rows(name)[1] for name in self._layers}
         idle = unrouted(self._layers, self._sums, self._capture.calls, self._skipped)
         return describe(self._model, self._layers, rows, idle, self._bytes)
+
+    def halves(self) -> tuple[Factors, Factors]:
+        """Return the factors of each half of the batches, of a measurement that keeps them."""
+        raise NotImplementedError
 
     def add_facts(self, **facts: Any) -> None:
         """Note further provenance to be kept with the result."""
@@ -236,7 +241,7 @@ class Measurement:
             if tensor.dim() and batch.predictions is None:
                 batch.predictions = tensor.shape[:-1]
             if tensor.requires_grad:
-                # Tells a re-entrant recomputation, in the backward, which batch it belongs to.
+                # A re-entrant recomputation, in the backward, needs the batch it belongs to.
                 tensor.register_hook(partial(self._enter_backward, batch))
 
     def _enter_backward(self, batch: Batch, _: Tensor) -> None:
