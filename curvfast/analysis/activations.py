@@ -106,13 +106,13 @@ class _Observer:
         self._layers, self._on_rows, self._outputs = layers, on_rows, outputs
         self.current: tuple[Batch, int] | None = None
 
-    def idle(self) -> bool:
+    def paused(self) -> bool:
         return self.current is None
 
-    def rest(self, layer: str) -> None:
+    def on_no_tokens(self, layer: str) -> None:
         """Ignore an expert without tokens."""
 
-    def see(self, product: Product) -> Tensor:
+    def on_product(self, product: Product) -> Tensor:
         if self.current is not None:
             for part in product.parts:
                 activation = product.y if self._outputs else product.x

@@ -144,7 +144,7 @@ def require_rows(
     if problems:
         raise CoverageError(
             "some chosen layers have no factors (nothing is lost: what was summed is still here; "
-            "leave them out by layers=, or mend the cause):\n  " + "\n  ".join(problems)
+            "leave them out by layers=, or remove the cause):\n  " + "\n  ".join(problems)
         )
 
 

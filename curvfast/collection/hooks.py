@@ -187,15 +187,15 @@ class Capture:
             )
         self._count(piece, x)
 
-    def idle(self) -> bool:
+    def paused(self) -> bool:
         """Return whether the batch of the running forward is not counted."""
         return self._current_batch().idle
 
-    def rest(self, layer: str) -> None:
+    def on_no_tokens(self, layer: str) -> None:
         """Record that a forward routed no token to an expert."""
         self.calls[layer].resting += 1
 
-    def see(self, product: Product) -> Tensor:
+    def on_product(self, product: Product) -> Tensor:
         """Record one product; return its output, which starts the graph if nothing did before."""
         x, y = product.x, product.y
         batch = self._current_batch()
@@ -280,7 +280,7 @@ class Capture:
         # The storage, not its address: on the meta device every address is 0.
         place = (x.untyped_storage()._cdata, x.storage_offset())
         identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch, layer.patch)
-        # A tensor still alive cannot have lent its memory to another: equal identity is equal data.
+        # The memory of a tensor still alive is not reused: equal identity is equal data.
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for _, known, shared in self._seen:
             if known == identity and name not in shared.readers and not shared.added:

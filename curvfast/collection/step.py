@@ -75,7 +75,7 @@ def fisher_gradient(logits: Tensor, targets: Tensor, generator: torch.Generator)
     """Return a random gradient whose second moment is that of p - onehot(y), y drawn from p.
 
     It is √p∘z - p (√p·z), z independent random signs, so E[ggᵀ] = diag(p) - ppᵀ: of a certain
-    prediction labels drawn at random nearly all say nothing, and these signs all say a little.
+    prediction nearly every label drawn gives a gradient near zero, while all signs give some.
     Source: Martens, Sutskever and Swersky, arXiv 1206.6464.
 
     Args:
@@ -162,7 +162,7 @@ def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> R
 def _matching(batch: Batch, logits: Tensor) -> torch.Size:
     shape = logits.shape[:-1]
     if len(shape) == 1:
-        # One prediction a sequence or image: its positions say nothing about which count.
+        # One prediction a sequence or image: which of its positions count does not matter.
         batch.mask, batch.skip_last = None, False
     return shape
 

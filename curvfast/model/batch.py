@@ -124,7 +124,7 @@ class Batch:
         """Return the number of labels over which a mean loss of this batch averages.
 
         Raises:
-            InputError: If neither the call's labels nor its predictions tell.
+            InputError: If neither the call's labels nor its predictions give the number.
         """
         if self.labels is None:
             shape = self.predictions if self.predictions is not None else self.positions
@@ -187,7 +187,7 @@ class Routed:
         """Return the number of labels over which a mean loss of the batch averages.
 
         Raises:
-            InputError: If neither the call's labels nor its predictions tell.
+            InputError: If neither the call's labels nor its predictions give the number.
         """
         return self.batch.label_count()
 

@@ -109,7 +109,7 @@ class Routing(TorchFunctionMode):
         counted = {leaf: counts.tolist() for leaf, counts in self._counts.items()}
         for (leaf, expert), layer in self._layers.items():
             if not counted[leaf][expert]:
-                self._observer.rest(layer.name)
+                self._observer.on_no_tokens(layer.name)
 
     def _follow(self, func: Callable[..., Any], args: Any, kwargs: Any, picked: Tensor) -> None:
         try:
@@ -147,7 +147,7 @@ class Routing(TorchFunctionMode):
             layer = self._layers.get((weights.leaf, expert))
             if layer is not None:
                 parts.append(Part(layer.name, rows, positions[rows], self._tokens.shape[:-1]))
-        return self._observer.see(Product(x, y, tuple(parts))) if parts else y
+        return self._observer.on_product(Product(x, y, tuple(parts))) if parts else y
 
     def _count(self, leaf: str, groups: _Groups, positions: Tensor) -> bool:
         """Count the rows of a product, if every one is of a token routed to its expert."""
@@ -215,7 +215,7 @@ class _Watch:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.abandon()
-        if self.observer.idle():
+        if self.observer.paused():
             return
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         tokens = next((t for t in given if t.is_floating_point()), None)

@@ -36,7 +36,7 @@ class Forward:
     names: frozenset[str]
     """Of every argument known to be taken."""
     cached: bool
-    """Whether ``use_cache`` says if a cache is made."""
+    """Whether ``use_cache`` decides if a cache is made."""
     generates: bool
     """Whether one token after another can be read off it."""
 
@@ -76,7 +76,7 @@ class Forward:
     def batches(self, lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         """Yield which texts to read together, by length, so that few tokens are padding.
 
-        Padding on the left moves every position, and not all models tell positions by the mask: a
+        Padding on the left moves every position, and not all models read positions off the mask: a
         forward that takes no mask, or no ``position_ids``, gets texts of one length at a time.
 
         Args:
@@ -168,11 +168,11 @@ def _signatures(module: nn.Module) -> Iterator[inspect.Signature]:
 
 
 def _says_it_generates(chain: list[nn.Module]) -> bool | None:
-    """Return what a model says of itself; None of one that does not."""
+    """Return what the model's ``can_generate`` answers, or None if it has none."""
     for module in chain:
         says = getattr(module, "can_generate", None)
         if callable(says):
-            # What an encoder is to read, no prompt tells.
+            # A prompt alone is no input for an encoder-decoder.
             config = getattr(module, "config", None)
             return bool(says()) and not getattr(config, "is_encoder_decoder", False)
     return None

@@ -34,7 +34,7 @@ def without_ddp(model: nn.Module) -> nn.Module:
 def is_causal_lm(model: nn.Module) -> bool:
     """Return whether ``model`` is one of transformers' decoder-only language models.
 
-    Told by class names, so that transformers is not imported for models of other libraries.
+    Recognised by class names, so that transformers is not imported for models of other libraries.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)

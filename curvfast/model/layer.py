@@ -129,13 +129,13 @@ class Product:
 class Observer(Protocol):
     """An observer of the calls of layers."""
 
-    def idle(self) -> bool:
+    def paused(self) -> bool:
         """Return, at the start of a forward, whether its products need not be observed."""
 
-    def see(self, product: Product) -> Tensor:
+    def on_product(self, product: Product) -> Tensor:
         """Record a product; return the y that the forward continues with."""
 
-    def rest(self, layer: str) -> None:
+    def on_no_tokens(self, layer: str) -> None:
         """Record that a forward of an expert's module routed no token to it."""
 
 

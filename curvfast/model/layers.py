@@ -176,7 +176,7 @@ def kind(name: str) -> str:
 
     Attention is looked for first: ``attention.output.dense`` of BERT belongs to it,
     ``output.dense`` to the MLP. Heads stand at the top of the model, so only the first component
-    tells them.
+    identifies them.
     """
     parts = name.lower().split(".")
     if parts[0] in _HEADS or parts[-1] in ("lm_head", "embed_out"):
@@ -189,13 +189,13 @@ def kind(name: str) -> str:
 
 
 def _kind(name: str, full_name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return the kind of a layer from its name, and from what stands beside it on its path."""
+    """Return the kind of a layer from its name and the siblings of the modules on its path."""
     parts = full_name.split(".")
     for depth, part in enumerate(parts):
-        beside = modules[".".join(parts[:depth])]._modules
-        if "base_layer" in beside and part != "base_layer":
+        siblings = modules[".".join(parts[:depth])]._modules
+        if "base_layer" in siblings and part != "base_layer":
             return "adapter"
-        if "experts" in beside and _ROUTER.fullmatch(part):
+        if "experts" in siblings and _ROUTER.fullmatch(part):
             return "router"
     return kind(name)
 

@@ -53,7 +53,7 @@ def watch_module(layer: LinearLayer, observer: Observer) -> Removable:
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
-        seen = observer.see(Product(x, y, (Part(layer.name),)))
+        seen = observer.on_product(Product(x, y, (Part(layer.name),)))
         return None if seen is y else seen
 
     return layer.module.register_forward_hook(outside_graphs(after), with_kwargs=True)

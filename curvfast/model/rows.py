@@ -1,6 +1,6 @@
 """Rows: the rows of a flattened activation that count, all of them or a random subset.
 
-Three types, so that "all of them" is never mistaken for "a view says which".
+Three types tell whether all count, the first ones of each sequence, or those of an index.
 
 The canonical layout is [rows, features]: every leading dimension of an activation is flattened. A
 row counts if it is a real position and, for a causal language model, not the last real position of
@@ -34,7 +34,11 @@ class Rows(ABC):
 
     @abstractmethod
     def positions(self, chosen: Tensor) -> Tensor:
-        """Return where those of the rows that count stand that ``chosen`` numbers, int64."""
+        """Return the positions of some counted rows in the flattened activation, int64.
+
+        Args:
+            chosen: int64, each the number of a row among those that count.
+        """
 
     def take(self, x: Tensor) -> Tensor:
         """Return the rows of x [..., d] that count, [count, d]."""
@@ -42,7 +46,7 @@ class Rows(ABC):
         return seen.flatten(0, -2) if index is None else seen[index]
 
     def indices(self, device: torch.device) -> Tensor:
-        """Return where the rows that count stand in the flattened activation, int64 [count]."""
+        """Return the positions of all counted rows in the flattened activation, int64 [count]."""
         return self.positions(torch.arange(self.count, device=device))
 
     def to(self, device: torch.device) -> Rows:
@@ -62,11 +66,11 @@ class AllRows(Rows):
         return self.total
 
     def view(self, x: Tensor) -> tuple[Tensor, None]:
-        """As of every kind."""
+        """Return every row of x, [rows, d], without an index."""
         return x.flatten(0, -2), None
 
     def positions(self, chosen: Tensor) -> Tensor:
-        """As of every kind."""
+        """Return the numbers themselves: they are positions."""
         return chosen
 
 
@@ -85,11 +89,11 @@ class FirstRows(Rows):
         return self.sequences * self.first
 
     def view(self, x: Tensor) -> tuple[Tensor, None]:
-        """As of every kind."""
+        """Return the first rows of each sequence, [sequences, first, d], without an index."""
         return x.reshape(self.sequences, self.length, x.shape[-1])[:, : self.first], None
 
     def positions(self, chosen: Tensor) -> Tensor:
-        """As of every kind."""
+        """Return the positions of some of these rows in the flattened activation, int64."""
         return chosen // self.first * self.length + chosen % self.first
 
 
@@ -106,19 +110,19 @@ class ChosenRows(Rows):
         return self.index.shape[0]
 
     def view(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As of every kind."""
+        """Return every row of x, [rows, d], and the index of those that count."""
         return x.flatten(0, -2), self.index
 
     def positions(self, chosen: Tensor) -> Tensor:
-        """As of every kind."""
+        """Return the positions of some of these rows in the flattened activation, int64."""
         return self.index.to(chosen.device)[chosen]
 
     def indices(self, device: torch.device) -> Tensor:
-        """As of every kind, without a copy where it is there."""
+        """Return the index on ``device``, not copied if it is there."""
         return self.index.to(device)
 
     def to(self, device: torch.device) -> Rows:
-        """As of every kind."""
+        """Return the same rows, their index on ``device``."""
         return self if self.index.device == device else ChosenRows(self.index.to(device))
 
 
