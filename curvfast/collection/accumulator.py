@@ -43,6 +43,7 @@ class Moment:
         self.rows += count
         self.calls += 1
         if weights is not None:
+            # w, [rows] or [sequences, length]: viewed as x is.
             weights = rows.view(weights.unsqueeze(-1))[0].squeeze(-1)
         return MomentRequest(self.sum, x, rows=index, weights=weights, scale=scale)
 
@@ -60,7 +61,7 @@ class Moment:
         """Return the sum as a matrix [d, d], float32."""
         if self.spilled is None:
             return self.sum.dense()
-        total = TriangularSum(self.spilled.tiles + self.sum.tiles, self.sum.d)
+        total = TriangularSum(self.spilled.tiles + self.sum.tiles, self.sum.d)  # packed, float64
         return total.dense().float()
 
     def release(self) -> None:
@@ -291,7 +292,7 @@ class Accumulator:
 def _squared_norms(x: Tensor) -> Tensor:
     """Return ‖x_t‖² of each row of x [..., d], [...] float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)  # [..., d] -> [...]
     return norms.float().square_()
 
 

@@ -93,18 +93,18 @@ class CorrectionSums:
         if not rows.count:
             return
         basis = self._basis[name]
-        q = self._inputs(arrival.shared, name, rows, x)
-        vectors = self._held(("g", name), lambda: basis.vectors_g, g.device)
-        p = ops.project_rows(rows.take(g), vectors).mul_(unit)
+        q = self._inputs(arrival.shared, name, rows, x)  # a V: [rows, k_a]
+        vectors = self._held(("g", name), lambda: basis.vectors_g, g.device)  # U: [d_out, k_g]
+        p = ops.project_rows(rows.take(g), vectors).mul_(unit)  # g U: [rows, k_g]
         running = self._running(name, g.device)
         if self._per == SEQUENCE:
             self._require_first(name, running, arrival.batch)
-            owners = arrival.batch.sequences(g.shape[:-1], rows, g.device)
+            owners = arrival.batch.sequences(g.shape[:-1], rows, g.device)  # [rows]
             if isinstance(arrival.batch, Routed):
                 # The rows of an expert come in any order.
                 owners, order = owners.sort(stable=True)
                 p, q = p[order], q[order]
-            lengths = owners.unique_consecutive(return_counts=True)[1].tolist()
+            lengths = owners.unique_consecutive(return_counts=True)[1].tolist()  # [sequences]
             ops.add_by_sequence_(running.sum, p, q, lengths)
             running.count += len(lengths)
         else:
@@ -191,7 +191,7 @@ class CorrectionSums:
     def _inputs(self, shared: SharedInput, name: str, rows: Rows, x: Tensor) -> Tensor:
         """Return the rows of an input in the eigenbasis; layers that read one project it once."""
         basis = self._basis[name]
-        vectors = self._held(basis.key_a, lambda: basis.vectors_a, x.device)
+        vectors = self._held(basis.key_a, lambda: basis.vectors_a, x.device)  # V: [d_in, k_a]
         of = (shared, rows, vectors)
         last = self._last
         if last is None or not last.fits(of):

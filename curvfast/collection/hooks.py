@@ -292,7 +292,7 @@ class Capture:
 
 
 def _take(x: Tensor, width: int, rows: slice | Tensor) -> Tensor:
-    flat = x.reshape(-1, width)
+    flat = x.reshape(-1, width)  # [rows, width]
     return flat[rows] if isinstance(rows, slice) else flat[rows.to(x.device)]
 
 

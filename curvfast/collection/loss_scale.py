@@ -137,7 +137,7 @@ class ReturnedLoss:
             return
         index = (targets != IGNORED_LABEL).flatten().nonzero().squeeze(1).to(logits.device)
         index = index[:: max(1, len(index) // _PREDICTIONS)]
-        self._predictions = logits.detach().flatten(0, -2)[index]
+        self._predictions = logits.detach().flatten(0, -2)[index]  # [predictions, classes]
 
         node, output = _origin(logits)
 

@@ -43,7 +43,7 @@ def sampled_gradient(logits: Tensor, rows: Rows, generator: torch.Generator) -> 
         the number of labels.
     """
     values = _own_values(logits)
-    flat = values.flatten(0, -2)
+    flat = values.flatten(0, -2)  # [rows, classes]
     index = None if isinstance(rows, AllRows) else rows.indices(flat.device)
     ops.sampled_gradient_(flat, index, generator)
     return values, rows.count
@@ -61,9 +61,9 @@ def label_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         of labels.
     """
     values, targets = _own_values(logits), labels.flatten()
-    flat = values.flatten(0, -2)
-    absent = (targets == IGNORED_LABEL).nonzero().squeeze(1)
-    safe = targets.index_fill(0, absent, 0)[:, None]
+    flat = values.flatten(0, -2)  # [rows, classes]
+    absent = (targets == IGNORED_LABEL).nonzero().squeeze(1)  # [rows without a label]
+    safe = targets.index_fill(0, absent, 0)[:, None]  # [rows, 1]
     step = max(1, _CHUNK_VALUES // flat.shape[1])
     for rows, own in zip(flat.split(step), safe.split(step), strict=True):
         rows.copy_(ops.minus_onehot_(rows.softmax(-1, dtype=torch.float32), own))
@@ -87,8 +87,8 @@ def fisher_gradient(logits: Tensor, targets: Tensor, generator: torch.Generator)
         The gradient of the summed loss, of the shape and dtype of ``logits``.
     """
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    signs = 2 * torch.randint(0, 2, p.shape, generator=generator, device="cpu") - 1
-    spread = p.sqrt() * signs.to(p)
+    signs = 2 * torch.randint(0, 2, p.shape, generator=generator, device="cpu") - 1  # z
+    spread = p.sqrt() * signs.to(p)  # √p∘z: [..., classes]
     gradient = spread - p * spread.sum(-1, keepdim=True)
     return gradient.masked_fill_(targets.eq(IGNORED_LABEL)[..., None], 0).to(logits.dtype)
 
@@ -194,8 +194,8 @@ def gold_labels(
         )
     if not causal:
         return gold
-    shifted = torch.full_like(gold, IGNORED_LABEL)
-    shifted[:, :-1] = gold[:, 1:]
+    shifted = torch.full_like(gold, IGNORED_LABEL)  # [sequences, length]
+    shifted[:, :-1] = gold[:, 1:]  # position t predicts label t + 1
     rows = _label_rows(arguments, logits, causal)
     if not isinstance(rows, AllRows):
         scored = torch.zeros(shifted.numel(), dtype=torch.bool, device=shifted.device)

@@ -26,7 +26,7 @@ def rotate(weight: Tensor, basis: LayerBasis) -> Tensor:
     """
     dtype = working_dtype(weight)
     u_g, u_a = (v.to(weight.device, dtype) for v in (basis.vectors_g, basis.vectors_a))
-    return u_g.T @ weight.to(dtype) @ u_a
+    return u_g.T @ weight.to(dtype) @ u_a  # [k_g, d_out] [d_out, d_in] [d_in, k_a]
 
 
 def rotate_back(coefficients: Tensor, basis: LayerBasis) -> Tensor:
@@ -42,8 +42,8 @@ def drop_(coefficients: Tensor, selection: Staircase | Mask) -> Tensor:
         for band, kept in selection.bands(rows, width, coefficients.device):
             coefficients[band].masked_fill_(kept.logical_not_(), 0)
         return coefficients
-    widths = selection.widths[:rows].to(coefficients.device)
-    columns = torch.arange(width, device=coefficients.device)
+    widths = selection.widths[:rows].to(coefficients.device)  # [rows]
+    columns = torch.arange(width, device=coefficients.device)  # [width]
     return coefficients.masked_fill_(columns >= widths[:, None], 0)
 
 
@@ -53,9 +53,10 @@ def kept_part(coefficients: Tensor, basis: LayerBasis, selection: Staircase | Ma
     Only the leading rows and columns that hold all that is kept are multiplied.
     """
     rows, columns = used_ranks(selection)
-    leading = drop_(coefficients[:rows, :columns].clone(), selection)
+    leading = drop_(coefficients[:rows, :columns].clone(), selection)  # M ∘ C: [rows, columns]
     rows, columns = leading.shape
     device, dtype = coefficients.device, coefficients.dtype
+    # U_G [d_out, rows] and U_A [d_in, columns]: the vectors that are used.
     u_g, u_a = basis.vectors_g[:, :rows], basis.vectors_a[:, :columns]
     return u_g.to(device, dtype) @ leading @ u_a.to(device, dtype).T
 

@@ -95,7 +95,7 @@ class Batch:
             keep = self.rule(name, shape) if self.rule else self._real(name, shape)
             self._keep[key] = None if keep is None else _checked(name, keep, shape).cpu().flatten()
         keep = self._keep[key]
-        own = None if keep is None else keep[positions]
+        own = None if keep is None else keep[positions]  # [rows of the expert]
         found = _as_rows(name, own, positions.shape, device)
         return self.thin(found, device) if self.thin else found
 
@@ -203,13 +203,13 @@ class Routed:
 
     def sequences(self, shape: torch.Size, rows: Rows, device: torch.device) -> Tensor:
         """Return the sequence of each counted row, int64 [count], by its unrouted position."""
-        positions = self.positions.to(device)[rows.indices(device)]
+        positions = self.positions.to(device)[rows.indices(device)]  # [count]
         return positions // self.batch.sequence_length(self.of)
 
 
 def drop_last(real: Tensor) -> Tensor:
     """Return ``real`` [..., length] without the last real position of each sequence."""
-    real_from_here = real.flip(-1).cumsum(-1).flip(-1)
+    real_from_here = real.flip(-1).cumsum(-1).flip(-1)  # [..., length], counts
     return real & (real_from_here > 1)
 
 
@@ -253,7 +253,7 @@ def _targets(arguments: Mapping[str, Any], *, causal: bool) -> Tensor | None:
 def _as_rows(name: str, keep: Tensor | None, shape: torch.Size, device: torch.device) -> Rows:
     if keep is None:
         return AllRows(shape.numel())
-    index = _checked(name, keep, shape).reshape(-1).nonzero().squeeze(1)
+    index = _checked(name, keep, shape).reshape(-1).nonzero().squeeze(1)  # [count]
     if index.shape[0] == keep.numel():
         return AllRows(keep.numel())
     return ChosenRows(index.to(device))

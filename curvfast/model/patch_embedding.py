@@ -34,14 +34,14 @@ class PatchLayer(LinearLayer):
         n = len(self.patch)
         x = x if x.dim() == n + 2 else x[None]
         for axis, extent in enumerate(self.patch, start=2):
-            x = x.unfold(axis, extent, extent)
-        return x.movedim(1, n + 1).flatten(n + 1)
+            x = x.unfold(axis, extent, extent)  # [images, channels, *grid, *patch], axis by axis
+        return x.movedim(1, n + 1).flatten(n + 1)  # [images, *grid, channels · patch]
 
     def gradients(self, g: Tensor) -> Tensor:
         """Return a gradient [images, d_out, *grid] as [images, *grid, d_out]."""
         assert self.patch is not None
         g = g if g.dim() == len(self.patch) + 2 else g[None]
-        return g.movedim(1, -1)
+        return g.movedim(1, -1)  # [images, *grid, d_out]
 
 
 def patch_layer(name: str, module: nn.Module) -> list[LinearLayer]:

@@ -151,7 +151,7 @@ class Thinning:
         wanted = min(max(1, wanted), rows.count)
         if wanted == rows.count:
             return rows
-        order = torch.randperm(rows.count, generator=self.generator, device="cpu")
+        order = torch.randperm(rows.count, generator=self.generator, device="cpu")  # [count]
         return ChosenRows(rows.positions(order[:wanted].sort().values.to(device)))
 
 

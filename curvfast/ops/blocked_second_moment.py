@@ -73,10 +73,11 @@ def _add(out: TriangularSum, chunk: Tensor, scale: float) -> None:
         return
     for start, stop, panel in out.panels():
         if start:
+            # The panel above its diagonal tile: [start, stop - start].
             panel[:start].addmm_(chunk[:, :start].T, chunk[:, start:stop], alpha=scale)
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            block = panel[start:last, first - start : last - start]
+            block = panel[start:last, first - start : last - start]  # [last - start, last - first]
             block.addmm_(chunk[:, start:last].T, chunk[:, first:last], alpha=scale)
 
 
@@ -90,10 +91,10 @@ def _chunks(call: MomentRequest, weights: Tensor | None, dtype: torch.dtype) -> 
         return
     total = x.shape[:-1].numel() if rows is None else rows.shape[0]
     step = min(total, chunk_rows(call.d))
-    buffer = torch.empty(step, call.d, dtype=dtype, device=x.device)
+    buffer = torch.empty(step, call.d, dtype=dtype, device=x.device)  # [≤ CHUNK_ROWS, d]
     for start in range(0, total, max(1, step)):
         stop = min(start + step, total)
-        piece = buffer[: stop - start]
+        piece = buffer[: stop - start]  # [rows of this chunk, d]
         chosen: Tensor | slice = slice(start, stop) if rows is None else rows[start:stop]
         _read(x, chosen, piece)
         if weights is not None:

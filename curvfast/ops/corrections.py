@@ -62,7 +62,7 @@ def project_rows(x: Tensor, vectors: Tensor) -> Tensor:
     Returns:
         [rows, k], of the dtype of ``vectors``.
     """
-    out = vectors.new_empty(x.shape[0], vectors.shape[1])
+    out = vectors.new_empty(x.shape[0], vectors.shape[1])  # [rows, k]
     with exact_products():
         for rows, chunk in zip(
             x.split(chunk_rows(x.shape[1])), out.split(chunk_rows(x.shape[1])), strict=True
@@ -82,7 +82,7 @@ def add_by_position_(out: Tensor, p: Tensor, q: Tensor) -> None:
     step = chunk_rows(max(out.shape))
     with exact_products():
         for left, right in zip(p.split(step), q.split(step), strict=True):
-            out.addmm_(left.square().T, right.square())
+            out.addmm_(left.square().T, right.square())  # (p∘p)ᵀ (q∘q): [k_g, k_a]
 
 
 def add_by_sequence_(out: Tensor, p: Tensor, q: Tensor, lengths: Sequence[int]) -> None:
@@ -101,5 +101,5 @@ def add_by_sequence_(out: Tensor, p: Tensor, q: Tensor, lengths: Sequence[int]) 
     with exact_products():
         for left, right in zip(p.split(list(lengths)), q.split(list(lengths)), strict=True):
             for start in range(0, out.shape[0], block):
-                gradient = left[:, start : start + block].T @ right
+                gradient = left[:, start : start + block].T @ right  # [≤ block, k_a]
                 out[start : start + block].addcmul_(gradient, gradient)

@@ -142,7 +142,7 @@ def refusal(call: ProjectionRequest) -> str | None:
 def banded(call: ProjectionRequest) -> Tensor:
     """Evaluate the plan with torch's own products, band by band."""
     if call.plan.dense:
-        coefficients = call.left.T @ call.weight @ call.right
+        coefficients = call.left.T @ call.weight @ call.right  # C = Uᵀ W V: [o, i]
         return call.left @ keep_(coefficients, call.widths) @ call.right.T
     return staircase_split(call, _expand_contract)
 
@@ -162,14 +162,14 @@ def staircase_split(call: ProjectionRequest, expand_contract: ExpandContract) ->
     used = int((widths > 0).sum())
     out = torch.zeros_like(call.weight)
     if split:
-        top = left[:, :split]
+        top = left[:, :split]  # [o, split]
         above = expand_contract(top.T @ call.weight, right, torch.from_numpy(widths[:split].copy()))
-        out.addmm_(top, above)
+        out.addmm_(top, above)  # [o, split] [split, i]
     if reach:
-        bottom, narrow = left[:, split:used], right[:, :reach]
-        heights = transposed_widths(widths[split:], reach)
+        bottom, narrow = left[:, split:used], right[:, :reach]  # [o, used - split], [i, reach]
+        heights = transposed_widths(widths[split:], reach)  # [reach]
         below = expand_contract((call.weight @ narrow).T, bottom, torch.from_numpy(heights))
-        out.addmm_(below.T, narrow.T)
+        out.addmm_(below.T, narrow.T)  # [o, reach] [reach, i]
     return out
 
 
@@ -182,7 +182,7 @@ def keep_(coefficients: Tensor, widths: Tensor) -> Tensor:
 def _expand_contract(t: Tensor, v: Tensor, widths: Tensor) -> Tensor:
     out = torch.zeros_like(t)
     for start, stop, width in bands(widths.numpy()):
-        narrow = v[:, :width]
+        narrow = v[:, :width]  # [n, width]
         out[start:stop] = keep_(t[start:stop] @ narrow, widths[start:stop]) @ narrow.T
     return out
 

@@ -43,7 +43,7 @@ class Mask:
     @classmethod
     def pack(cls, dense: Tensor, mass: float = float("nan")) -> Mask:
         """Pack ``dense``, [d_out, d_in] bool, into a mask."""
-        bits = np.packbits(dense.cpu().numpy(), axis=1, bitorder="little")
+        bits = np.packbits(dense.cpu().numpy(), axis=1, bitorder="little")  # [d_out, ⌈d_in / 8⌉]
         return cls(torch.from_numpy(bits), dense.shape[1], mass)
 
     @property
@@ -82,6 +82,7 @@ class Mask:
     def ranks(self) -> tuple[int, int]:
         """Return the number of leading rows and columns that hold all kept pairs."""
         bits = self.kept.numpy()
+        # [d_in], padded to whole bytes.
         columns = np.unpackbits(np.bitwise_or.reduce(bits, axis=0), bitorder="little")
         used = np.flatnonzero(bits.any(1)), np.flatnonzero(columns)
         last_row, last_column = (int(u[-1]) if len(u) else -1 for u in used)
@@ -89,7 +90,7 @@ class Mask:
 
     def complement(self) -> Mask:
         """Return the mask of the removed pairs."""
-        whole = np.packbits(np.ones(self.columns, bool), bitorder="little")
+        whole = np.packbits(np.ones(self.columns, bool), bitorder="little")  # [⌈d_in / 8⌉]
         return Mask(self.kept ^ torch.from_numpy(whole), self.columns, 1 - self.mass)
 
 

@@ -43,14 +43,14 @@ class Scores(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the scores of one layer."""
-        out = torch.empty(self.layers[name], dtype=torch.float32, device="cpu")
+        out = torch.empty(self.layers[name], dtype=torch.float32, device="cpu")  # [d_out, d_in]
         rows = self.curvature(name)
         c = None if self.coefficients is None else self.coefficients(name)
         for start in range(0, len(out), _BAND):
             band = slice(start, start + _BAND)
-            values = rows(band) * math.ldexp(1.0, -self.unit)
+            values = rows(band) * math.ldexp(1.0, -self.unit)  # curvature: [band, d_in]
             if c is not None:
-                values *= c[band].to("cpu", torch.float64).square()
+                values *= c[band].to("cpu", torch.float64).square()  # times C²: [band, d_in]
             out[band] = values
         return out
 

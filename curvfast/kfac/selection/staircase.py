@@ -195,7 +195,7 @@ def staircases_by_common_mass(
     widths, threshold = ops.staircases_by_common_mass(list(layers.values()), float(mass))
     kept = {}
     for (name, (g, a)), own in zip(layers.items(), widths, strict=True):
-        prefix = np.concatenate([[0.0], np.cumsum(a)])
+        prefix = np.concatenate([[0.0], np.cumsum(a)])  # Σ_{j<w} μⱼ for each width w: [d_in + 1]
         share = float((g * prefix[own]).sum() / max(g.sum() * prefix[-1], np.finfo(float).tiny))
         kept[name] = Staircase(torch.from_numpy(own), len(a), threshold, share)
     return kept
