@@ -1,4 +1,4 @@
-"""Display: progress bars and text tables; the one place that knows tqdm."""
+"""Display: progress bars and text tables; the only module that imports tqdm."""
 
 from __future__ import annotations
 

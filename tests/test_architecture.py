@@ -1,4 +1,4 @@
-"""The rules of the house: imports go down, in no circle, and third parties have one owner."""
+"""Import rules: lower layers only, no cycles, and one owner of each third-party library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 import pytest
 from modules import imports, modules
 
-# Low to high. Rooms of one line know nothing of each other.
+# Low to high. Packages of one line do not import each other.
 FLOORS = [
     "errors display _version kernels _C _cuda",
     "ops storage data distributed",

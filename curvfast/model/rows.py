@@ -34,7 +34,7 @@ class Rows(ABC):
 
     @abstractmethod
     def positions(self, chosen: Tensor) -> Tensor:
-        """Return where those of the rows that count stand that ``chosen`` numbers, int64."""
+        """Return the positions of the counted rows with numbers ``chosen``, int64."""
 
     def take(self, x: Tensor) -> Tensor:
         """Return the rows of x [..., d] that count, [count, d]."""
@@ -42,7 +42,7 @@ class Rows(ABC):
         return seen.flatten(0, -2) if index is None else seen[index]
 
     def indices(self, device: torch.device) -> Tensor:
-        """Return where the rows that count stand in the flattened activation, int64 [count]."""
+        """Return the positions of the counted rows in the flattened activation, int64 [count]."""
         return self.positions(torch.arange(self.count, device=device))
 
     def to(self, device: torch.device) -> Rows:

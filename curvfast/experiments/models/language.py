@@ -77,7 +77,7 @@ def untrained(recipe: Recipe) -> Any:
 
 
 def training_batches(recipe: Recipe, corpus: TokenizedCorpus) -> Iterator[dict[str, Any]]:
-    """Yield what is learnt in each step."""
+    """Yield the training batch of each step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     for step in range(recipe.steps):
         tokens, labels = mixed_rows(recipe, corpus, step, generator)

@@ -23,7 +23,7 @@ from curvfast.experiments.models.training import fit
 from curvfast.experiments.recipes import VitRecipe
 from curvfast.hf.vision import load_vit, new_vit, save_vit
 
-_AT_ONCE = 500
+PICTURES_AT_ONCE = 500
 
 
 def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
@@ -101,7 +101,7 @@ def learn(model: Any, recipe: VitRecipe, split: NoisySplit, **progress: Any) -> 
 @torch.no_grad()
 def classify(model: nn.Module, images: Images) -> Tensor:
     """Return the likeliest class of each picture, int64 [images]."""
-    parts = images.pixels.split(_AT_ONCE)
+    parts = images.pixels.split(PICTURES_AT_ONCE)
     return torch.cat([model(pixel_values=part).logits.argmax(-1) for part in parts])
 
 

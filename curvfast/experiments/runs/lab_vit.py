@@ -18,7 +18,7 @@ from curvfast.display import ReportStage, track
 from curvfast.editing.edit import edited
 from curvfast.errors import InputError, NumericalWarning
 from curvfast.experiments.data.images import NoisySplit
-from curvfast.experiments.models.vit import _AT_ONCE, accuracies, split_of, trained_vit
+from curvfast.experiments.models.vit import PICTURES_AT_ONCE, accuracies, split_of, trained_vit
 from curvfast.experiments.recipes import Statistics, VitRecipe
 from curvfast.experiments.runs.comparison import METHODS, compare, mlp_of, only, require_blocks
 from curvfast.experiments.runs.outputs import keep_curvature
@@ -179,7 +179,9 @@ def vit_basis(
     labels = split.fresh.labels if fresh else split.given
     batches = [
         {"pixel_values": pixels, "labels": own}
-        for pixels, own in zip(images.pixels.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+        for pixels, own in zip(
+            images.pixels.split(PICTURES_AT_ONCE), labels.split(PICTURES_AT_ONCE), strict=True
+        )
     ]
     factors = collect_from(
         model, batches, layers, seed=seed,
