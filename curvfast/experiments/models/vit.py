@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast.display import Say, silent
+from curvfast.display import ReportStage, silent
 from curvfast.experiments.data.images import (
     CLASSES,
     SIDE,
@@ -48,13 +48,15 @@ def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
     )  # fmt: skip
 
 
-def trained_vit(recipe: VitRecipe, split: NoisySplit, say: Say = silent) -> Any:
+def trained_vit(recipe: VitRecipe, split: NoisySplit, report_stage: ReportStage = silent) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-vit",
         recipe.training_key(),
         read=lambda folder: load_vit(folder).eval(),
-        make=lambda unfinished: train_vit(recipe, split, unfinished=unfinished, say=say),
+        make=lambda unfinished: train_vit(
+            recipe, split, unfinished=unfinished, report_stage=report_stage
+        ),
         write=save_vit,
     )
 
@@ -75,7 +77,8 @@ def learn(model: Any, recipe: VitRecipe, split: NoisySplit, **progress: Any) -> 
         model: Takes ``pixel_values`` and ``labels``, returns an output with ``loss``.
         recipe: Schedule and seed.
         split: Lends pictures and labels.
-        progress: ``unfinished`` and ``say`` of :func:`curvfast.experiments.models.training.fit`.
+        progress: ``unfinished`` and ``report_stage``, as in
+            :func:`curvfast.experiments.models.training.fit`.
 
     Returns:
         The model, in eval mode.
