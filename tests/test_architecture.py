@@ -41,7 +41,7 @@ def room_of(name: str) -> str:
     return ".".join(name.split(".")[: 2 if name.startswith("experiments.") else 1])
 
 
-@pytest.mark.parametrize("name", MODULES.keys() - PACKAGES)
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - PACKAGES))
 def test_imports_go_down_and_third_parties_have_one_owner(name: str) -> None:
     for imported in imports(MODULES[name]):
         target = imported.removeprefix("curvfast.")

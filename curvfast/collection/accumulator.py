@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvfast import ops
-from curvfast.collection.hooks import SharedInput
+from curvfast.collection.hooks import Arrival, SharedInput
 from curvfast.collection.placement import Placement
 from curvfast.model.batch import Batch, Routed
 from curvfast.model.families import LinearLayer
@@ -36,9 +36,9 @@ class Moment:
         self, x: Tensor, rows: Rows, scale: float, weights: Tensor | None = None
     ) -> MomentRequest:
         """Add the rows of x [..., d] that count to the count; return the update that sums them."""
-        self.rows += rows.count
+        x, index = rows.view(x)  # [rows, d] or [sequences, length, d]
+        self.rows += x.shape[:-1].numel() if index is None else len(index)
         self.calls += 1
-        x, index = rows.view(x)
         if weights is not None:
             weights = rows.view(weights.unsqueeze(-1))[0].squeeze(-1)
         return MomentRequest(self.sum, x, rows=index, weights=weights, scale=scale)
@@ -87,13 +87,38 @@ class Accumulator:
         place: str = "same",
         *,
         overlap: bool = False,
+        marginals: bool = False,
     ) -> None:
-        """Start without sums; each is allocated with its first rows."""
+        """Start without sums; each is allocated with its first rows.
+
+        Args:
+            layers: Layers by name.
+            spill_every: Calls of a layer after which float32 is added to float64; None: never.
+            place: Where sums are, as of :class:`Placement`.
+            overlap: Whether updates run on a separate CUDA stream.
+            marginals: Whether the weighted sides are summed too.
+        """
         self._layers = layers
         self._spill_every = spill_every
+        self._marginals = marginals
         self._placement = Placement(place, overlap=overlap)
         self.sides: dict[str, dict[str, Moment]] = {side: {} for side in SIDES}
         self.inputs, self.gradients = self.sides["inputs"], self.sides["gradients"]
+
+    def add(self, arrival: Arrival, unit: float) -> None:
+        """Add the counted rows of one complete call to the sums of its layer.
+
+        Args:
+            arrival: The call; its input is added once for all layers that read it.
+            unit: What g is multiplied by to be the gradient of the summed loss.
+        """
+        name, batch, shared, x = arrival.layer, arrival.batch, arrival.shared, arrival.x
+        if x is not None and not shared.added:
+            shared.added = True
+            self.add_input(name, batch, shared, x)
+        self.add_gradient(name, batch, arrival.g, unit)
+        if x is not None and self._marginals:
+            self.add_weighted(name, batch, x, arrival.g, unit)
 
     def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
         """Add the rows of an input x [..., d_in] to the A of every layer that read it.

@@ -15,7 +15,6 @@ from curvfast import distributed
 from curvfast.collection.config import CollectConfig
 from curvfast.collection.correction_sums import CorrectionSums, bytes_of
 from curvfast.collection.driver import Drive, merged_provenance
-from curvfast.collection.hooks import Arrival
 from curvfast.collection.measurement import Measurement
 from curvfast.distributed import group_of
 from curvfast.errors import InputError
@@ -64,7 +63,7 @@ class Correction(Measurement):
         )  # fmt: skip
         super().__init__(
             model, config, layers, rows=rows, grad_scaler=grad_scaler, driven=driven, group=group,
-            one_of_many=one_of_many, facts=facts, on_input=None,
+            one_of_many=one_of_many, facts=facts, parts=[self._sums], inputs_first=False,
         )  # fmt: skip
 
     def corrections(self) -> Corrections:
@@ -91,12 +90,6 @@ class Correction(Measurement):
             self._result = found
             self._sums.release()
         return found
-
-    def _count(self, arrival: Arrival, unit: float) -> None:
-        self._sums.add(arrival, unit)
-
-    def _sum_bytes(self) -> int:
-        return self._bytes
 
 
 def correct(

@@ -13,8 +13,7 @@ from curvfast import distributed
 from curvfast.collection.accumulator import factor_bytes, sum_bytes
 from curvfast.collection.config import CollectConfig
 from curvfast.collection.coverage import warn_few_rows
-from curvfast.collection.factor_sums import Sums
-from curvfast.collection.hooks import Arrival
+from curvfast.collection.factor_sums import FactorSums
 from curvfast.collection.measurement import Measurement
 from curvfast.kfac.factors import Factors
 from curvfast.model.layers import LayerSpec, select
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 class Curvature(Measurement):
     """A running measurement of Kronecker factors, yielded by :func:`collect`."""
 
-    _sums: Sums
+    _sums: FactorSums
 
     def __init__(
         self,
@@ -47,18 +46,19 @@ class Curvature(Measurement):
         With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
         """
         chosen = select(model, layers)
-        self._sums = Sums(chosen, config, halves)
+        self._sums = FactorSums(chosen, config, halves)
         self._result: Factors | None = None
         copies = 2 if config.marginals else 1
+        self._bytes = copies * sum_bytes(chosen)
         log.info(
             "collecting %d layers: the sums will need at most %.1f MB, the factors %.1f MB",
-            len(chosen), copies * sum_bytes(chosen) / 1e6, copies * factor_bytes(chosen) / 1e6,
+            len(chosen), self._bytes / 1e6, copies * factor_bytes(chosen) / 1e6,
         )  # fmt: skip
         super().__init__(
             model, config, chosen, rows=rows, grad_scaler=grad_scaler, driven=driven, group=group,
-            one_of_many=one_of_many, facts=facts, parts=2 if halves else 1,
+            one_of_many=one_of_many, facts=facts, parts=self._sums.parts,
             # A weight of either side is the norm of the other, so both must be there.
-            on_input=None if config.marginals else self._sums.add_input,
+            inputs_first=not config.marginals,
         )  # fmt: skip
 
     def factors(self) -> Factors:
@@ -77,7 +77,7 @@ class Curvature(Measurement):
         """
         if self._result is not None:
             return self._result
-        sums: Sums = self._added_up(final=not self._active)
+        sums: FactorSums = self._added_up(final=not self._active)
         idle = self._require(sums)
         layers = sums.factors()
         warn_few_rows(layers)
@@ -92,17 +92,5 @@ class Curvature(Measurement):
 
         With a process group every rank must call this.
         """
-        sums: Sums = self._added_up(final=False)
+        sums: FactorSums = self._added_up(final=False)
         return Factors(sums.factors(0)), Factors(sums.factors(1))
-
-    def _count(self, arrival: Arrival, unit: float) -> None:
-        name, batch, shared, x = arrival.layer, arrival.batch, arrival.shared, arrival.x
-        if x is not None and not shared.added:
-            shared.added = True
-            self._sums.add_input(name, batch, shared, x)
-        self._sums.add_gradient(name, batch, arrival.g, unit)
-        if x is not None and self._config.marginals:
-            self._sums.add_weighted(name, batch, x, arrival.g, unit)
-
-    def _sum_bytes(self) -> int:
-        return (2 if self._config.marginals else 1) * sum_bytes(self._layers)

@@ -12,13 +12,11 @@ from torch import Tensor
 from curvfast import distributed
 from curvfast.collection.accumulator import SIDES, Accumulator, Moment
 from curvfast.collection.config import CollectConfig
-from curvfast.collection.hooks import SharedInput
 from curvfast.kfac.layer_factors import LayerFactors
-from curvfast.model.batch import Batch, Routed
 from curvfast.model.families import LinearLayer
 
 
-class Sums:
+class FactorSums:
     """Second moments of layers, in one part or in two halves of the batches."""
 
     def __init__(
@@ -29,24 +27,14 @@ class Sums:
         self._config = config
         self.parts = [
             Accumulator(
-                layers, config.spill_every, config.sums_device, overlap=config.streams == "overlap"
+                layers,
+                config.spill_every,
+                config.sums_device,
+                overlap=config.streams == "overlap",
+                marginals=config.marginals,
             )
             for _ in range(2 if halves else 1)
         ]
-
-    def add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
-        """See :class:`Accumulator`; the rows are added to the part of the batch."""
-        self.parts[batch.half].add_input(name, batch, shared, x)
-
-    def add_gradient(self, name: str, batch: Batch | Routed, g: Tensor, unit: float) -> None:
-        """See :class:`Accumulator`; the rows are added to the part of the batch."""
-        self.parts[batch.half].add_gradient(name, batch, g, unit)
-
-    def add_weighted(
-        self, name: str, batch: Batch | Routed, x: Tensor, g: Tensor, unit: float
-    ) -> None:
-        """See :class:`Accumulator`; the rows are added to the part of the batch."""
-        self.parts[batch.half].add_weighted(name, batch, x, g, unit)
 
     def rows(self, name: str) -> tuple[int, int]:
         """Return the numbers of summed inputs and gradients of a layer."""
@@ -99,9 +87,9 @@ class Sums:
                     moment.rows = total
                 self._add_up_tiles(moments, group)
 
-    def copy(self) -> Sums:
+    def copy(self) -> FactorSums:
         """Return a copy that later additions to the original do not change."""
-        other = Sums(self._layers, self._config, len(self.parts) == 2)
+        other = FactorSums(self._layers, self._config, len(self.parts) == 2)
         other.restore(*self.state())
         return other
 

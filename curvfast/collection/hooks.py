@@ -95,12 +95,14 @@ class _Piece:
     shared: SharedInput
 
     def inputs(self, x: Tensor) -> Tensor:
-        return self.layer.inputs(x) if self.rows is None else _take(x, self.layer.d_in, self.rows)
+        if self.rows is not None:
+            return _take(x, self.layer.d_in, self.rows)
+        return x if self.layer.patch is None else self.layer.inputs(x)
 
     def gradients(self, g: Tensor) -> Tensor:
-        if self.rows is None:
-            return self.layer.gradients(g)
-        return _take(g, self.layer.d_out, self.rows)
+        if self.rows is not None:
+            return _take(g, self.layer.d_out, self.rows)
+        return g if self.layer.patch is None else self.layer.gradients(g)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -277,7 +279,7 @@ class Capture:
             return SharedInput({name})
         # The storage, not its address: on the meta device every address is 0.
         place = (x.untyped_storage()._cdata, x.storage_offset())
-        identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch, layer.reading)
+        identity = (*place, x.shape, x.stride(), x.dtype, x.device, batch, layer.patch)
         # A tensor still alive cannot have lent its memory to another: equal identity is equal data.
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for _, known, shared in self._seen:

@@ -1,13 +1,12 @@
 """Measurement: hooks on a model, the batch of each call, and the unit of its loss.
 
-Subclasses implement what is summed over the rows.
+Subclasses bring the sums that its calls are added to.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -36,14 +35,14 @@ from curvfast.model.forward import forward_of
 from curvfast.model.identity import is_causal_lm, model_facts
 from curvfast.model.rows import RowRule, Thinning, nothing
 
-OnInput = Callable[[str, Batch | Routed, SharedInput, Tensor], None]
 
-
-class Measurement(ABC):
+class Measurement:
     """Base class of measurements: inputs and gradients of linear layers, from a running model."""
 
     _sums: Any
     """The interface of sums, whose state can be saved and restored."""
+    _bytes: int
+    """An upper bound for the bytes of all sums."""
 
     def __init__(
         self,
@@ -57,13 +56,14 @@ class Measurement(ABC):
         group: distributed.Group,
         one_of_many: bool,
         facts: Mapping[str, Any] | None,
-        on_input: OnInput | None,
-        parts: int = 1,
+        parts: Sequence[Any],
+        inputs_first: bool,
     ) -> None:
         """Register the hooks; :func:`curvfast.collect` describes the arguments.
 
         With ``one_of_many``, other passes measure other layers: here there may be no rows at all.
-        Batches are assigned to ``parts`` sums in turn.
+        Batches are added to ``parts`` of the sums in turn, each of which adds an :class:`Arrival`;
+        with ``inputs_first`` the inputs of a driven pass are added before, in its forward.
         """
         self._model = model
         self._config = config
@@ -91,19 +91,11 @@ class Measurement(ABC):
         # A step that GradScaler skips must be left out layer by layer, so no A is shared then.
         share = config.share_inputs and grad_scaler is None
         self._capture = Capture(
-            self._layers, self._current_batch, self._add, on_input,
+            self._layers, self._current_batch, self._add, self._add_input if inputs_first else None,
             share_inputs=share, driven=driven,
         )  # fmt: skip
         self._handles: list[RemovableHandle] = []
         self.resume()
-
-    @abstractmethod
-    def _count(self, arrival: Arrival, unit: float) -> None:
-        """Add one complete call, whose gradient times ``unit`` is that of the summed loss."""
-
-    @abstractmethod
-    def _sum_bytes(self) -> int:
-        """Return an upper bound for the bytes of all sums."""
 
     def mask(self, mask: Tensor) -> None:
         """Set which positions of the *next* call of the model are real.
@@ -160,7 +152,7 @@ class Measurement(ABC):
         """Return which parameters are covered, by how many rows, and why the others are not."""
         rows = {name: self._sums.rows(name)[1] for name in self._layers}
         idle = unrouted(self._layers, self._sums, self._capture.calls, self._skipped)
-        return describe(self._model, self._layers, rows, idle, self._sum_bytes())
+        return describe(self._model, self._layers, rows, idle, self._bytes)
 
     def add_facts(self, **facts: Any) -> None:
         """Note further provenance to be kept with the result."""
@@ -229,7 +221,7 @@ class Measurement(ABC):
         self._calls += 1
         if self._forward.idle:
             return
-        self._forward.half = self._counted % self._parts
+        self._forward.half = self._counted % len(self._parts)
         self._counted += self._forward.thin is not nothing
         read_call(self._forward, self._arguments.bind(args, kwargs))
 
@@ -260,7 +252,10 @@ class Measurement(ABC):
         if not math.isfinite(unit):
             self._skipped[arrival.layer] += 1
             return
-        self._count(arrival, unit)
+        self._parts[batch.half].add(arrival, unit)
+
+    def _add_input(self, name: str, batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
+        self._parts[batch.half].add_input(name, batch, shared, x)
 
     def _unit(self, batch: Batch) -> float:
         """Return what a gradient is multiplied by to be of the summed loss."""

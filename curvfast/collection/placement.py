@@ -24,22 +24,22 @@ MOST_CALLS = 64
 MOST_BYTES = 128 * 2**20
 
 
-class PendingMoments:
-    """A queue of second-moment updates; each is run once, at the latest by :meth:`flush`."""
+class LaunchBatch:
+    """Second-moment updates that share a launch; each runs once, at the latest by :meth:`flush`."""
 
     def __init__(self) -> None:
-        """Start with an empty queue."""
+        """Start with none."""
         self._calls: list[tuple[MomentRequest, int]] = []
         self._bytes = 0
 
-    def run(self, request: MomentRequest) -> None:
+    def add(self, request: MomentRequest) -> None:
         """Run an update now, or queue it until there are enough to share a launch.
 
         Raises:
             CoverageError: As :meth:`flush`.
         """
         x = request.x
-        if not devices.takes_kernels(x.device) or request.d > WIDEST or x.element_size() != 2:
+        if x.element_size() != 2 or x.shape[-1] > WIDEST or not devices.takes_kernels(x.device):
             ops.second_moments_([request])
             return
         self._calls.append((request, x._version))
@@ -75,7 +75,7 @@ class Placement:
         self._place = place
         self._overlap = overlap
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._pending = PendingMoments()
+        self._batch = LaunchBatch()
         self._copies = CopiedSums()
 
     def new_sum(self, d: int, device: torch.device) -> TriangularSum:
@@ -90,24 +90,20 @@ class Placement:
 
     def add(self, request: MomentRequest) -> None:
         """Run one update, now or at the latest in :meth:`flush`."""
+        # A sum elsewhere than its rows gets them by way of a copy.
+        away = request.out.tiles.device != request.x.device
         with self._aside(request):
-            self._run(request)
+            (self._copies if away else self._batch).add(request)
 
     def flush(self) -> None:
         """Run all pending updates; needed before a sum is read."""
         with ExitStack() as stack:
             for stream in self._streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
-            self._pending.flush()
+            self._batch.flush()
             self._copies.flush()
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
-
-    def _run(self, request: MomentRequest) -> None:
-        if request.out.tiles.device == request.x.device:
-            self._pending.run(request)
-        else:
-            self._copies.add(request)
 
     @contextmanager
     def _aside(self, request: MomentRequest) -> Iterator[None]:

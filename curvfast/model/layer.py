@@ -34,6 +34,8 @@ class LinearLayer:
     """``"mlp"``, ``"attention"``, or a kind that is left out unless the layer is named."""
     unwritable: str | None = None
     """Why the weight cannot be edited, if it cannot."""
+    patch: tuple[int, ...] | None = None
+    """Extent of the patches of its input that are its rows; None: the last dimension is a row."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -44,11 +46,6 @@ class LinearLayer:
     def sliced(self) -> bool:
         """Whether the weight is a slice of the parameter, as one expert's is."""
         return False
-
-    @property
-    def reading(self) -> Any:
-        """How inputs are turned into rows; layers that read one tensor alike share one A."""
-        return None
 
     def stored(self) -> Tensor:
         """Return the weight as it is stored, a view without gradient."""

@@ -19,16 +19,6 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class PatchLayer(LinearLayer):
     """A patch embedding as a linear layer: each patch is a row."""
 
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The extent of a patch."""
-        return tuple(self.module.kernel_size)  # type: ignore[arg-type]
-
-    @property
-    def reading(self) -> tuple[int, ...]:
-        """The patch size: convolutions of one patch size read an image alike."""
-        return self.kernel
-
     def matrix(self) -> Tensor:
         """Return the kernel as W [d_out, d_in] without gradient, where possible a view.
 
@@ -40,16 +30,17 @@ class PatchLayer(LinearLayer):
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the patches of images [images, channels, ...] as [images, *grid, d_in]."""
-        kernel = self.kernel
-        n = len(kernel)
+        assert self.patch is not None
+        n = len(self.patch)
         x = x if x.dim() == n + 2 else x[None]
-        for axis, extent in enumerate(kernel, start=2):
+        for axis, extent in enumerate(self.patch, start=2):
             x = x.unfold(axis, extent, extent)
         return x.movedim(1, n + 1).flatten(n + 1)
 
     def gradients(self, g: Tensor) -> Tensor:
         """Return a gradient [images, d_out, *grid] as [images, *grid, d_out]."""
-        g = g if g.dim() == len(self.kernel) + 2 else g[None]
+        assert self.patch is not None
+        g = g if g.dim() == len(self.patch) + 2 else g[None]
         return g.movedim(1, -1)
 
 
@@ -60,7 +51,10 @@ def patch_layer(name: str, module: nn.Module) -> list[LinearLayer]:
         return []
     shape = (module.out_channels, module.in_channels, *module.kernel_size)
     refusal = why_unwritable(weight, shape)
-    return [PatchLayer(name, module, math.prod(shape[1:]), shape[0], unwritable=refusal)]
+    patch = tuple(module.kernel_size)
+    return [
+        PatchLayer(name, module, math.prod(shape[1:]), shape[0], unwritable=refusal, patch=patch)
+    ]
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvfast.ops.packed_symmetric import TriangularSum
-from curvfast.ops.requests import MomentRequest
+from curvfast.ops.requests import MomentRequest, MomentTraits
 
 _WIDEST = 512
 # Values cast or gathered at a time: enough for GEMM's full speed, few beside an activation.
@@ -45,7 +45,7 @@ def chunk_rows(d: int) -> int:
     return max(CHUNK_ROWS, CHUNK_VALUES // d)
 
 
-def refusal(call: MomentRequest) -> str | None:
+def refusal(call: MomentTraits) -> str | None:
     """Return the reason why this backend cannot run the call, or None."""
     if call.precision not in (None, "ieee"):
         return f"precision={call.precision!r} is the kernels'; torch's products here are 'ieee'"
@@ -67,7 +67,8 @@ def second_moment_(call: MomentRequest) -> None:
 
 def _add(out: TriangularSum, chunk: Tensor, scale: float) -> None:
     step = diagonal_step(out.d)
-    if step >= out.d == out.width:
+    if step >= out.d == len(out.tiles):
+        # One tile, all of it within a step.
         out.tiles.addmm_(chunk.T, chunk, alpha=scale)
         return
     for start, stop, panel in out.panels():

@@ -89,6 +89,7 @@ register(
         },
         unavailable=extension.unavailable,
         status=instructions.status,
+        variables=(instructions.ENVIRONMENT,),
     )
 )
 register(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from curvfast.errors import BackendUnavailable, CurvfastError, InputError
@@ -29,7 +30,7 @@ _backends: dict[str, Backend] = {}
 _told: set[tuple[str, str, str]] = set()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One set of implementations."""
 
@@ -41,6 +42,8 @@ class Backend:
     """Why it cannot run on this machine at all, or None; asked at every call, so cheap."""
     status: Callable[[], str] = field(default=lambda: "available")
     """What there is to say where it can run; raises if a choice of its own cannot be honoured."""
+    variables: tuple[str, ...] = ()
+    """Environment variables that its refusals depend on."""
 
 
 def register(backend: Backend) -> None:
@@ -115,6 +118,27 @@ def resolve(operation: str, *arguments: Any) -> Callable[..., Any]:
         reasons.append(f"{backend.name}: {reason}")
         _tell(backend.name, operation, reason)
     raise BackendUnavailable(f"no backend can run {operation}:\n  " + "\n  ".join(reasons))
+
+
+def resolve_alike(operation: str, traits: Hashable) -> Callable[..., Any]:
+    """Return what :func:`resolve` does, asked once for all calls alike in ``traits``.
+
+    The refusals of ``operation`` see these traits alone. Other backends, another name and other
+    values of their environment variables are asked anew.
+
+    Raises:
+        InputError: As :func:`resolve`.
+        BackendUnavailable: As :func:`resolve`.
+    """
+    backends = tuple(_backends.values())
+    variables = (_ENVIRONMENT, *(name for backend in backends for name in backend.variables))
+    state = (backends, _chosen.get(), *map(os.environ.get, variables))
+    return _resolved(operation, traits, state)
+
+
+@lru_cache(maxsize=4096)
+def _resolved(operation: str, traits: Hashable, _: Hashable) -> Callable[..., Any]:
+    return resolve(operation, traits)
 
 
 def unless_named(name: str, reason: str) -> Callable[..., str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,23 @@ from curvfast.errors import InputError, ShapeError
 from curvfast.ops.packed_symmetric import TriangularSum
 
 PRECISIONS = ("ieee", "tf32", "bf16x4")
+
+
+class MomentTraits(NamedTuple):
+    """All that decides which backend takes a second moment: alike in these, by the same one."""
+
+    dtype: torch.dtype
+    """Of the rows."""
+    device: torch.device
+    d: int
+    adjacent: bool
+    """Whether each row's features lie side by side."""
+    rows_fit_32_bits: bool
+    weighted: bool
+    """Whether rows have weights, for one sum or two."""
+    sums: tuple[tuple[torch.dtype, int], ...]
+    """Dtype and tile width of each sum."""
+    precision: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +86,16 @@ class MomentRequest:
             raise InputError(f"precision={self.precision!r}: pass one of {', '.join(PRECISIONS)}")
         if (self.also is None) != (self.also_weights is None):
             raise InputError("also= and also_weights= belong together: pass both or neither")
+
+    @property
+    def traits(self) -> MomentTraits:
+        """What decides which backend takes it."""
+        x, sums = self.x, (self.out,) if self.also is None else (self.out, self.also)
+        return MomentTraits(
+            x.dtype, x.device, x.shape[-1], x.stride(-1) == 1, x.shape[:-1].numel() < 1 << 31,
+            self.weights is not None or self.also is not None,
+            tuple((out.tiles.dtype, out.tiles.shape[1]) for out in sums), self.precision,
+        )  # fmt: skip
 
     @property
     def d(self) -> int:

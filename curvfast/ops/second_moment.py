@@ -78,7 +78,7 @@ def second_moment_(
         )  # fmt: skip
         return
     request = MomentRequest(out, x, rows, lengths, weights, scale, also, also_weights, precision)
-    registry.resolve("second_moment_", request)(request)
+    registry.resolve_alike("second_moment_", request.traits)(request)
 
 
 def second_moments_(requests: Sequence[MomentRequest]) -> None:
@@ -93,7 +93,8 @@ def second_moments_(requests: Sequence[MomentRequest]) -> None:
     """
     together: dict[Callable[..., None], list[MomentRequest]] = {}
     for request in requests:
-        together.setdefault(registry.resolve("second_moments_", request), []).append(request)
+        run = registry.resolve_alike("second_moments_", request.traits)
+        together.setdefault(run, []).append(request)
     for run, batch in together.items():
         run(batch)
 

@@ -552,9 +552,9 @@ def test_sums_that_wait_for_company_are_the_same(
 
 def test_a_tensor_changed_while_it_waits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "takes_kernels", lambda device: True)
-    queue = placement.PendingMoments()
+    queue = placement.LaunchBatch()
     x = torch.ones(3, 4, dtype=torch.bfloat16)
-    queue.run(MomentRequest(TriangularSum.zeros(4, 16), x))
+    queue.add(MomentRequest(TriangularSum.zeros(4, 16), x))
     x.zero_()
     with pytest.raises(CoverageError, match="modified in place"):
         queue.flush()
@@ -585,7 +585,7 @@ def test_what_is_spilled_no_longer_swallows_small_rows() -> None:
     moments[0].spill()
     for _ in range(4):
         for moment in moments:
-            placement.PendingMoments().run(moment.request(torch.ones(1, 1), AllRows(1), 1.0))
+            placement.LaunchBatch().add(moment.request(torch.ones(1, 1), AllRows(1), 1.0))
     assert moments[0].dense().item() == 2**24 + 4
     assert moments[1].dense().item() == 2**24
 
@@ -603,7 +603,7 @@ def test_unpadded_sequences_need_no_index_off_the_cpu() -> None:
     moments = []
     for kind in (rows, indexed):
         moments.append(Moment(TriangularSum.zeros(4, 4)))
-        placement.PendingMoments().run(moments[-1].request(x, kind, 1.0))
+        placement.LaunchBatch().add(moments[-1].request(x, kind, 1.0))
     assert torch.equal(moments[0].dense(), moments[1].dense())
     assert moments[0].rows == moments[1].rows == 18
 

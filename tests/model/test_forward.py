@@ -20,8 +20,7 @@ from curvfast.analysis import leading_matches
 from curvfast.data.tokenizing import as_encoder
 from curvfast.errors import InputError
 from curvfast.evals.generation import greedy
-from curvfast.forward import forward_of
-from curvfast.steps import logits_of, model_arguments
+from curvfast.model.forward import forward_of, logits_of, model_arguments
 
 
 class Recurrent(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,21 +98,25 @@ def test_a_bug_in_a_refusal_is_not_a_fallback(monkeypatch: pytest.MonkeyPatch) -
 def test_the_environment_chooses_and_the_context_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     request = ops.MomentRequest(sums(), torch.zeros(2, 32))
     monkeypatch.setenv("CURVFAST_BACKEND", "reference")
-    chosen = registry.resolve("second_moment_", request)
+    chosen = registry.resolve("second_moment_", request.traits)
     with ops.use_backend("torch"):
-        assert registry.resolve("second_moment_", request) is not chosen
-    assert registry.resolve("second_moment_", request) is chosen
+        assert registry.resolve("second_moment_", request.traits) is not chosen
+    assert registry.resolve("second_moment_", request.traits) is chosen
     monkeypatch.setenv("CURVFAST_BACKEND", "cuda")
     with pytest.raises(InputError, match=r"CURVFAST_BACKEND: there is no backend 'cuda'"):
-        registry.resolve("second_moment_", request)
+        registry.resolve("second_moment_", request.traits)
     with pytest.raises(InputError, match=r"use_backend: there is no backend 'gpu'"):
         ops.use_backend("gpu").__enter__()
 
 
 def test_the_interpreter_is_never_chosen_unasked() -> None:
-    chosen = registry.resolve("second_moment_", ops.MomentRequest(sums(), torch.zeros(2, 32)))
+    chosen = registry.resolve(
+        "second_moment_", ops.MomentRequest(sums(), torch.zeros(2, 32)).traits
+    )
     with ops.use_backend("triton"):
-        kernels = registry.resolve("second_moment_", ops.MomentRequest(sums(), torch.zeros(2, 32)))
+        kernels = registry.resolve(
+            "second_moment_", ops.MomentRequest(sums(), torch.zeros(2, 32)).traits
+        )
     if not torch.cuda.is_available():
         assert chosen is not kernels
 
@@ -203,3 +208,30 @@ def test_compiled_whole_graphs_give_the_eager_result() -> None:
     found = torch.compile(everything, fullgraph=True, backend="aot_eager")(compiled_sum, x)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(compiled_sum.dense(), eager_sum.dense())
+
+
+def test_calls_alike_are_asked_about_once_and_anew_when_the_choice_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def refusal(traits: int) -> str | None:
+        asked.append(traits)
+        return os.environ.get("CURVFAST_SWITCH")
+
+    first = registry.Backend("first", {"op": min}, {"op": refusal}, variables=("CURVFAST_SWITCH",))
+    second = registry.Backend("second", {"op": max}, {})
+    monkeypatch.setattr(registry, "_backends", {"first": first, "second": second})
+    assert [registry.resolve_alike("op", 1) for _ in range(3)] == [min] * 3
+    assert registry.resolve_alike("op", 2) is min
+    assert asked == [1, 2]
+    monkeypatch.setenv("CURVFAST_SWITCH", "off")
+    assert registry.resolve_alike("op", 1) is max
+    monkeypatch.delenv("CURVFAST_SWITCH")
+    with ops.use_backend("second"):
+        assert registry.resolve_alike("op", 1) is max
+    monkeypatch.setenv("CURVFAST_BACKEND", "second")
+    assert registry.resolve_alike("op", 1) is max
+    monkeypatch.delenv("CURVFAST_BACKEND")
+    monkeypatch.setitem(registry._backends, "first", replace(first, unavailable=lambda: "gone"))
+    assert registry.resolve_alike("op", 1) is max

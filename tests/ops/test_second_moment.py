@@ -391,7 +391,7 @@ def test_packed_float32_rows_are_weighted_on_the_way() -> None:
 @pytest.mark.parametrize("dtype", PACKED)
 def test_rows_are_packed_unasked_by_the_instructions_that_are_asked_for(dtype: torch.dtype) -> None:
     request = MomentRequest(TriangularSum.zeros(96, 96), integers(9, 96, dtype=dtype))
-    assert registry.resolve("second_moment_", request) is second_moment.second_moment_
+    assert registry.resolve("second_moment_", request.traits) is second_moment.second_moment_
 
 
 @pytest.mark.usefixtures("isa")
@@ -408,8 +408,11 @@ def test_what_cannot_be_packed_goes_to_torch(dtype: torch.dtype) -> None:
         refused.append(MomentRequest(out, x, weights=torch.ones(9)))
     for request in refused:
         with ops.use_backend("native"), pytest.raises(BackendUnavailable):
-            registry.resolve("second_moment_", request)
-        assert registry.resolve("second_moment_", request) is blocked_second_moment.second_moment_
+            registry.resolve("second_moment_", request.traits)
+        assert (
+            registry.resolve("second_moment_", request.traits)
+            is blocked_second_moment.second_moment_
+        )
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -442,12 +445,14 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     def have(*names: str) -> None:
         instructions._decided.cache_clear()
+        registry._resolved.cache_clear()
         monkeypatch.setattr(
             extension, "instruction_sets", lambda: {name: name in names for name in known}
         )
 
     yield have
     instructions._decided.cache_clear()
+    registry._resolved.cache_clear()
 
 
 @needs_core
@@ -457,15 +462,17 @@ def test_rows_are_packed_unasked_where_it_is_faster_than_torch(
 ) -> None:
     request = MomentRequest(TriangularSum.zeros(96, 96), integers(9, 96, dtype=dtype))
     processor("portable", "avx2")
-    assert registry.resolve("second_moment_", request) is second_moment.second_moment_
+    assert registry.resolve("second_moment_", request.traits) is second_moment.second_moment_
     assert second_moment.packs(dtype, 96)
     assert ops.backends()["native"] == "available; second moments by avx2"
     processor("portable")
-    assert registry.resolve("second_moment_", request) is blocked_second_moment.second_moment_
+    assert (
+        registry.resolve("second_moment_", request.traits) is blocked_second_moment.second_moment_
+    )
     assert not second_moment.packs(dtype, 96)
     assert ops.backends()["native"] == "available; second moments by portable, where named"
     with ops.use_backend("native"):
-        assert registry.resolve("second_moment_", request) is second_moment.second_moment_
+        assert registry.resolve("second_moment_", request.traits) is second_moment.second_moment_
 
 
 @needs_core

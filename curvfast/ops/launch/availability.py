@@ -39,13 +39,13 @@ def unavailable() -> str | None:
     return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
 
 
-def refuses_device(x: Tensor) -> str | None:
-    """Return why the kernels cannot run on the device of a tensor, or None."""
+def refuses_device(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a device, or None."""
     if interpreting():
         return _by_name()
-    if x.device.type != "cuda":
-        return f"the kernels need CUDA tensors, this one is on {x.device.type}"
-    if torch.cuda.get_device_capability(x.device) < _OLDEST:
+    if device.type != "cuda":
+        return f"the kernels need CUDA tensors, this one is on {device.type}"
+    if torch.cuda.get_device_capability(device) < _OLDEST:
         return "the kernels need compute capability 8.0 or later"
     return None
 

@@ -16,7 +16,7 @@ def refusal(x: Tensor, vectors: Tensor) -> str | None:
     """Return the reason why the kernel cannot take these tensors, or None."""
     if x.dtype not in (*_HALF, torch.float32):
         return f"the kernel takes bfloat16, float16 and float32 activations, not {x.dtype}"
-    return refuses_device(x)
+    return refuses_device(x.device)
 
 
 def band_energies(x: Tensor, vectors: Tensor, edges: Sequence[int]) -> Tensor:

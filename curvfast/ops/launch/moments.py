@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvfast.ops.launch.availability import arch, interpreting, launching, refuses_device
 from curvfast.ops.packed_symmetric import TriangularSum
-from curvfast.ops.requests import MomentRequest
+from curvfast.ops.requests import MomentRequest, MomentTraits
 
 _HALF = (torch.bfloat16, torch.float16)
 _TILES = (16, 32, 64, 128)
@@ -16,22 +16,22 @@ _LAUNCH_ROWS = 1 << 15
 DEFAULT_PRECISION = "bf16x4"
 
 
-def refusal(call: MomentRequest) -> str | None:
+def refusal(call: MomentTraits) -> str | None:
     """Return the reason why the kernels cannot take this second moment, or None."""
-    elsewhere = refuses_device(call.x)
+    elsewhere = refuses_device(call.device)
     if elsewhere:
         return elsewhere
-    if call.x.dtype not in (*_HALF, torch.float32):
-        return f"the kernels take bfloat16, float16 and float32 rows, not {call.x.dtype}"
-    for out, _ in call.sums():
-        if out.tiles.dtype != torch.float32 or out.width not in _TILES:
+    if call.dtype not in (*_HALF, torch.float32):
+        return f"the kernels take bfloat16, float16 and float32 rows, not {call.dtype}"
+    for dtype, width in call.sums:
+        if dtype != torch.float32 or width not in _TILES:
             return (
-                f"the kernels add to float32 sums of tiles 16 to 128 wide, this one is "
-                f"{out.tiles.dtype} and {out.width} wide; make it with ops.new_sum(device=...)"
+                f"the kernels add to float32 sums of tiles 16 to 128 wide, this one is {dtype} and "
+                f"{width} wide; make it with ops.new_sum(device=...)"
             )
-    if call.precision and call.x.dtype != torch.float32:
-        return f"precision={call.precision!r} is of float32 rows, these are {call.x.dtype}"
-    if call.x.shape[:-1].numel() >= 1 << 31:
+    if call.precision and call.dtype != torch.float32:
+        return f"precision={call.precision!r} is of float32 rows, these are {call.dtype}"
+    if not call.rows_fit_32_bits:
         return "the kernels number rows in 32 bits; add fewer than 2^31 of them at a time"
     return None
 

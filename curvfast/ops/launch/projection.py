@@ -15,7 +15,7 @@ def refusal(call: ProjectionRequest) -> str | None:
     """Return why the kernels cannot take this projection, or None."""
     if call.weight.dtype != torch.float32:
         return f"the kernels project float32 weights, not {call.weight.dtype}"
-    return refuses_device(call.weight)
+    return refuses_device(call.weight.device)
 
 
 def project(call: ProjectionRequest) -> Tensor:

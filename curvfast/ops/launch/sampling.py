@@ -17,7 +17,7 @@ def refusal(logits: Tensor) -> str | None:
         return f"the kernel takes bfloat16, float16 and float32 logits, not {logits.dtype}"
     if logits.stride(-1) != 1:
         return "the kernel needs each row's logits side by side in memory"
-    return refuses_device(logits)
+    return refuses_device(logits.device)
 
 
 def sampled_gradient_(logits: Tensor, rows: Tensor | None, generator: torch.Generator) -> Tensor:

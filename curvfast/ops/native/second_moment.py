@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvfast.ops import registry
 from curvfast.ops.native import extension, instructions
-from curvfast.ops.requests import MomentRequest
+from curvfast.ops.requests import MomentRequest, MomentTraits
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -23,22 +23,18 @@ def packs(dtype: torch.dtype, d: int) -> bool:
     return dtype != torch.float32 or d >= _NARROW
 
 
-def refusal(call: MomentRequest) -> str | None:
+def refusal(call: MomentTraits) -> str | None:
     """Return why this call cannot run here, or None."""
-    x = call.x
-    if x.dtype not in DTYPES or x.device.type != "cpu" or x.stride(-1) != 1:
+    if call.dtype not in DTYPES or call.device.type != "cpu" or not call.adjacent:
         return "only float32 and bfloat16 rows on a CPU, each row's features side by side"
-    if extension.unavailable():
-        return extension.unavailable()
-    if x.dtype == torch.bfloat16 and (call.weights is not None or call.also is not None):
+    if call.dtype == torch.bfloat16 and call.weighted:
         return "weighted bfloat16 rows are not packed"
-    if call.out.tiles.dtype != torch.float32:
-        return f"the sum is {call.out.tiles.dtype}; packed rows are added to float32"
+    if call.sums[0][0] != torch.float32:
+        return f"the sum is {call.sums[0][0]}; packed rows are added to float32"
     if call.precision not in (None, "ieee"):
         return f"precision={call.precision!r} is the kernels'; products here are 'ieee'"
-    if x.dtype == torch.float32 and call.d < _NARROW and _too_narrow():
-        return _too_narrow()
-    return instructions.refusal()
+    too_narrow = call.dtype == torch.float32 and call.d < _NARROW and _too_narrow()
+    return too_narrow or instructions.refusal()
 
 
 def second_moment_(call: MomentRequest) -> None:
