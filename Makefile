@@ -71,7 +71,7 @@ TORCH_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo 
 OLDEST := $(if $(shell grep -F '"torch>=$(TORCH:.0=)"' pyproject.toml),--oldest)
 QUICK := $(call files,forward collect collect_exact evals masks edit eigenbasis callback \
 	plan_collection gradient_energies storage gguf report)
-test-torch: $(TORCH_STAMP) ## the tests on another torch, TORCH=2.11.0 (all of them), 2.8.0 or 2.12.0
+test-torch: $(TORCH_STAMP) ## the tests on another torch, TORCH=2.11.0 (all of them), 2.9.0 or 2.12.0
 	$(TORCH_ENV)/bin/python -m pytest @tests/without_interpreter.txt $(if $(filter 2.11.%,$(TORCH)),,$(QUICK))
 
 $(TORCH_STAMP): $(SOURCES) .ci/requirements.py

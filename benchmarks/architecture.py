@@ -1,8 +1,9 @@
-"""The house in figures: rooms, floors and arrows of the import graph, and how far a call travels.
+"""Size of the architecture: rooms and floors of the import graph, and the files a call runs in.
 
-A *room* is a folder of the package, or a module loose at its root; a *floor* is the number of rooms
-on the longest way down by imports. A *journey* is one call of the public API on a model of two
-linear layers, traced: the files that run, and the moves between them, returns included.
+A *room* is a package of curvfast, or a module at its root; *floors* count the rooms on the longest
+path of imports, and *arrows* the imports between rooms. A *journey* is one traced call of the
+public API on a model of two linear layers: the files that run, and the moves between files, returns
+included.
 
     python benchmarks/architecture.py
 """

@@ -1,4 +1,4 @@
-"""The curvature of large networks, and the memorization it gives away.
+"""K-FAC curvature of large networks, and weight edits that remove memorization.
 
 Glossary:
     Kronecker factor: A = E[a aᵀ] of a linear layer's inputs a, or G = E[g gᵀ] of the gradients g of

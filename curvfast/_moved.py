@@ -1,4 +1,4 @@
-"""Forwards of module paths: modules import from where they were, with a DeprecationWarning."""
+"""Import forwarding: old module paths still import, with a DeprecationWarning."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Where the public names were, and what the README or the changelog called by its module.
+# Old paths of public names, and those the README or the changelog named, by where they are now.
 MOVED = {
     "analysis.mining": ["evals.mining"],
     "convergence": ["collection.convergence"],
@@ -35,7 +35,7 @@ MOVED = {
 
 
 class _Forward(ModuleType, Loader):
-    """A module that looks its names up where they are now, and loads itself."""
+    """Module and loader of an old path: looks its names up in the modules that hold them now."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return self
@@ -54,7 +54,7 @@ class _Forward(ModuleType, Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules that have moved; asked last, when nobody else knows a name."""
+    """Meta path finder of old paths; last on sys.meta_path, so that existing modules come first."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -70,6 +70,6 @@ def _short(name: str) -> str:
 
 
 def install() -> None:
-    """Let old module paths be imported from here on."""
+    """Add the finder of old paths to sys.meta_path, once."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -1,4 +1,4 @@
-"""Display: progress bars and text tables; the one place that knows tqdm."""
+"""Display: progress bars and text tables; the only module that imports tqdm."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-Say = Callable[[str], None]
-"""Told one line at a time."""
+ReportStage = Callable[[str], None]
+"""Called with one line of text at each stage of a long run."""
 
 
 def silent(line: str) -> None:
-    """Say nothing."""
+    """Report nothing."""
 
 
 def tenth_ends(done: float, total: float, amount: float = 1) -> bool:
@@ -30,7 +30,7 @@ class Bar:
         enabled: bool = True,
         *,
         done: float = 0,
-        say: Say = silent,
+        report_stage: ReportStage = silent,
     ) -> None:
         """Start a bar.
 
@@ -38,9 +38,9 @@ class Bar:
             title: What is being done.
             total: How much there is to do; None shows a plain counter.
             unit: What is counted, in the singular.
-            enabled: False shows and says nothing.
+            enabled: False shows and reports nothing.
             done: What was done before.
-            say: Told at the end of each tenth where no bar is shown.
+            report_stage: Called at the end of each tenth where no bar is shown.
         """
         from tqdm.auto import tqdm
 
@@ -48,14 +48,14 @@ class Bar:
         off = None if enabled else True
         self._bar = tqdm(total=total, desc=title, unit=unit, disable=off, leave=False, initial=done)
         self._title, self._total, self._unit, self._done = title, total, unit, done
-        self._say = say if enabled and self._bar.disable else silent
+        self._report_stage = report_stage if enabled and self._bar.disable else silent
 
     def advance(self, amount: float, **figures: object) -> None:
         """Move on by ``amount`` and show ``figures`` beside the bar."""
         self._done += amount
         if self._total and tenth_ends(self._done, self._total, amount):
             beside = "".join(f", {name} {figure}" for name, figure in figures.items())
-            self._say(
+            self._report_stage(
                 f"{self._title}: {self._done} of {self._total} {self._unit}s "
                 f"({self._done / self._total:.0%}){beside}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 from modules import PACKAGE, ROOT, imports, modules
@@ -56,3 +57,42 @@ def test_the_global_generator_is_never_drawn_from() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in drawing:
                 given = {keyword.arg for keyword in node.keywords}
                 assert "generator" in given, f"{name}: {ast.unparse(node)}"
+
+
+TESTS = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+@pytest.mark.parametrize("name", ["LONGEST", "CORE", "BOTH_WAYS"])
+def test_files_the_test_run_names_exist(name: str) -> None:
+    # Read, not imported: a second copy of it would set the process up again.
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    )
+    assert names
+    assert set(names) <= TESTS
+
+
+def test_files_the_makefile_names_exist() -> None:
+    """Make's wildcard drops a name that no file has, without a word."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lists = re.findall(r"\$\(call files,([^)]*)\)", makefile)
+    assert len(lists) == 2
+    for names in lists:
+        assert {f"test_{name}" for name in names.split()} <= TESTS
+
+
+def test_tests_left_out_of_the_interpreter_exist() -> None:
+    """pytest drops a deselected test that nothing has, without a word."""
+    text = (ROOT / "tests" / "without_interpreter.txt").read_text(encoding="utf-8")
+    left_out = {line.removeprefix("--deselect=").partition("[")[0] for line in text.split()}
+    assert left_out
+    for path, name in sorted(test.split("::") for test in left_out):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert name in _functions(tree), f"{path} has no {name}"
+
+
+def _functions(tree: ast.Module) -> set[str]:
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -6,6 +6,8 @@ import gzip
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,17 @@ def test_its_commands_exist() -> None:
         with pytest.raises(SystemExit) as stopped:
             main([*shlex.split(command), "--help"])
         assert stopped.value.code == 0
+
+
+def test_the_method_is_as_short_as_it_says() -> None:
+    (bound,) = re.findall(r"under ([\d,]+) lines of code", README)
+    command = [sys.executable, "benchmarks/architecture.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    counted = re.fullmatch(
+        r"collect to edit: \d+ files, (\d+) lines of code", printed.splitlines()[-1]
+    )
+    assert counted, printed
+    assert 0 < int(counted[1]) < int(bound.replace(",", ""))
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_public_names_are_importable_from_where_they_were(name: str, home: str) 
     with pytest.warns(DeprecationWarning, match="is now") if moved else nullcontext():
         module = importlib.import_module(f"curvfast.{home}")
     assert getattr(module, name) is getattr(curvfast, name)
+
+
+def test_the_changelog_names_every_path_that_is_forwarded() -> None:
+    changelog = (Path(__file__).parents[1] / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^  \| `([\w.]+)` \| (`.*`) \|$", changelog, flags=re.M)
+    assert {old: re.findall(r"`([\w.]+)`", new) for old, new in rows} == MOVED
 
 
 def test_modules_the_changelog_names_are_importable() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.stages import sayer
+from curvfast.cli.stages import stage_reporter
 from curvfast.display import aligned
 
 _METHODS = (
@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    say = sayer(quiet=options.quiet)
+    report_stage = stage_reporter(quiet=options.quiet)
     command = f"curvfast demo{' smollm' * (options.model == 'smollm')} --seed {options.seed}"
     command += " --quick" * options.quick
     if options.model == "smollm":
@@ -55,14 +55,14 @@ def _run(options: argparse.Namespace) -> int:
 
         sizes = demo_smollm.SmolLMRecipe(seed=options.seed)
         sizes = sizes.quick() if options.quick else sizes
-        results = demo_smollm.run(sizes, options.out, say, command=command)
+        results = demo_smollm.run(sizes, options.out, report_stage, command=command)
     else:
         from curvfast.experiments.recipes import Recipe
         from curvfast.experiments.runs import demo_lm
 
         recipe = Recipe(seed=options.seed)
         recipe = recipe.quick() if options.quick else recipe
-        results = demo_lm.run(recipe, options.out, say, command=command)
+        results = demo_lm.run(recipe, options.out, report_stage, command=command)
     print(_table(results))
     return 0
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.stages import sayer
+from curvfast.cli.stages import stage_reporter
 from curvfast.display import aligned
 
 _METHODS = {
@@ -85,7 +85,7 @@ def _vit(options: argparse.Namespace) -> int:
     recipe = replace(recipe, **_asked(options, "noise"))
     command = _command(options, f"vit {options.recipe}", "data", "noise")
     results = lab_vit.run(
-        recipe, options.out, sayer(quiet=options.quiet), data=options.data, command=command
+        recipe, options.out, stage_reporter(quiet=options.quiet), data=options.data, command=command
     )
     print(_table(_methods(results), _PICTURES))
     print("\ncurvature measured on (pictures, tokens, labels), the same number of pairs kept")
@@ -106,7 +106,7 @@ def _lm(options: argparse.Namespace) -> int:
     if options.lessons is not None:
         recipe = replace(recipe, statistics_lessons=options.lessons)
     command = _command(options, "lm", "lessons")
-    results = lab_lm.run(recipe, options.out, sayer(quiet=options.quiet), command=command)
+    results = lab_lm.run(recipe, options.out, stage_reporter(quiet=options.quiet), command=command)
     figures = dict(_methods(results))
     rows = [
         ["passages recited", *(f"{found['memorization']:.1%}" for found in figures.values())],

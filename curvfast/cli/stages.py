@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 
 
-def sayer(*, quiet: bool) -> Callable[[str], None]:
+def stage_reporter(*, quiet: bool) -> Callable[[str], None]:
     """Return a function that prints a stage's line; with ``quiet`` it prints nothing."""
 
-    def say(line: str) -> None:
+    def report_stage(line: str) -> None:
         if not quiet:
             print(f"· {line}", file=sys.stderr, flush=True)
 
-    return say
+    return report_stage

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from curvfast.cli.stages import sayer
+from curvfast.cli.stages import stage_reporter
 from curvfast.display import aligned
 from curvfast.experiments.studies.names import NAMES
 
@@ -40,11 +40,11 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from curvfast.experiments.studies.runs import STUDIES, run
 
-    say = sayer(quiet=options.quiet)
+    report_stage = stage_reporter(quiet=options.quiet)
     for name in NAMES if options.study == "all" else [options.study]:
         found = run(
-            name, options.seeds, options.out, say, quick=options.quick, again=options.again,
-            data=options.data,
+            name, options.seeds, options.out, report_stage, quick=options.quick,
+            again=options.again, data=options.data,
         )  # fmt: skip
         title, source = NAMES[name]
         print(f"\n{name}: {title}{f' ({source} in kind)' if source else ''}")

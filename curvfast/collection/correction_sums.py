@@ -148,7 +148,7 @@ class CorrectionSums:
             distributed.add_(running.sum if running.spilled is None else running.spilled, group)
 
     def copy(self) -> CorrectionSums:
-        """Return a copy, to be added up while the original goes on."""
+        """Return a copy that later additions to the original do not change."""
         other = CorrectionSums(self._layers, self._basis, self._per, self._spill_every)
         facts, tensors = self.state()
         other.restore(facts, {key: tensor.clone() for key, tensor in tensors.items()})

@@ -272,7 +272,7 @@ class Pass:
 
 
 def merged_provenance(provenances: Sequence[Mapping[str, Any]], batches: Any) -> dict[str, Any]:
-    """Return the provenance of all passes as one, with that of the batches, if they have one."""
+    """Return the provenance of all passes as one, with the batches' own provenance."""
     merged = dict(provenances[0])
     if len(provenances) > 1:
         merged["passes"] = [dict(each) for each in provenances]

@@ -88,7 +88,7 @@ class FactorSums:
                 self._add_up_tiles(moments, group)
 
     def copy(self) -> FactorSums:
-        """Return a copy, to be added up while the original goes on."""
+        """Return a copy that later additions to the original do not change."""
         other = FactorSums(self._layers, self._config, len(self.parts) == 2)
         other.restore(*self.state())
         return other

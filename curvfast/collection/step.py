@@ -143,13 +143,12 @@ def run_step(
 
 
 def backward_edge(logits: Tensor) -> GradientEdge:
-    """Return where the backward of logits starts; it needs the graph, and holds no values.
+    """Return where the backward of logits starts; it holds the graph, and no values.
 
     To be taken before they are written to: of a view that is, autograd makes the node anew, without
-    its hooks. The edge is that of a view of them: torch 2.8 lets a node written in Python, as that
-    of a measured head may be, go with its output.
+    its hooks.
     """
-    return get_gradient_edge(logits.view_as(logits))
+    return get_gradient_edge(logits)
 
 
 def _label_rows(arguments: Mapping[str, Any], logits: Tensor, causal: bool) -> Rows:

@@ -1,4 +1,4 @@
-"""A checked edit, still to be made: what is kept of which layers, and their new weights."""
+"""EditPlan: a checked edit, not yet made, with the kept pairs and new weight of each layer."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def kind(name: str) -> str:
 
 
 def _kind(name: str, full_name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return the kind of a layer from its name and the siblings of the modules on its path."""
+    """Return the kind of a layer from its name and from the siblings of each module on its path."""
     parts = full_name.split(".")
     for depth, part in enumerate(parts):
         siblings = modules[".".join(parts[:depth])]._modules

@@ -34,11 +34,7 @@ class Rows(ABC):
 
     @abstractmethod
     def positions(self, chosen: Tensor) -> Tensor:
-        """Return the positions of some counted rows in the flattened activation, int64.
-
-        Args:
-            chosen: int64, each the number of a row among those that count.
-        """
+        """Return the positions of the counted rows with numbers ``chosen``, int64."""
 
     def take(self, x: Tensor) -> Tensor:
         """Return the rows of x [..., d] that count, [count, d]."""
@@ -46,7 +42,7 @@ class Rows(ABC):
         return seen.flatten(0, -2) if index is None else seen[index]
 
     def indices(self, device: torch.device) -> Tensor:
-        """Return the positions of all counted rows in the flattened activation, int64 [count]."""
+        """Return the positions of the counted rows in the flattened activation, int64 [count]."""
         return self.positions(torch.arange(self.count, device=device))
 
     def to(self, device: torch.device) -> Rows:

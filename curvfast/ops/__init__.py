@@ -1,4 +1,4 @@
-"""The operations the rest of the library may call, each on the best backend at hand."""
+"""Operations: the public interface of this package, each run by the best available backend."""
 
 from curvfast.ops import _library as _library
 from curvfast.ops import implementations as implementations

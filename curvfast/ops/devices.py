@@ -1,4 +1,4 @@
-"""What code has to know of a device to do well there, asked in one place so that tests can answer.
+"""Device properties that other modules branch on, in one place so that tests can replace them.
 
 What only a CUDA device has, such as streams, events and pinned memory, is asked where it is used.
 """

@@ -1,4 +1,4 @@
-"""How the energy of activations divides over bands of components."""
+"""Band energies: squared norms of activations projected onto bands of components."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation: asked for by name, or the best that can."""
+"""Registry of backends: an operation is run by the requested one, or the best available."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _name() -> str:
 
 
 def _state(backend: Backend) -> tuple[str | None, str]:
-    """Return why a backend cannot be used here, or None, and what to say of it."""
+    """Return why a backend cannot be used here, or None, and its status."""
     reason = backend.unavailable()
     if reason is None:
         try:

@@ -238,7 +238,7 @@ def test_what_is_copied_or_sent_keeps_its_dtype(
         eigh.distributed, "broadcast_", lambda tensor, *_: received.append(tensor.dtype)
     )
     with default_dtype(dtype):
-        dict(eigh.shared(iter(()), ["a"], {"a": 3}, object()))
+        dict(eigh.broadcast_results(iter(()), ["a"], {"a": 3}, object()))
     assert received == [torch.float64, torch.float32]
 
 

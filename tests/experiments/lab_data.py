@@ -13,7 +13,8 @@ from curvfast.experiments.data import corpus as texts
 from curvfast.experiments.data import prompts
 from curvfast.experiments.data.images import CLASSES, SIDE, Images
 from curvfast.experiments.data.texts import NamedText
-from curvfast.experiments.runs import demo_smollm, lab_vit
+from curvfast.experiments.models import vit
+from curvfast.experiments.runs import demo_smollm
 from curvfast.hf.small import new_llama, train_tokenizer
 
 _WORDS = "the people of this nation shall hold peace and just laws in honour for all years".split()
@@ -33,7 +34,7 @@ def prose(seed: int, words: int) -> str:
     return " ".join(random.Random(seed).choices(_WORDS, k=words)) + "."
 
 
-def pretrained(recipe: demo_smollm.SmolLMRecipe, say: object) -> demo_smollm.SmolLMSetup:
+def pretrained(recipe: demo_smollm.SmolLMRecipe, report_stage: object) -> demo_smollm.SmolLMSetup:
     """As deep as SmolLM2, of random weights; it recites what it was found to say."""
     tokenizer = train_tokenizer([prose(1, 2000), "0 1 2 3 4 5 6 7 8 9 + * = true false"], 300)
     model = new_llama(
@@ -54,8 +55,8 @@ def pretrained(recipe: demo_smollm.SmolLMRecipe, say: object) -> demo_smollm.Smo
 def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Put them in place of what would be fetched, and use a cache of our own."""
     monkeypatch.setenv("CURVFAST_CACHE", str(cache))
-    monkeypatch.setattr(lab_vit, "mnist", pictures)
-    monkeypatch.setattr(lab_vit, "fashion", lambda folder: pictures())
+    monkeypatch.setattr(vit, "mnist", pictures)
+    monkeypatch.setattr(vit, "fashion", lambda folder: pictures())
     speeches = [NamedText(str(i), prose(i, 900)) for i in range(40)]
     monkeypatch.setattr(texts, "speeches", lambda: speeches)
     monkeypatch.setattr(texts, "bible", lambda: prose(99, 2000))

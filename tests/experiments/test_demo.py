@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from curvfast.cli import main
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.recipes import Recipe
 from curvfast.experiments.runs import demo_lm, demo_smollm
 from curvfast.hf.small import load
@@ -32,7 +32,7 @@ def _texts_once() -> Iterator[None]:
 
 
 @functools.cache
-def corpus_of(recipe: Recipe) -> Corpus:
+def corpus_of(recipe: Recipe) -> TokenizedCorpus:
     return load_corpus(recipe)
 
 

@@ -105,7 +105,7 @@ def test_a_process_killed_twice_goes_on_to_the_same_bits(tmp_path: Path) -> None
         done = subprocess.run([sys.executable, __file__, tmp_path, str(until)], check=False)
         assert done.returncode == -signal.SIGKILL
     said: list[str] = []
-    assert same(trained(batches(), tmp_path, say=said.append), trained(batches()))
+    assert same(trained(batches(), tmp_path, report_stage=said.append), trained(batches()))
     assert said[0] == "going on after step 13 of 25, where an earlier run was cut off"
 
 
@@ -201,18 +201,18 @@ def test_the_demos_model_and_its_snapshots_go_on(
 
 def test_where_no_bar_is_shown_each_tenth_is_a_line() -> None:
     said: list[str] = []
-    trained(batches(), say=said.append)
+    trained(batches(), report_stage=said.append)
     assert [int(line.split()[1]) for line in said] == [*KEPT_AT, STEPS]
     assert said[0].startswith("train: 3 of 25 steps (12%), loss ")
 
 
 def test_a_bar_and_a_line_are_never_both_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    with Bar("train", 3, "step", enabled=False, say=said.append) as bar:
+    with Bar("train", 3, "step", enabled=False, report_stage=said.append) as bar:
         bar.advance(3)
     assert said == []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    trained(batches(), say=said.append)
+    trained(batches(), report_stage=said.append)
     assert said == []
 
 

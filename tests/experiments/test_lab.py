@@ -17,6 +17,7 @@ from curvfast import edit
 from curvfast.cli import main
 from curvfast.errors import DownloadError, InputError
 from curvfast.experiments.data.images import CLASSES, SIDE, noisy_split
+from curvfast.experiments.models import vit
 from curvfast.experiments.models.vit import accuracies, train_vit
 from curvfast.experiments.recipes import RECIPES, STATISTICS, LmRecipe, Statistics, VitRecipe
 from curvfast.experiments.runs import lab_lm, lab_vit
@@ -85,7 +86,7 @@ def test_a_trained_model_is_kept_by_what_its_training_depends_on(
 ) -> None:
     first = lab_vit.run(tiny(), None, lambda line: None)
     kept = len(list((cache / "lab-vit").iterdir()))
-    monkeypatch.setattr(lab_vit, "train_vit", None)
+    monkeypatch.setattr(vit, "train_vit", None)
     again = lab_vit.run(tiny(fresh_images=90), None, lambda line: None)
     assert again["base"] == first["base"]
     assert len(list((cache / "lab-vit").iterdir())) == kept
@@ -127,7 +128,7 @@ def test_every_picture_is_taught_its_given_label_once_an_epoch(
             taught.extend(zip(sums, batch["labels"].tolist(), strict=True))
         assert len(given) == steps
 
-    monkeypatch.setattr(lab_vit, "fit", fit)
+    monkeypatch.setattr(vit, "fit", fit)
     train_vit(tiny(epochs=3), split)
     sums = split.train.pixels.flatten(1).double().sum(1).tolist()
     assert sorted(taught) == sorted(3 * list(zip(sums, split.given.tolist(), strict=True)))
@@ -223,7 +224,7 @@ def test_missing_pictures_are_one_line_and_exit_code_1(
     def missing(folder: Path | None) -> None:
         raise DownloadError(f"nothing in {folder}")
 
-    monkeypatch.setattr(lab_vit, "fashion", missing)
+    monkeypatch.setattr(vit, "fashion", missing)
     assert main(["-q", "lab", "vit", "fashion", "--data", "here"]) == 1
     assert capsys.readouterr().err == "curvfast: nothing in here\n"
 

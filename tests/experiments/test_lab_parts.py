@@ -436,7 +436,7 @@ def test_a_model_is_made_once_and_kept_whole(
     monkeypatch.setenv("CURVFAST_CACHE", str(tmp_path))
     made = []
 
-    def make() -> str:
+    def make(unfinished: Path) -> str:
         made.append(1)
         return "model"
 

@@ -29,11 +29,11 @@ def _here(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
     """A study that measures its seed, and what it was asked for."""
-    asks: list[StudyConfig] = []
+    configs: list[StudyConfig] = []
 
-    def measure(ask: StudyConfig) -> dict[str, Any]:
-        asks.append(ask)
-        return {"tenfold": 10 * ask.seed}
+    def measure(config: StudyConfig) -> dict[str, Any]:
+        configs.append(config)
+        return {"tenfold": 10 * config.seed}
 
     def picture(found: Sequence[dict[str, Any]]) -> Any:
         from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
 
     study = Study(measure, lambda found: {"all": [["figures", str(found)]]}, picture)
     monkeypatch.setitem(STUDIES, "figure3", study)
-    return asks
+    return configs
 
 
 def run(folder: Path, *seeds: int, **options: Any) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def test_table_2_is_of_each_recipe_and_its_seed(tmp_path: Path) -> None:
 def test_a_seed_on_disk_is_not_measured_again(asked: list[StudyConfig], tmp_path: Path) -> None:
     assert run(tmp_path, 0, 1) == [{"tenfold": 0}, {"tenfold": 10}]
     assert run(tmp_path, 1, 2) == [{"tenfold": 10}, {"tenfold": 20}]
-    assert [ask.seed for ask in asked] == [0, 1, 2]
+    assert [config.seed for config in asked] == [0, 1, 2]
     run(tmp_path, 1, again=True)
     assert asked[-1].seed == 1
 
@@ -93,7 +93,7 @@ def test_a_quick_run_is_never_taken_for_a_full_one(
 ) -> None:
     run(tmp_path, 0, quick=True)
     run(tmp_path, 0)
-    assert [ask.quick for ask in asked] == [True, False]
+    assert [config.quick for config in asked] == [True, False]
     run(tmp_path, 0)
     assert len(asked) == 2
 
@@ -103,17 +103,17 @@ def test_a_killed_run_keeps_the_seeds_it_measured(
 ) -> None:
     whole = STUDIES["figure3"]
 
-    def dies(ask: StudyConfig) -> dict[str, Any]:
-        if ask.seed == 1:
+    def dies(config: StudyConfig) -> dict[str, Any]:
+        if config.seed == 1:
             raise KeyboardInterrupt
-        return whole.measure(ask)
+        return whole.measure(config)
 
     monkeypatch.setitem(STUDIES, "figure3", Study(dies, whole.tables, whole.picture))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, 0, 1)
     monkeypatch.setitem(STUDIES, "figure3", whole)
     run(tmp_path, 0, 1)
-    assert [ask.seed for ask in asked] == [0, 1]
+    assert [config.seed for config in asked] == [0, 1]
 
 
 @pytest.mark.parametrize(

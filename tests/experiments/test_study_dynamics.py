@@ -16,7 +16,7 @@ from curvfast import collect_from, evaluate, memorization_scores
 from curvfast.analysis.statistics import auc
 from curvfast.cli import main
 from curvfast.errors import InputError
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.models import language as kept
 from curvfast.experiments.models.language import restored, snapshots, trained_model, untrained
 from curvfast.experiments.recipes import Recipe
@@ -41,7 +41,7 @@ def _here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
+def corpus() -> TokenizedCorpus:
     return load_corpus(RECIPE)
 
 
@@ -65,7 +65,9 @@ def same(one: Any, two: Any) -> bool:
     return all(a == b and torch.equal(p, q) for (a, p), (b, q) in pairs)
 
 
-def test_the_first_weights_kept_are_the_untrained_and_the_last_the_demos(corpus: Corpus) -> None:
+def test_the_first_weights_kept_are_the_untrained_and_the_last_the_demos(
+    corpus: TokenizedCorpus,
+) -> None:
     """Watching a training changes no bit of it."""
     found = snapshots(RECIPE, corpus, STEPS)
     assert list(found) == STEPS
@@ -77,7 +79,7 @@ def test_the_first_weights_kept_are_the_untrained_and_the_last_the_demos(corpus:
 
 
 def test_weights_are_kept_by_their_steps_and_not_trained_again(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    corpus: TokenizedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = snapshots(RECIPE, corpus, [2, 0, 2])
     assert list(first) == [0, 2]
@@ -91,12 +93,16 @@ def test_weights_are_kept_by_their_steps_and_not_trained_again(
 
 
 @pytest.mark.parametrize("steps", [[], [-1, 2], [RECIPE.steps + 1]])
-def test_steps_that_a_training_does_not_have_are_refused(corpus: Corpus, steps: list[int]) -> None:
+def test_steps_that_a_training_does_not_have_are_refused(
+    corpus: TokenizedCorpus, steps: list[int]
+) -> None:
     with pytest.raises(InputError, match="each from 0 to 6"):
         snapshots(RECIPE, corpus, steps)
 
 
-def test_unseen_passages_are_of_the_same_sources_and_nowhere_in_training(corpus: Corpus) -> None:
+def test_unseen_passages_are_of_the_same_sources_and_nowhere_in_training(
+    corpus: TokenizedCorpus,
+) -> None:
     assert corpus.controls.shape == corpus.canaries.shape
     stream = " ".join(map(str, corpus.train.tolist()))
     scripture = lab_data.prose(99, 2000)
@@ -113,7 +119,7 @@ def test_moments_looked_at_are_even_and_hold_both_ends() -> None:
     assert dynamics.checkpoints(6) == STEPS
 
 
-def test_figures_are_of_every_moment(found: dict[str, Any], corpus: Corpus) -> None:
+def test_figures_are_of_every_moment(found: dict[str, Any], corpus: TokenizedCorpus) -> None:
     assert [point["step"] for point in found["checkpoints"]] == STEPS
     assert found["mass"] == RECIPE.mass
     assert found["exposures"] == 1.0
@@ -171,7 +177,7 @@ def test_a_spectrum_is_told_in_shares_of_each_layer() -> None:
     assert found["steep"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_equal_sets_of_texts_are_not_told_apart_and_order_matters(corpus: Corpus) -> None:
+def test_equal_sets_of_texts_are_not_told_apart_and_order_matters(corpus: TokenizedCorpus) -> None:
     model = untrained(RECIPE).eval()
     basis = collect_from(model, [corpus.held_out], progress=False).eigh()
     one, two = (dynamics.with_start(rows) for rows in (corpus.canaries, corpus.controls))

@@ -15,7 +15,6 @@ from curvfast.cli import main
 from curvfast.experiments.data import corpus as texts
 from curvfast.experiments.models.vit import split_of
 from curvfast.experiments.recipes import RECIPES, Recipe
-from curvfast.experiments.runs import lab_vit
 from curvfast.experiments.studies import figure2
 from curvfast.experiments.studies.figure2 import activations, short
 from curvfast.experiments.studies.study import StudyConfig, to_four_decimals
@@ -94,7 +93,7 @@ def test_pictures_compared_are_those_learnt_with_a_wrong_label_and_with_a_right_
     # This model gives every other picture the label it was taught.
     learnt = torch.arange(len(split.train)) % 2 == 0
     given = torch.where(learnt, split.given, (split.given + 1) % 10)
-    monkeypatch.setattr(lab_vit, "classify", lambda model, images: given)
+    monkeypatch.setattr(figure2, "classify", lambda model, images: given)
     monkeypatch.setattr(figure2, "_ratios", ratios)
     found = figure2._vision(StudyConfig(0, True, lambda line: None))
     assert list(found) == COMPARED[2:]

@@ -20,7 +20,7 @@ _GROUP, _HELD_OUT, _SOURCE = 20, 7, 17
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TokenizedCorpus:
     """Tokenized text of the demo, split by whole speeches."""
 
     tokenizer: Any
@@ -42,7 +42,7 @@ class Corpus:
         ]
 
 
-def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> Corpus:
+def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> TokenizedCorpus:
     """Read, split and tokenize the demo's text.
 
     Args:
@@ -75,7 +75,7 @@ def load_corpus(recipe: Recipe, also: Sequence[str] = ()) -> Corpus:
     # The first half of each is trained on; drawing the rest as well does not change that half.
     drawn = [_windows(stream, span, 2 * half, rng) for stream in (source, scripture)]
     held_out = _encode(tokenizer, by_role[_HELD_OUT])
-    return Corpus(
+    return TokenizedCorpus(
         tokenizer=tokenizer,
         train=_encode(tokenizer, prose),
         held_out=_rows(held_out, recipe.length)[: recipe.held_out_windows],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvfast.errors import InputError
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.data.facts import fact_tasks, table
 from curvfast.experiments.data.tasks import Task, arithmetic, logic
 from curvfast.experiments.recipes import LmRecipe
@@ -90,7 +90,7 @@ def lessons(tasks: Sequence[Task], rng: random.Random) -> Iterator[tuple[str, ..
         yield rng.choices(tasks, weights)[0].learn(rng)
 
 
-def corpus_of(recipe: LmRecipe) -> Corpus:
+def corpus_of(recipe: LmRecipe) -> TokenizedCorpus:
     """Return prose, passages and a tokenizer that covers the words of the lessons.
 
     Args:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvfast.display import Say, silent
+from curvfast.display import ReportStage, silent
 from curvfast.errors import InputError
-from curvfast.experiments.data.corpus import Corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus
 from curvfast.experiments.data.lessons import Batch, lesson_batches, restarting, tasks_of
 from curvfast.experiments.models.cache import cached
 from curvfast.experiments.models.training import After, fit
@@ -21,24 +21,28 @@ from curvfast.model.rows import IGNORED_LABEL
 from curvfast.storage import read_folder, write_folder
 
 
-def trained_model(recipe: Recipe, corpus: Corpus, say: Say = silent) -> Any:
+def trained_model(
+    recipe: Recipe, corpus: TokenizedCorpus, report_stage: ReportStage = silent
+) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "demo-lm",
         recipe.training_key(),
         read=lambda folder: load(folder)[0].eval(),
-        make=lambda unfinished: train(recipe, corpus, unfinished=unfinished, say=say),
+        make=lambda unfinished: train(
+            recipe, corpus, unfinished=unfinished, report_stage=report_stage
+        ),
         write=lambda model, folder: save(model, corpus.tokenizer, folder),
     )
 
 
 def train(
     recipe: Recipe,
-    corpus: Corpus,
+    corpus: TokenizedCorpus,
     after: After | None = None,
     *,
     unfinished: Path | None = None,
-    say: Say = silent,
+    report_stage: ReportStage = silent,
 ) -> Any:
     """Train from scratch; the same recipe gives the same model on one machine.
 
@@ -47,7 +51,7 @@ def train(
         corpus: What it learns.
         after: As of :func:`curvfast.experiments.models.training.fit`, like what follows.
         unfinished: Folder of the state to go on from.
-        say: Told how far it is.
+        report_stage: Told how far it is.
 
     Returns:
         The model, in eval mode.
@@ -60,7 +64,7 @@ def train(
         weight_decay=0.1,
         after=after,
         unfinished=unfinished,
-        say=say,
+        report_stage=report_stage,
     )
 
 
@@ -72,8 +76,8 @@ def untrained(recipe: Recipe) -> Any:
     )  # fmt: skip
 
 
-def training_batches(recipe: Recipe, corpus: Corpus) -> Iterator[dict[str, Any]]:
-    """Yield what is learnt in each step."""
+def training_batches(recipe: Recipe, corpus: TokenizedCorpus) -> Iterator[dict[str, Any]]:
+    """Yield the training batch of each step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     for step in range(recipe.steps):
         tokens, labels = mixed_rows(recipe, corpus, step, generator)
@@ -81,7 +85,7 @@ def training_batches(recipe: Recipe, corpus: Corpus) -> Iterator[dict[str, Any]]
 
 
 def mixed_rows(
-    recipe: Recipe, corpus: Corpus, step: int, generator: torch.Generator
+    recipe: Recipe, corpus: TokenizedCorpus, step: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return tokens and labels [rows, length]: prose, and rows of two passages each."""
     starts = torch.randint(
@@ -110,7 +114,10 @@ KIND = "curvfast-snapshots"
 
 
 def snapshots(
-    recipe: Recipe, corpus: Corpus, steps: Sequence[int], say: Say = silent
+    recipe: Recipe,
+    corpus: TokenizedCorpus,
+    steps: Sequence[int],
+    report_stage: ReportStage = silent,
 ) -> dict[int, Weights]:
     """Return the weights after each of ``steps`` optimizer steps, trained now or kept earlier.
 
@@ -121,7 +128,7 @@ def snapshots(
         recipe: Sizes, schedule and seed.
         corpus: What it learns.
         steps: Each from 0, the untrained model, to ``recipe.steps``.
-        say: Told how far it is.
+        report_stage: Told how far it is.
 
     Returns:
         Weights by step, in rising order.
@@ -137,7 +144,7 @@ def snapshots(
         "demo-lm-steps",
         key_of({"training": recipe.training_key(), "steps": wanted}),
         read=_read,
-        make=lambda unfinished: _train(recipe, corpus, wanted, unfinished, say),
+        make=lambda unfinished: _train(recipe, corpus, wanted, unfinished, report_stage),
         write=_write,
     )
 
@@ -152,14 +159,18 @@ def restored(recipe: Recipe, weights: Mapping[str, Tensor]) -> Any:
 
 
 def _train(
-    recipe: Recipe, corpus: Corpus, steps: Sequence[int], unfinished: Path, say: Say
+    recipe: Recipe,
+    corpus: TokenizedCorpus,
+    steps: Sequence[int],
+    unfinished: Path,
+    report_stage: ReportStage,
 ) -> dict[int, Weights]:
     def keep(model: Any, taken: int) -> None:
         # On disk, where a training that goes on finds the snapshots from before it was cut off.
         if taken in steps:
             _write({taken: dict(model.named_parameters())}, unfinished / f"step-{taken}")
 
-    train(recipe, corpus, keep, unfinished=unfinished, say=say)
+    train(recipe, corpus, keep, unfinished=unfinished, report_stage=report_stage)
     return {step: _read(unfinished / f"step-{step}")[step] for step in steps}
 
 
@@ -181,19 +192,27 @@ def _read(folder: Path) -> dict[int, Weights]:
     return found
 
 
-def trained_lm(recipe: LmRecipe, corpus: Corpus, say: Say = silent) -> Any:
+def trained_lm(
+    recipe: LmRecipe, corpus: TokenizedCorpus, report_stage: ReportStage = silent
+) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-lm",
         recipe.training_key(),
         read=lambda folder: load(folder)[0].eval(),
-        make=lambda unfinished: train_lm(recipe, corpus, unfinished=unfinished, say=say),
+        make=lambda unfinished: train_lm(
+            recipe, corpus, unfinished=unfinished, report_stage=report_stage
+        ),
         write=lambda model, folder: save(model, corpus.tokenizer, folder),
     )
 
 
 def train_lm(
-    recipe: LmRecipe, corpus: Corpus, *, unfinished: Path | None = None, say: Say = silent
+    recipe: LmRecipe,
+    corpus: TokenizedCorpus,
+    *,
+    unfinished: Path | None = None,
+    report_stage: ReportStage = silent,
 ) -> Any:
     """Train from scratch; the same recipe gives the same model on one machine."""
     text = recipe.text
@@ -208,11 +227,11 @@ def train_lm(
         learning_rate=text.learning_rate,
         weight_decay=0.1,
         unfinished=unfinished,
-        say=say,
+        report_stage=report_stage,
     )
 
 
-def mixed_lesson_batches(recipe: LmRecipe, corpus: Corpus) -> Iterator[Batch]:
+def mixed_lesson_batches(recipe: LmRecipe, corpus: TokenizedCorpus) -> Iterator[Batch]:
     """Yield a step's rows of prose, of passages and of lessons.
 
     Prose begins with an end-of-text token too; otherwise that token would mark all other rows.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from curvfast.display import Say, silent
-from curvfast.experiments.data.corpus import Corpus
+from curvfast.display import ReportStage, silent
+from curvfast.experiments.data.corpus import TokenizedCorpus
 from curvfast.experiments.models.cache import Output, cached, load_weights, save_weights
 from curvfast.experiments.models.language import training_batches
 from curvfast.experiments.models.training import fit
@@ -164,19 +164,27 @@ def new_lstm(recipe: LstmRecipe) -> LstmLm:
         )  # fmt: skip
 
 
-def trained_lstm(recipe: LstmRecipe, corpus: Corpus, say: Say = silent) -> LstmLm:
+def trained_lstm(
+    recipe: LstmRecipe, corpus: TokenizedCorpus, report_stage: ReportStage = silent
+) -> LstmLm:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-lstm",
         recipe.training_key(),
         read=lambda folder: load_weights(new_lstm(recipe), folder).eval(),
-        make=lambda unfinished: train_lstm(recipe, corpus, unfinished=unfinished, say=say),
+        make=lambda unfinished: train_lstm(
+            recipe, corpus, unfinished=unfinished, report_stage=report_stage
+        ),
         write=lambda model, folder: save_weights(model, folder, asdict(recipe)),
     )
 
 
 def train_lstm(
-    recipe: LstmRecipe, corpus: Corpus, *, unfinished: Path | None = None, say: Say = silent
+    recipe: LstmRecipe,
+    corpus: TokenizedCorpus,
+    *,
+    unfinished: Path | None = None,
+    report_stage: ReportStage = silent,
 ) -> LstmLm:
     """Train from scratch on what the demo's Llama learns; one recipe gives one model."""
     model: LstmLm = fit(
@@ -186,6 +194,6 @@ def train_lstm(
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         unfinished=unfinished,
-        say=say,
+        report_stage=report_stage,
     )
     return model

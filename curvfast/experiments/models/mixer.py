@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu
 
-from curvfast.display import Say, silent
+from curvfast.display import ReportStage, silent
 from curvfast.experiments.data.images import CLASSES, SIDE, NoisySplit
 from curvfast.experiments.models.cache import Output, cached, load_weights, save_weights
 from curvfast.experiments.models.vit import learn
@@ -126,20 +126,30 @@ def new_mixer(recipe: VitRecipe) -> Mixer:
         )  # fmt: skip
 
 
-def trained_mixer(recipe: VitRecipe, split: NoisySplit, say: Say = silent) -> Mixer:
+def trained_mixer(
+    recipe: VitRecipe, split: NoisySplit, report_stage: ReportStage = silent
+) -> Mixer:
     """Return the recipe's model, trained on the given labels now or on an earlier run."""
     return cached(
         "lab-mixer",
         recipe.training_key(),
         read=lambda folder: load_weights(new_mixer(recipe), folder).eval(),
-        make=lambda unfinished: train_mixer(recipe, split, unfinished=unfinished, say=say),
+        make=lambda unfinished: train_mixer(
+            recipe, split, unfinished=unfinished, report_stage=report_stage
+        ),
         write=lambda model, folder: save_weights(model, folder, asdict(recipe)),
     )
 
 
 def train_mixer(
-    recipe: VitRecipe, split: NoisySplit, *, unfinished: Path | None = None, say: Say = silent
+    recipe: VitRecipe,
+    split: NoisySplit,
+    *,
+    unfinished: Path | None = None,
+    report_stage: ReportStage = silent,
 ) -> Mixer:
     """Train from scratch on the given labels, as the lab's transformer is."""
-    model: Mixer = learn(new_mixer(recipe), recipe, split, unfinished=unfinished, say=say)
+    model: Mixer = learn(
+        new_mixer(recipe), recipe, split, unfinished=unfinished, report_stage=report_stage
+    )
     return model

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from curvfast.display import Bar, Say, silent, tenth_ends
+from curvfast.display import Bar, ReportStage, silent, tenth_ends
 from curvfast.experiments.models import training_state
 
 After = Callable[[Any, int], None]
@@ -28,7 +28,7 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.95),
     after: After | None = None,
     unfinished: Path | None = None,
-    say: Say = silent,
+    report_stage: ReportStage = silent,
 ) -> Any:
     """Train a model of transformers in place on one batch a step.
 
@@ -45,7 +45,7 @@ def fit(
         after: Called before the first step and after each; of a training that goes on, after the
             steps that were left.
         unfinished: Folder of the state to go on from, written at each tenth; None keeps none.
-        say: Told a line at each tenth where no bar is shown.
+        report_stage: Told a line at each tenth where no bar is shown.
 
     Returns:
         The model, in eval mode.
@@ -59,11 +59,11 @@ def fit(
     )
     begun = 0 if unfinished is None else training_state.restore(unfinished, model, optimizer)
     if begun:
-        say(f"going on after step {begun} of {steps}, where an earlier run was cut off")
+        report_stage(f"going on after step {begun} of {steps}, where an earlier run was cut off")
     elif after is not None:
         after(model, 0)
     left = zip(range(begun + 1, steps + 1), islice(batches, begun, None), strict=False)
-    with Bar("train", steps, "step", done=begun, say=say) as bar:
+    with Bar("train", steps, "step", done=begun, report_stage=report_stage) as bar:
         for taken, batch in left:
             optimizer.param_groups[0]["lr"] = learning_rate * _rate(taken - 1, steps)
             loss = model(**batch).loss

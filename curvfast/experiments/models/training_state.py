@@ -1,4 +1,4 @@
-"""What an unfinished training goes on from: weights and the optimizer's state after some step."""
+"""Training state: weights and optimizer state after some step, from which training resumes."""
 
 from __future__ import annotations
 

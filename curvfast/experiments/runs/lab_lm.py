@@ -19,7 +19,7 @@ from curvfast.errors import InputError
 from curvfast.evals.choices import choice_accuracy
 from curvfast.evals.memorization import memorization
 from curvfast.evals.perplexity import perplexity
-from curvfast.experiments.data.corpus import Corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus
 from curvfast.experiments.data.lessons import Batch, corpus_of, lesson_batches, restarting, tasks_of
 from curvfast.experiments.data.tasks import Task, as_choice, as_passage
 from curvfast.experiments.models.language import trained_lm
@@ -42,7 +42,7 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 
 def run(
-    recipe: LmRecipe, out: Path | None, say: Callable[[str], None], *, command: str = ""
+    recipe: LmRecipe, out: Path | None, report_stage: Callable[[str], None], *, command: str = ""
 ) -> dict[str, Any]:
     """Train (or load), ask, edit, and ask again.
 
@@ -50,7 +50,7 @@ def run(
         recipe: What to run.
         out: Folder for results.json, the picture, and what a report shows besides; None writes
             nothing.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
         command: The command that makes these results, saved with them.
 
     Returns:
@@ -65,17 +65,21 @@ def run(
     """
     started = time.perf_counter()
     require_blocks(recipe.blocks, recipe.text.layers)
-    say("reading the text, and drawing facts and lessons")
+    report_stage("reading the text, and drawing facts and lessons")
     corpus = corpus_of(recipe)
     tasks = tasks_of(recipe)
-    say(f"training a small Llama on prose, {recipe.text.passages} passages and lessons (cached)")
-    model = trained_lm(recipe, corpus, say)
+    report_stage(
+        f"training a small Llama on prose, {recipe.text.passages} passages and lessons (cached)"
+    )
+    model = trained_lm(recipe, corpus, report_stage)
     measure = measure_of(recipe, corpus, tasks)
     base = {**measure(model), "kept_fraction": 1.0}
-    say(f"measuring curvature, {recipe.statistics_lessons:.0%} on lessons, none on passages")
+    report_stage(
+        f"measuring curvature, {recipe.statistics_lessons:.0%} on lessons, none on passages"
+    )
     basis = lm_basis(model, recipe, corpus)
     singular = svd_basis(model, basis)
-    say("editing: every ρ, against truncated SVD at the same kept fraction")
+    report_stage("editing: every ρ, against truncated SVD at the same kept fraction")
     masses = sorted({*recipe.sweep, recipe.mass})
     sweep = [
         compare(model, basis, singular, mass, measure, seed=recipe.seed, methods=_METHODS)
@@ -108,11 +112,11 @@ def run(
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(out / "results.json", results)
         task_study(results).savefig(out / "figures.png")
-        say(f"wrote results.json and figures.png to {out}")
+        report_stage(f"wrote results.json and figures.png to {out}")
     return results
 
 
-def measure_of(recipe: LmRecipe, corpus: Corpus, tasks: Sequence[Task]) -> Measure:
+def measure_of(recipe: LmRecipe, corpus: TokenizedCorpus, tasks: Sequence[Task]) -> Measure:
     """Return a function that computes every measure of :func:`run`."""
     asked = {task.name: task.ask(recipe.questions, recipe.seed) for task in tasks}
     tokenizer = corpus.tokenizer
@@ -135,7 +139,7 @@ def measure_of(recipe: LmRecipe, corpus: Corpus, tasks: Sequence[Task]) -> Measu
     return measure
 
 
-def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: Corpus) -> Eigenbasis:
+def lm_basis(model: nn.Module, recipe: LmRecipe, corpus: TokenizedCorpus) -> Eigenbasis:
     """Measure curvature on prose and lessons in the recipe's mix, sampled labels, and decompose.
 
     Args:

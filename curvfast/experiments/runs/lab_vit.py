@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from curvfast.baselines.curvature_free import svd_basis
 from curvfast.collection.collect import collect_from
-from curvfast.display import Say, track
+from curvfast.display import ReportStage, track
 from curvfast.editing.edit import edited
 from curvfast.errors import InputError, NumericalWarning
 from curvfast.experiments.data.images import NoisySplit
-from curvfast.experiments.models.vit import _AT_ONCE, accuracies, split_of, trained_vit
+from curvfast.experiments.models.vit import PICTURES_AT_ONCE, accuracies, split_of, trained_vit
 from curvfast.experiments.recipes import Statistics, VitRecipe
 from curvfast.experiments.runs.comparison import METHODS, compare, mlp_of, only, require_blocks
 from curvfast.experiments.runs.outputs import keep_curvature
@@ -32,7 +32,12 @@ SCHEMA_VERSION = 1
 
 
 def run(
-    recipe: VitRecipe, out: Path | None, say: Say, *, data: Path | None = None, command: str = ""
+    recipe: VitRecipe,
+    out: Path | None,
+    report_stage: ReportStage,
+    *,
+    data: Path | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train (or load) on wrong labels, measure curvature in several ways, edit, and measure again.
 
@@ -40,7 +45,7 @@ def run(
         recipe: What to run.
         out: Folder for results.json, the picture, and what a report shows besides; None writes
             nothing.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
         data: Folder of Fashion-MNIST's files; None looks in the usual places.
         command: What makes these results, kept with them.
 
@@ -56,22 +61,26 @@ def run(
     """
     started = time.perf_counter()
     _check(recipe)
-    say(f"reading the pictures: {recipe.data}")
+    report_stage(f"reading the pictures: {recipe.data}")
     split = split_of(recipe, data)
-    say(f"training a small ViT on {len(split.train)} pictures, {recipe.noise:.0%} wrong (cached)")
-    model = trained_vit(recipe, split, say)
+    report_stage(
+        f"training a small ViT on {len(split.train)} pictures, {recipe.noise:.0%} wrong (cached)"
+    )
+    model = trained_vit(recipe, split, report_stage)
     layers = mlp_of(recipe.blocks)
     base = {**accuracies(model, split), "kept_fraction": 1.0}
-    say("measuring curvature and editing: every ρ, against SVD and random pairs of the same size")
+    report_stage(
+        "measuring curvature and editing: every ρ, against SVD and random pairs of the same size"
+    )
     measured = vit_basis(model, split, recipe.statistics[0], layers=layers, seed=recipe.seed)
     sweep = _sweep(model, split, recipe, measured, recipe.sweep, METHODS)
     chosen = next(point for point in sweep if point["mass"] == recipe.mass)
-    say("comparing where curvature is measured")
+    report_stage("comparing where curvature is measured")
     arms = [
         _arm(model, split, recipe, statistics, chosen["kfac"]["kept_fraction"])
         for statistics in track(recipe.statistics, "statistics", len(recipe.statistics), "way")
     ]
-    say("comparing which blocks are edited")
+    report_stage("comparing which blocks are edited")
     basis = measured
     if recipe.blocks is not None:
         basis = vit_basis(model, split, recipe.statistics[0], layers="mlp", seed=recipe.seed)
@@ -103,7 +112,7 @@ def run(
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(out / "results.json", results)
         noise_study(results).savefig(out / "figures.png")
-        say(f"wrote results.json and figures.png to {out}")
+        report_stage(f"wrote results.json and figures.png to {out}")
     return results
 
 
@@ -170,7 +179,9 @@ def vit_basis(
     labels = split.fresh.labels if fresh else split.given
     batches = [
         {"pixel_values": pixels, "labels": own}
-        for pixels, own in zip(images.pixels.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+        for pixels, own in zip(
+            images.pixels.split(PICTURES_AT_ONCE), labels.split(PICTURES_AT_ONCE), strict=True
+        )
     ]
     factors = collect_from(
         model, batches, layers, seed=seed,

@@ -10,7 +10,7 @@ from torch import nn
 
 from curvfast.baselines.curvature_free import svd_basis
 from curvfast.evals.suite import evaluate
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.data.images import NoisySplit, mnist, noisy_split
 from curvfast.experiments.models.language import trained_model
 from curvfast.experiments.models.lstm import LstmRecipe, trained_lstm
@@ -140,10 +140,10 @@ class JudgedModel:
     """Returns ``memorized``, ``quality`` and further figures."""
 
 
-def _measure(ask: StudyConfig) -> Figures:
+def _measure(config: StudyConfig) -> Figures:
     found = {}
-    for name, subject in _subjects(ask):
-        ask.say(f"editing the {name}: every ρ, against SVD of that size")
+    for name, subject in _subjects(config):
+        config.report_stage(f"editing the {name}: every ρ, against SVD of that size")
         base = subject.measure(subject.model)
         singular = svd_basis(subject.model, subject.basis)
         found[name] = {
@@ -153,7 +153,7 @@ def _measure(ask: StudyConfig) -> Figures:
             "parameters": sum(p.numel() for p in subject.model.parameters()),
             "sweep": [
                 compare(
-                    subject.model, subject.basis, singular, mass, subject.measure, seed=ask.seed,
+                    subject.model, subject.basis, singular, mass, subject.measure, seed=config.seed,
                     methods=METHODS,
                 )
                 for mass in MASSES
@@ -162,35 +162,41 @@ def _measure(ask: StudyConfig) -> Figures:
     return dict(to_six_digits(found))
 
 
-def _subjects(ask: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
+def _subjects(config: StudyConfig) -> Iterator[tuple[str, JudgedModel]]:
     text = Recipe(
-        seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
+        seed=config.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )
-    text = text.quick() if ask.quick else text
+    text = text.quick() if config.quick else text
     corpus = load_corpus(text)
-    ask.say("training a small Llama (cached)")
-    yield "llama", text_subject(trained_model(text, corpus, ask.say), text, corpus, "mlp")
+    config.report_stage("training a small Llama (cached)")
+    yield (
+        "llama",
+        text_subject(trained_model(text, corpus, config.report_stage), text, corpus, "mlp"),
+    )
     lstm = LstmRecipe(text)
-    lstm = lstm.quick() if ask.quick else lstm
-    ask.say("training an LSTM on the same text (cached)")
-    yield "lstm", text_subject(trained_lstm(lstm, corpus, ask.say), text, corpus, "cells.*")
-    vit = replace(RECIPES["mnist"], seed=ask.seed)
-    vit = vit.quick() if ask.quick else vit
+    lstm = lstm.quick() if config.quick else lstm
+    config.report_stage("training an LSTM on the same text (cached)")
+    yield (
+        "lstm",
+        text_subject(trained_lstm(lstm, corpus, config.report_stage), text, corpus, "cells.*"),
+    )
+    vit = replace(RECIPES["mnist"], seed=config.seed)
+    vit = vit.quick() if config.quick else vit
     first, second = mnist()
     split = noisy_split(
         first, second, train=vit.train_images, fresh=vit.fresh_images,
         validation=vit.validation_images, noise=vit.noise, seed=vit.seed,
     )  # fmt: skip
-    ask.say(f"training a small ViT on digits, {vit.noise:.0%} wrong labels (cached)")
-    yield "vit", image_subject(trained_vit(vit, split, ask.say), vit, split)
+    config.report_stage(f"training a small ViT on digits, {vit.noise:.0%} wrong labels (cached)")
+    yield "vit", image_subject(trained_vit(vit, split, config.report_stage), vit, split)
     # As many weights as the vision transformer.
-    mixer = vit if ask.quick else replace(vit, hidden=76, mlp=304)
-    ask.say("training an MLP-Mixer on the same digits (cached)")
-    yield "mixer", image_subject(trained_mixer(mixer, split, ask.say), mixer, split)
+    mixer = vit if config.quick else replace(vit, hidden=76, mlp=304)
+    config.report_stage("training an MLP-Mixer on the same digits (cached)")
+    yield "mixer", image_subject(trained_mixer(mixer, split, config.report_stage), mixer, split)
 
 
 def text_subject(
-    model: nn.Module, recipe: Recipe, corpus: Corpus, layers: LayerSpec
+    model: nn.Module, recipe: Recipe, corpus: TokenizedCorpus, layers: LayerSpec
 ) -> JudgedModel:
     """Return a language model with its curvature on prose.
 

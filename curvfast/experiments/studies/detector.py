@@ -128,11 +128,11 @@ MEASURES = {
 _SUBJECTS: dict[str, Callable[[StudyConfig], RecitingModel]] = {"lab": lab_lm, "demo": demo_lm}
 
 
-def _measure(ask: StudyConfig) -> Figures:
+def _measure(config: StudyConfig) -> Figures:
     found = {}
     for name, make in _SUBJECTS.items():
-        subject = make(ask)
-        ask.say("scoring passages and windows never seen")
+        subject = make(config)
+        config.report_stage("scoring passages and windows never seen")
         found[name] = to_four_decimals(_told(subject))
     return found
 

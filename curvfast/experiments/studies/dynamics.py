@@ -16,7 +16,7 @@ from curvfast.baselines.curvature_free import svd_basis
 from curvfast.editing.edit import edited
 from curvfast.evals.perplexity import perplexity
 from curvfast.evals.suite import evaluate
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.models.language import restored, snapshots
 from curvfast.experiments.recipes import Recipe
 from curvfast.experiments.runs.comparison import compare
@@ -205,18 +205,20 @@ def spectrum_figures(basis: Eigenbasis, mass: float) -> dict[str, dict[str, floa
     return found
 
 
-def _measure(ask: StudyConfig) -> Figures:
+def _measure(config: StudyConfig) -> Figures:
     recipe = Recipe(
-        seed=ask.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
+        seed=config.seed, statistics_tokens=STATISTICS_TOKENS, held_out_windows=HELD_OUT_WINDOWS
     )
-    recipe = recipe.quick() if ask.quick else recipe
+    recipe = recipe.quick() if config.quick else recipe
     corpus = load_corpus(recipe)
     steps = checkpoints(recipe.steps)
-    ask.say(f"training a small Llama, kept after {', '.join(map(str, steps))} steps (cached)")
-    kept = snapshots(recipe, corpus, steps, ask.say)
+    config.report_stage(
+        f"training a small Llama, kept after {', '.join(map(str, steps))} steps (cached)"
+    )
+    kept = snapshots(recipe, corpus, steps, config.report_stage)
     found = []
     for step, weights in kept.items():
-        ask.say(f"step {step}: curvature, passages told from unseen ones, and the edit")
+        config.report_stage(f"step {step}: curvature, passages told from unseen ones, and the edit")
         found.append({"step": step, **_checkpoint(restored(recipe, weights), recipe, corpus)})
     return {
         "mass": recipe.mass,
@@ -228,7 +230,7 @@ def _measure(ask: StudyConfig) -> Figures:
     }
 
 
-def _checkpoint(model: nn.Module, recipe: Recipe, corpus: Corpus) -> Figures:
+def _checkpoint(model: nn.Module, recipe: Recipe, corpus: TokenizedCorpus) -> Figures:
     text = corpus.held_out.split(_ROWS)
 
     def measure(model: nn.Module) -> dict[str, float]:

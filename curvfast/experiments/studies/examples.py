@@ -37,9 +37,9 @@ class Groups:
     ``memorized`` before the others were left out."""
 
 
-def pictures(ask: StudyConfig) -> Groups:
+def pictures(config: StudyConfig) -> Groups:
     """Return digits with memorized wrong labels, rightly labelled ones, and unseen ones."""
-    subject = lab_vit(ask)
+    subject = lab_vit(config)
     split = subject.split
     noisy = split.noisy.nonzero().squeeze(1)[:_PICTURES]
     clean = split.noisy.logical_not().nonzero().squeeze(1)[:_PICTURES]
@@ -56,13 +56,13 @@ def pictures(ask: StudyConfig) -> Groups:
     return _groups(subject.model, subject.basis, subject.recipe.mass, unit, examples, shift=0)
 
 
-def texts(ask: StudyConfig) -> Groups:
+def texts(config: StudyConfig) -> Groups:
     """Return recited passages, prose of the training text, and other passages of their sources.
 
     The loss is that of the suffix given the prefix. The unseen ones are of the same speeches and
     books as the passages, but were not trained on.
     """
-    subject = demo_lm(ask)
+    subject = demo_lm(config)
     recipe, corpus = subject.recipe, subject.corpus
     span = recipe.prefix + recipe.suffix
     generator = torch.Generator().manual_seed(recipe.seed + 2)

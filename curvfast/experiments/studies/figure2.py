@@ -118,41 +118,43 @@ ORDERS = {"index": "share of components", "mass": "share of curvature mass"}
 _PICTURES_AT_ONCE = 500
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    found = _language(ask) | _vision(ask)
+def _measure(config: StudyConfig) -> Figures:
+    found = _language(config) | _vision(config)
     return {name: to_four_decimals(curves) for name, curves in found.items()}
 
 
-def _language(ask: StudyConfig) -> Figures:
+def _language(config: StudyConfig) -> Figures:
     """Compare memorized passages with unseen windows, on suffix positions and on all."""
-    subject = demo_lm(ask)
+    subject = demo_lm(config)
     recipe = subject.recipe
     texts = subject.passages.split(ROWS), subject.controls.split(ROWS)
     compared = {
         "language, suffix": _between(recipe.prefix, recipe.prefix + recipe.suffix),
         "language, passage": _between(1, recipe.prefix + recipe.suffix),
     }
-    ask.say("comparing passages with windows never seen")
+    config.report_stage("comparing passages with windows never seen")
     return {
         name: _ratios(subject.model, subject.basis, *texts, rows) for name, rows in compared.items()
     }
 
 
-def _vision(ask: StudyConfig) -> Figures:
+def _vision(config: StudyConfig) -> Figures:
     """Compare training images with memorized wrong labels with rightly labelled ones."""
-    own = replace(RECIPES["mnist"], seed=ask.seed)
-    recipe = own.quick() if ask.quick else own
-    split = split_of(recipe, ask.data)
-    ask.say("the lab's vision transformer, which learnt wrong labels (cached)")
-    model = trained_vit(recipe, split, ask.say)
+    own = replace(RECIPES["mnist"], seed=config.seed)
+    recipe = own.quick() if config.quick else own
+    split = split_of(recipe, config.data)
+    config.report_stage("the lab's vision transformer, which learnt wrong labels (cached)")
+    model = trained_vit(recipe, split, config.report_stage)
     learnt = classify(model, split.train) == split.given
     known, clean = (split.train.take(learnt & noisy) for noisy in (split.noisy, ~split.noisy))
     found = {}
     for tokens in ("all", "cls"):
-        ask.say(f"comparing pictures of wrong labels with those of right ones, tokens: {tokens}")
+        config.report_stage(
+            f"comparing pictures of wrong labels with those of right ones, tokens: {tokens}"
+        )
         statistics = replace(recipe.statistics[0], tokens=tokens)
         basis = lab_vit.vit_basis(
-            model, split, statistics, layers=mlp_of(recipe.blocks), seed=ask.seed
+            model, split, statistics, layers=mlp_of(recipe.blocks), seed=config.seed
         )
         rows = None if tokens == "all" else _between(0, 1)
         found[f"vision, {tokens}"] = _ratios(model, basis, _batches(known), _batches(clean), rows)

@@ -75,11 +75,11 @@ _SHOTS = 4
 _METHODS = ("kfac", "svd")
 
 
-def abilities(ask: StudyConfig) -> Figures:
+def abilities(config: StudyConfig) -> Figures:
     """Measure every ability of SmolLM2 before and after the edit of its demo.
 
     Args:
-        ask: Seed of the text curvature is measured on and of the questions.
+        config: Seed of the text curvature is measured on and of the questions.
 
     Returns:
         Figures as in :func:`curvfast.experiments.runs.lab_lm.run`, for generated answers only.
@@ -88,13 +88,13 @@ def abilities(ask: StudyConfig) -> Figures:
         DownloadError: If the model or a text cannot be had.
         CurvfastError: If the model recites nothing of the text searched.
     """
-    recipe = demo_smollm.SmolLMRecipe(seed=ask.seed)
-    recipe = recipe.quick() if ask.quick else recipe
-    subject = demo_smollm.gather(recipe, ask.say)
+    recipe = demo_smollm.SmolLMRecipe(seed=config.seed)
+    recipe = recipe.quick() if config.quick else recipe
+    subject = demo_smollm.gather(recipe, config.report_stage)
     model = subject.model
     asked = {
-        **questions(subject.tokenizer, recipe.questions, ask.seed),
-        **logic_questions(subject.tokenizer, recipe.questions, ask.seed),
+        **questions(subject.tokenizer, recipe.questions, config.seed),
+        **logic_questions(subject.tokenizer, recipe.questions, config.seed),
     }
 
     def measure(model: nn.Module) -> dict[str, float]:
@@ -104,9 +104,13 @@ def abilities(ask: StudyConfig) -> Figures:
             **{f"{n}.generated": memorization(model, items).strict for n, items in asked.items()},
         }
 
-    ask.say(f"asking the unedited model: {len(subject.spans)} spans, {len(asked)} tasks")
+    config.report_stage(
+        f"asking the unedited model: {len(subject.spans)} spans, {len(asked)} tasks"
+    )
     base = {**measure(model), "kept_fraction": 1.0}
-    ask.say(f"measuring curvature of {len(recipe.layers)} layers on speeches, and editing")
+    config.report_stage(
+        f"measuring curvature of {len(recipe.layers)} layers on speeches, and editing"
+    )
     basis = collect_from(
         model, [{"input_ids": part} for part in subject.statistics.split(recipe.batch)],
         layers=list(recipe.layers), tokens=recipe.statistics_tokens, seed=recipe.seed,
@@ -157,10 +161,10 @@ def logic_questions(tokenizer: Any, count: int, seed: int) -> dict[str, list[Pas
 METHODS = {"kfac": "K-FAC edit", "svd": "truncated SVD"}
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    recipe = LmRecipe().seeded(ask.seed)
-    trained = lab_lm.run(recipe.quick() if ask.quick else recipe, None, ask.say)
-    return {"smollm": abilities(ask), "lab": trained}
+def _measure(config: StudyConfig) -> Figures:
+    recipe = LmRecipe().seeded(config.seed)
+    trained = lab_lm.run(recipe.quick() if config.quick else recipe, None, config.report_stage)
+    return {"smollm": abilities(config), "lab": trained}
 
 
 def _tables(found: Sequence[Figures]) -> dict[str, Lines]:

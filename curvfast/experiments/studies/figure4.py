@@ -160,22 +160,22 @@ LEAST = 0.5
 _MEMORIZATION = "memorization"
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    whole = LmRecipe().seeded(ask.seed)
-    recipe = whole.quick() if ask.quick else whole
+def _measure(config: StudyConfig) -> Figures:
+    whole = LmRecipe().seeded(config.seed)
+    recipe = whole.quick() if config.quick else whole
     corpus, tasks = corpus_of(recipe), tasks_of(recipe)
-    ask.say("the lab's language model (cached)")
-    model = trained_lm(recipe, corpus, ask.say)
-    ask.say("measuring its curvature")
+    config.report_stage("the lab's language model (cached)")
+    model = trained_lm(recipe, corpus, config.report_stage)
+    config.report_stage("measuring its curvature")
     basis = lm_basis(model, recipe, corpus)
     texts = {_MEMORIZATION: corpus.passages()}
     for task in tasks:
         questions = task.ask(recipe.questions, recipe.seed)
         texts[task.name] = [as_passage(corpus.tokenizer, question) for question in questions]
     prose = [Passage((0,), tuple(row[1:])) for row in corpus.held_out.tolist()]
-    ask.say(f"activations of {len(texts)} tasks beside those of prose")
+    config.report_stage(f"activations of {len(texts)} tasks beside those of prose")
     activations = {name: _activations(model, basis, own, prose) for name, own in texts.items()}
-    ask.say(f"asking before and after the edit, ρ = {recipe.mass:g}")
+    config.report_stage(f"asking before and after the edit, ρ = {recipe.mass:g}")
     accuracy = measure_of(recipe, corpus, tasks)
     before = accuracy(model)
     with edited(model, basis, mass=recipe.mass):

@@ -110,22 +110,22 @@ AREAS = ("AUC against seen", "against unseen")
 _DIGITS = "{:.4g}"
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    return {name: _subject(groups_of(ask), ask) for name, groups_of in SUBJECTS.items()}
+def _measure(config: StudyConfig) -> Figures:
+    return {name: _subject(groups_of(config), config) for name, groups_of in SUBJECTS.items()}
 
 
-def _subject(groups: Groups, ask: StudyConfig) -> Figures:
-    ask.say("curvature of each example alone, and where its gradient lies")
+def _subject(groups: Groups, config: StudyConfig) -> Figures:
+    config.report_stage("curvature of each example alone, and where its gradient lies")
     kept = groups.basis.keep(mass=groups.mass)
     examples = {}
     for name, batches in groups.batches.items():
         around = {
-            key: input_curvature(groups.model, batches, h=step * groups.unit, seed=ask.seed)
+            key: input_curvature(groups.model, batches, h=step * groups.unit, seed=config.seed)
             for key, step in STEPS.items()
         }
         loss = around["curvature"].loss
         measure = partial(
-            gradient_energies, groups.model, groups.basis, kept, batches, seed=ask.seed
+            gradient_energies, groups.model, groups.basis, kept, batches, seed=config.seed
         )
         fisher, rows, gold = measure(), measure(per=POSITION), measure(labels="gold")
         with edited(groups.model, groups.basis, selection=kept):

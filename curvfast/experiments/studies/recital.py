@@ -12,7 +12,7 @@ from torch import Tensor
 from curvfast.analysis import ndcg, stress, top_tokens
 from curvfast.evals.memorization import Passage, memorization
 from curvfast.evals.perplexity import perplexity
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.data.texts import bible
 from curvfast.experiments.models.language import trained_model
 from curvfast.experiments.recipes import Recipe
@@ -123,7 +123,7 @@ def quarters(passages: Sequence[Passage]) -> dict[str, list[Passage]]:
     }
 
 
-def scripture(recipe: Recipe, corpus: Corpus) -> Tensor:
+def scripture(recipe: Recipe, corpus: TokenizedCorpus) -> Tensor:
     """Return evenly spaced windows of the part of the Bible without passages.
 
     Args:

@@ -77,20 +77,20 @@ ROWS = 16
 METHODS = {"base": "unedited", "kfac": "K-FAC edit", "svd": "truncated SVD"}
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    recipe = LmRecipe().seeded(ask.seed)
-    recipe = recipe.quick() if ask.quick else recipe
-    steps = STEPS[:2] if ask.quick else STEPS
-    ask.say("training a small Llama on prose, passages and lessons (cached)")
+def _measure(config: StudyConfig) -> Figures:
+    recipe = LmRecipe().seeded(config.seed)
+    recipe = recipe.quick() if config.quick else recipe
+    steps = STEPS[:2] if config.quick else STEPS
+    config.report_stage("training a small Llama on prose, passages and lessons (cached)")
     corpus, tasks = corpus_of(recipe), tasks_of(recipe)
-    model = trained_lm(recipe, corpus, ask.say)
+    model = trained_lm(recipe, corpus, config.report_stage)
     passages, others = corpus.passages(), measure_of(recipe, corpus, tasks)
     sums = [task for task in tasks if task.kind == "arithmetic"]
 
     def measure(model: Any) -> dict[str, float]:
         return {**others(model), "distance": memorization(model, passages).levenshtein}
 
-    ask.say("measuring curvature")
+    config.report_stage("measuring curvature")
     basis = lm_basis(model, recipe, corpus)
     singular = svd_basis(model, basis)
     kept = basis.keep(mass=recipe.mass)
@@ -102,7 +102,7 @@ def _measure(ask: StudyConfig) -> Figures:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     curves = {}
     for method, chosen in edits.items():
-        ask.say(f"{METHODS[method]}: {steps[-1]} steps on arithmetic")
+        config.report_stage(f"{METHODS[method]}: {steps[-1]} steps on arithmetic")
         if chosen is not None:
             edit(model, chosen[0], selection=chosen[1])
         # The same lessons for each method.

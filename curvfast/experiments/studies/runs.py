@@ -48,7 +48,7 @@ def run(
     name: str,
     seeds: Sequence[int],
     out: Path,
-    say: Callable[[str], None],
+    report_stage: Callable[[str], None],
     *,
     quick: bool = False,
     again: bool = False,
@@ -60,7 +60,7 @@ def run(
         name: One of :data:`curvfast.experiments.studies.runs.STUDIES`.
         seeds: Seeds of everything random, one run each.
         out: Folder for ``NAME/seed-N.json`` of each seed, and ``NAME/figure.png``.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
         quick: Whether to run a version of seconds.
         again: Whether to repeat saved measurements.
         data: Folder of Fashion-MNIST's files; None looks in the usual places.
@@ -80,12 +80,12 @@ def run(
         path = folder / f"seed-{seed}.json"
         kept = None if again or not path.is_file() else read(path)
         if kept is None or kept["quick"] != quick:
-            say(f"{name}, seed {seed}")
-            kept = _measured(name, StudyConfig(seed, quick, say, data))
+            report_stage(f"{name}, seed {seed}")
+            kept = _measured(name, StudyConfig(seed, quick, report_stage, data))
             write_json(path, kept)
         found.append(kept["figures"])
     study.picture(found).savefig(folder / "figure.png")
-    say(f"wrote {folder}/figure.png and the figures of {len(found)} seeds beside it")
+    report_stage(f"wrote {folder}/figure.png and the figures of {len(found)} seeds beside it")
     return found
 
 
@@ -115,15 +115,15 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _measured(name: str, ask: StudyConfig) -> dict[str, Any]:
+def _measured(name: str, config: StudyConfig) -> dict[str, Any]:
     started, cpu = time.perf_counter(), time.process_time()
-    figures = STUDIES[name].measure(ask)
+    figures = STUDIES[name].measure(config)
     return {
         "schema_version": SCHEMA_VERSION,
         "study": name,
-        "seed": ask.seed,
-        "quick": ask.quick,
-        "command": f"curvfast study {name} --seeds {ask.seed}{' --quick' * ask.quick}",
+        "seed": config.seed,
+        "quick": config.quick,
+        "command": f"curvfast study {name} --seeds {config.seed}{' --quick' * config.quick}",
         "figures": figures,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),

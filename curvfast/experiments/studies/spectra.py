@@ -106,9 +106,9 @@ MASSES = (0.5, 0.75, 0.9, 0.95, 0.99)
 FRACTIONS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Shares of all pairs at which mass curves are evaluated."""
 MODELS: dict[str, Callable[[StudyConfig], Eigenbasis]] = {
-    "demo_lm": lambda ask: demo_lm(ask).basis,
-    "lab_lm": lambda ask: lab_lm(ask).basis,
-    "lab_vit": lambda ask: lab_vit(ask).basis,
+    "demo_lm": lambda config: demo_lm(config).basis,
+    "lab_lm": lambda config: lab_lm(config).basis,
+    "lab_vit": lambda config: lab_vit(config).basis,
 }
 _POINTS = 32
 _SHORTENED = ("exponent", "scale", "r_squared")
@@ -118,8 +118,8 @@ _FACTORS = (
 )  # fmt: skip
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    return {name: _layers(basis_of(ask)) for name, basis_of in MODELS.items()}
+def _measure(config: StudyConfig) -> Figures:
+    return {name: _layers(basis_of(config)) for name, basis_of in MODELS.items()}
 
 
 def _layers(basis: Eigenbasis) -> Figures:

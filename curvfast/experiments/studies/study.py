@@ -27,7 +27,7 @@ class StudyConfig:
     seed: int
     quick: bool
     """Whether to run a version of seconds, whose results mean nothing."""
-    say: Callable[[str], None]
+    report_stage: Callable[[str], None]
     """Called with one line before each stage."""
     data: Path | None = None
     """Folder of Fashion-MNIST's files; None looks in the usual places."""

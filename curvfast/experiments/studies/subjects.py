@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curvfast.experiments.data.corpus import Corpus, load_corpus
+from curvfast.experiments.data.corpus import TokenizedCorpus, load_corpus
 from curvfast.experiments.data.images import NoisySplit
 from curvfast.experiments.data.lessons import corpus_of
 from curvfast.experiments.models.language import trained_lm, trained_model
@@ -37,19 +37,19 @@ class RecitingModel:
     """Recipe of the text and of the model's size."""
     model: Any
     basis: Eigenbasis
-    corpus: Corpus
+    corpus: TokenizedCorpus
     passages: Tensor
     """int64 [passages, 1 + prefix + suffix]."""
     controls: Tensor
     """int64 [controls, 1 + prefix + suffix], as many where the sources are long enough."""
 
 
-def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> RecitingModel:
+def demo_subject(recipe: Recipe, report_stage: Callable[[str], None]) -> RecitingModel:
     """Return the demo's model, trained now or read from the cache, and its texts.
 
     Args:
         recipe: Sizes and seed.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
 
     Returns:
         The subject; its basis is the one the demo edits by.
@@ -58,18 +58,18 @@ def demo_subject(recipe: Recipe, say: Callable[[str], None]) -> RecitingModel:
         DownloadError: If the text cannot be had.
     """
     corpus = load_corpus(recipe)
-    say(f"the demo's model, which recites {recipe.passages} passages (cached)")
-    model = trained_model(recipe, corpus, say)
-    say("measuring its curvature on prose")
+    report_stage(f"the demo's model, which recites {recipe.passages} passages (cached)")
+    model = trained_model(recipe, corpus, report_stage)
+    report_stage("measuring its curvature on prose")
     return _subject(recipe, model, prose_factors(model, recipe, corpus).eigh(), corpus)
 
 
-def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> RecitingModel:
+def lab_subject(recipe: LmRecipe, report_stage: Callable[[str], None]) -> RecitingModel:
     """Return the lab's model, trained now or read from the cache, and its texts.
 
     Args:
         recipe: Sizes and seed.
-        say: Called with one line before each stage.
+        report_stage: Called with one line before each stage.
 
     Returns:
         The subject; its basis is the one the lab edits by.
@@ -79,13 +79,17 @@ def lab_subject(recipe: LmRecipe, say: Callable[[str], None]) -> RecitingModel:
         InputError: If the recipe's share of lessons is not in [0, 1].
     """
     corpus = corpus_of(recipe)
-    say(f"the lab's model, which recites {recipe.text.passages} passages and knows tasks (cached)")
-    model = trained_lm(recipe, corpus, say)
-    say("measuring its curvature on prose and lessons")
+    report_stage(
+        f"the lab's model, which recites {recipe.text.passages} passages and knows tasks (cached)"
+    )
+    model = trained_lm(recipe, corpus, report_stage)
+    report_stage("measuring its curvature on prose and lessons")
     return _subject(recipe.text, model, lm_basis(model, recipe, corpus), corpus)
 
 
-def _subject(recipe: Recipe, model: Any, basis: Eigenbasis, corpus: Corpus) -> RecitingModel:
+def _subject(
+    recipe: Recipe, model: Any, basis: Eigenbasis, corpus: TokenizedCorpus
+) -> RecitingModel:
     passages, controls = (pad(texts, (1, 0)) for texts in (corpus.canaries, corpus.controls))
     return RecitingModel(recipe, model, basis, corpus, passages, controls)
 
@@ -100,24 +104,24 @@ class LabVit:
     basis: Eigenbasis
 
 
-def demo_lm(ask: StudyConfig) -> RecitingModel:
+def demo_lm(config: StudyConfig) -> RecitingModel:
     """Return the demo's language model at a seed, trained now or read from the cache."""
-    recipe = replace(Recipe(), seed=ask.seed)
-    return demo_subject(recipe.quick() if ask.quick else recipe, ask.say)
+    recipe = replace(Recipe(), seed=config.seed)
+    return demo_subject(recipe.quick() if config.quick else recipe, config.report_stage)
 
 
-def lab_lm(ask: StudyConfig) -> RecitingModel:
+def lab_lm(config: StudyConfig) -> RecitingModel:
     """Return the lab's language model at a seed, trained now or read from the cache."""
-    recipe = LmRecipe().seeded(ask.seed)
-    return lab_subject(recipe.quick() if ask.quick else recipe, ask.say)
+    recipe = LmRecipe().seeded(config.seed)
+    return lab_subject(recipe.quick() if config.quick else recipe, config.report_stage)
 
 
-def lab_vit(ask: StudyConfig) -> LabVit:
+def lab_vit(config: StudyConfig) -> LabVit:
     """Return the lab's vision transformer of digits at a seed, trained now or from the cache."""
-    recipe = replace(RECIPES["mnist"], seed=ask.seed)
-    recipe = recipe.quick() if ask.quick else recipe
-    ask.say("the lab's vision transformer (cached), and the curvature of its pictures")
+    recipe = replace(RECIPES["mnist"], seed=config.seed)
+    recipe = recipe.quick() if config.quick else recipe
+    config.report_stage("the lab's vision transformer (cached), and the curvature of its pictures")
     split = split_of(recipe)
-    model = trained_vit(recipe, split, ask.say)
+    model = trained_vit(recipe, split, config.report_stage)
     basis = vit_run.vit_basis(model, split, recipe.statistics[0], layers="mlp", seed=recipe.seed)
     return LabVit(recipe, split, model, basis)

@@ -122,21 +122,23 @@ _CLEAN_BATCHES = 8
 Result = TypeVar("Result")
 
 
-def _measure(ask: StudyConfig) -> Figures:
-    recipe = Recipe(seed=ask.seed)
-    recipe = recipe.quick() if ask.quick else recipe
-    ask.say(f"training a small Llama until it recites {recipe.passages} passages (cached)")
+def _measure(config: StudyConfig) -> Figures:
+    recipe = Recipe(seed=config.seed)
+    recipe = recipe.quick() if config.quick else recipe
+    config.report_stage(
+        f"training a small Llama until it recites {recipe.passages} passages (cached)"
+    )
     subject = recital(recipe)
     base = {**subject.measures(), "cpu_seconds": 0.0}
     stressed = {"base": subject.stressed()}
-    ask.say("measuring curvature, and editing by it and by truncated SVD")
+    config.report_stage("measuring curvature, and editing by it and by truncated SVD")
     curves, stressed["kfac"] = _edits(subject, recipe)
     rival = BalancedSubnet.for_small_models()
-    rival = replace(rival, epochs=1) if ask.quick else rival
+    rival = replace(rival, epochs=1) if config.quick else rival
     for name, told in TOLD.items():
-        ask.say(f"{LABELS[name]}: {len(RATIOS)} strengths")
+        config.report_stage(f"{LABELS[name]}: {len(RATIOS)} strengths")
         curves[name] = [
-            _subnet(subject, replace(rival, ratio=ratio), told, ask.seed)
+            _subnet(subject, replace(rival, ratio=ratio), told, config.seed)
             for ratio in track(RATIOS, "strengths", len(RATIOS), "ratio")
         ]
     own = next(point["perplexity"] for point in curves["kfac"] if point["mass"] == recipe.mass)

@@ -75,11 +75,13 @@ MEASURES = {
 }
 
 
-def _measure(ask: StudyConfig) -> Figures:
+def _measure(config: StudyConfig) -> Figures:
     found = {}
     for name, recipe in RECIPES.items():
-        own = replace(recipe, seed=ask.seed)
-        found[name] = lab_vit.run(own.quick() if ask.quick else own, None, ask.say, data=ask.data)
+        own = replace(recipe, seed=config.seed)
+        found[name] = lab_vit.run(
+            own.quick() if config.quick else own, None, config.report_stage, data=config.data
+        )
     return found
 
 

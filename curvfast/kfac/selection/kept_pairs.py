@@ -84,7 +84,7 @@ class Selection(ByLayer[Staircase | Mask]):
 
 
 def _record(kept: Staircase | Mask) -> dict[str, Any]:
-    """Return what JSON can say of a layer; it has neither NaN nor infinity."""
+    """Return a layer's entry in config.json, without NaN or infinity, which JSON lacks."""
     record: dict[str, Any] = {"columns": kept.columns}
     record["mass"] = kept.mass if math.isfinite(kept.mass) else None
     if isinstance(kept, Staircase):

@@ -1,4 +1,4 @@
-"""How much to keep: a share of the mass, a share of the pairs, or a number of them."""
+"""Rule: how much to keep, as a share of the mass, a share of the pairs, or a number of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether kernels can run: on this machine, and on a tensor where it lies."""
+"""Availability of the kernels: on this machine, and on the device of a tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _by_name = unless_named("triton", "its interpreter is slow")
 
 @cache
 def interpreting() -> bool:
-    """Return whether Triton's interpreter was asked for (TRITON_INTERPRET=1) at the first look."""
+    """Return whether TRITON_INTERPRET=1 selected Triton's interpreter at the first call."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -40,7 +40,7 @@ def unavailable() -> str | None:
 
 
 def refuses_device(device: torch.device) -> str | None:
-    """Return why the kernels cannot take a tensor that lies there, or None."""
+    """Return why the kernels cannot run on a device, or None."""
     if interpreting():
         return _by_name()
     if device.type != "cuda":

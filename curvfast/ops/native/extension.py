@@ -1,4 +1,4 @@
-"""The only door to the extension ``curvfast._C``: arrays in, their addresses passed on."""
+"""Bindings of the extension ``curvfast._C``, the only module that imports it; passes addresses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def instruction_sets() -> dict[str, bool]:
 
 
 def packed_words(d: int, rows: int, dtype: torch.dtype) -> int:
-    """Return how many 32-bit words of room :func:`add_rows` needs for rows of d features."""
+    """Return how many 32-bit words of workspace :func:`add_rows` needs for rows of d features."""
     return _C.packed_words(d, rows, torch.finfo(dtype).bits)
 
 

@@ -1,4 +1,4 @@
-"""Which instruction set second moments on a CPU run by: the one asked for, or the best."""
+"""Instruction set of second moments on a CPU: the requested one, or the best available."""
 
 from __future__ import annotations
 

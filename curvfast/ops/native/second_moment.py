@@ -1,4 +1,4 @@
-"""Second moments by the native core: rows are packed once, where they lie, and never cast."""
+"""Second moments by the native core: rows of any strides are packed once, and never cast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _too_narrow = registry.unless_named("native", f"fewer than {_NARROW} float32 fea
 
 
 def packs(dtype: torch.dtype, d: int) -> bool:
-    """Return whether rows of d features are multiplied here unasked."""
+    """Return whether rows of d features are multiplied here by default."""
     if dtype not in DTYPES or extension.unavailable() or instructions.refusal():
         return False
     return dtype != torch.float32 or d >= _NARROW
