@@ -183,14 +183,6 @@ class Routed:
         """Index of the sum that the batch is added to."""
         return self.batch.half
 
-    def label_count(self) -> int:
-        """Return the number of labels over which a mean loss of the batch averages.
-
-        Raises:
-            InputError: If neither the call's labels nor its predictions give the number.
-        """
-        return self.batch.label_count()
-
     def rows(self, name: str, shape: torch.Size, device: torch.device) -> Rows:
         """Return the rows that count; the same ones for inputs and for gradients.
 
