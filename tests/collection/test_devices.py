@@ -65,6 +65,9 @@ def test_every_branch_of_an_accelerator_is_run(
     model = llama(num_hidden_layers=1)
     factors = curvfast.collect_from(model, token_batches("none"), progress=False)
     factors.eigh()
+    # Rows of two bytes alone wait to share a launch.
+    half = llama(num_hidden_layers=1).bfloat16()
+    curvfast.collect_from(half, token_batches("none"), progress=False)
     curvfast.plan_collection(model, tokens=1000, batch=2, seq_len=8, device="cuda")
     original = torch.linalg.eigh
     failures = iter([RuntimeError("the first solver fails")])
