@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from curvfast.kfac import decomposition
 from curvfast.ops import devices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,6 +89,12 @@ BOTH_WAYS = {
 }  # fmt: skip
 
 
+# What code asks of a device, and the module that answers.
+QUESTIONS = [
+    (devices, "on_accelerator"), (devices, "takes_kernels"), (decomposition, "takes_batches"),
+]  # fmt: skip
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marked = metafunc.definition.get_closest_marker("cpu_branches")
     if metafunc.module.__name__.rsplit(".")[-1] in BOTH_WAYS and marked is None:
@@ -99,8 +106,8 @@ def branches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Answer for CPU tensors what an accelerator would, where a test is parametrised so."""
     chosen = getattr(request, "param", "cpu")
     if chosen == "accelerator":
-        for question in ("on_accelerator", "takes_kernels"):
-            monkeypatch.setattr(devices, question, lambda device: True)
+        for home, question in QUESTIONS:
+            monkeypatch.setattr(home, question, lambda device: True)
     return chosen
 
 

@@ -38,6 +38,7 @@ def traced() -> dict[str, Any]:
         ("forward", 6, 18, 2),
         ("backward", 10, 90, 3),
         ("factors", 18, 140, 3),
+        ("eigh", 9, 124, 3),
         ("keep", 8, 46, 2),
         ("edit", 18, 180, 5),
         ("collect_from", 35, 640, 7),

@@ -148,6 +148,14 @@ def _exponent(matrix: Tensor) -> int:
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def takes_batches(device: torch.device) -> bool:
+    """Return whether small factors are best decomposed many at a time: a GPU waits for each call.
+
+    Asked here and by module, as the questions of :mod:`curvfast.ops.devices`, so tests can answer.
+    """
+    return device.type != "cpu"
+
+
 def _stages(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Solver, tuple[Tensor, int]]]:
     """Yield each solver with its input matrix."""
     first = f"{matrix.device.type} {str(dtype).removeprefix('torch.')}"

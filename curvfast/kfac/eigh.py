@@ -23,6 +23,7 @@ from curvfast.errors import (
     NumericalWarning,
     first_line,
 )
+from curvfast.kfac import decomposition
 from curvfast.kfac.decomposition import (
     DTYPES,
     NARROW,
@@ -37,7 +38,6 @@ from curvfast.kfac.layer_factors import LayerFactors
 from curvfast.kfac.layer_mapping import Summed
 from curvfast.kfac.leading import LeadingSearch, leading_spectrum
 from curvfast.kfac.selection.rule import check_mass
-from curvfast.ops import devices
 
 Results = Iterable[tuple[str, Spectrum | None]]
 
@@ -286,7 +286,7 @@ def _batches(
     groups: dict[Any, list[str]] = {}
     for key in keys:
         where, d = device or _sum(factors, key).device, len(_sum(factors, key))
-        alike = (where, d) if devices.on_accelerator(where) and d < NARROW else key
+        alike = (where, d) if decomposition.takes_batches(where) and d < NARROW else key
         groups.setdefault(alike, []).append(key)
     return [
         tuple(group[start : start + _BATCH])

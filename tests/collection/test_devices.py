@@ -20,7 +20,7 @@ import curvfast
 from curvfast import ops
 from curvfast.collection.placement import CopiedSums, Placement
 from curvfast.collection.step import run_step, sampled_gradient
-from curvfast.kfac import eigh
+from curvfast.kfac import decomposition, eigh
 from curvfast.kfac.decomposition import decompose_factor
 from curvfast.kfac.selection.staircase import staircase_by_mass
 from curvfast.model.batch import Batch, Routed
@@ -31,7 +31,7 @@ from curvfast.ops.launch import availability
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-QUESTIONS = ("on_accelerator", "takes_kernels")
+QUESTIONS = {"on_accelerator": devices, "takes_kernels": devices, "takes_batches": decomposition}
 PACKAGE = Path(curvfast.__file__).parent
 
 
@@ -45,8 +45,8 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
         asked.add((str(Path(frame.f_code.co_filename).relative_to(PACKAGE)), frame.f_lineno))
         return True
 
-    for question in QUESTIONS:
-        monkeypatch.setattr(devices, question, yes)
+    for question, home in QUESTIONS.items():
+        monkeypatch.setattr(home, question, yes)
     return asked
 
 
