@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -99,8 +100,12 @@ def test_its_commands_exist() -> None:
 
 def test_the_method_is_as_short_as_it_says() -> None:
     (bound,) = re.findall(r"under ([\d,]+) lines of code", README)
-    command = [sys.executable, "benchmarks/architecture.py"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # The suite interprets its kernels; a caller does not.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/architecture.py"], cwd=ROOT, capture_output=True, text=True,
+        check=True, env=environment,
+    ).stdout  # fmt: skip
     counted = re.fullmatch(
         r"collect to edit: \d+ files, (\d+) lines of code", printed.splitlines()[-1]
     )
