@@ -26,6 +26,10 @@ class CoverageError(CurvfastError, RuntimeError):
     """A chosen layer was not measured, or not on the same rows for A and G."""
 
 
+class EvidenceError(CurvfastError, RuntimeError):
+    """What was measured is not known: its rows or its unit are unproven, or contradicted."""
+
+
 class NonFiniteError(CurvfastError, ValueError):
     """A factor holds NaN or infinity."""
 
@@ -64,6 +68,10 @@ class BackendUnavailable(CurvfastError, RuntimeError):
 
 class NumericalWarning(UserWarning):
     """A result is numerically less accurate than its digits suggest."""
+
+
+class EvidenceWarning(UserWarning):
+    """The gradients show something that the caller should know about what was counted."""
 
 
 class PerformanceWarning(UserWarning):

@@ -19,8 +19,21 @@ expert of a mixture          x [B·T, d_in], routed       the tokens routed to i
 recurrent cell
 ===========================  ==========================  ==========================================
 
-Of these rows those count whose position is real and predicts a label; a padded or last position is
-left out of a and g alike.
+**What counts.** A row counts if its position is real and can reach a label, and is left out of a
+and g alike if not:
+
+- not a pad;
+- in a causal stream of tokens not after the last label of its sequence, or of its document where
+  several are packed into one; where labels are not seen, not the last real position;
+- in a decoder without a mask not after its last label that is not ignored;
+- positions before that count although they have no label: those that follow attend to them;
+- in a stream that is not causal (an encoder's, patches, one row a sequence) every real position.
+
+A row that is left out has a gradient of exactly zero, and so the gradients themselves can prove the
+rule. How it is known, and in which unit g is, is *proven* by them, *told* by the caller, or a
+*convention*, the usual reading of a mask or a name; every result carries it
+(:attr:`Factors.known`), and sums of different rules are not added up
+(:mod:`~curvfast.kfac.known`, :mod:`~curvfast.kfac.evidence`).
 
 **Factors.** A = E[a aᵀ] [d_in, d_in] and G = E[g gᵀ] [d_out, d_out] are uncentred second moments
 over the rows that count: float32 sums and integer counts, divided once when read. A has the unit of

@@ -33,7 +33,7 @@ class LayerCorrection:
         return self.sum / max(1, self.count)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Corrections(Summed[Tensor]):
     """EK-FAC corrections Λ by layer name: [d_out, d_in] float32, in the order of the eigenbasis.
 
@@ -61,7 +61,8 @@ class Corrections(Summed[Tensor]):
         """Merge: sums and counts add. Both must be measured in one eigenbasis.
 
         Raises:
-            InputError: If the two do not hold the same layers, or are of different samples.
+            InputError: If the two do not hold the same layers, are of different samples, or were
+                measured by different rules (:attr:`known`).
             ShapeError: If a layer's widths differ.
         """
         if not isinstance(other, Corrections):

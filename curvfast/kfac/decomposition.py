@@ -1,7 +1,7 @@
 """Eigendecomposition of one factor: scaled, verified, and retried by other solvers on failure.
 
 Resolution: for a second moment summed in float32, float64 resolves eigenvalues to 1 % down to about
-4e-8 of the largest, float32 to about 2e-5. Smaller ones are rounding error.
+4e-8 of the largest, float32 to about 2e-5. Smaller ones are rounding error (:data:`RESOLUTION`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from curvfast.ops import devices
 NARROW = 512
 """Factors below this width are batched on a GPU, and not worth a search for leading pairs."""
 DTYPES = (torch.float64, torch.float32)
+RESOLUTION = {torch.float64: 4e-8, torch.float32: 2e-5}
+"""Share of the largest eigenvalue below which others are rounding error, by solver's dtype."""
 # Largest residual ‖MV - VΛ‖ / ‖M‖ and departure of VᵀV from the identity accepted, per feature.
 _TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
 

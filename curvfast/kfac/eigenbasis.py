@@ -11,10 +11,11 @@ from torch import Tensor
 
 from curvfast import storage
 from curvfast.errors import InputError
+from curvfast.kfac.evidence import KEY, evidence_of, merged
 from curvfast.kfac.layer_basis import LayerBasis as LayerBasis
 from curvfast.kfac.layer_basis import StoredBasis
 from curvfast.kfac.layer_factors import LayerFactors
-from curvfast.kfac.layer_mapping import ByLayer
+from curvfast.kfac.layer_mapping import Measured
 from curvfast.kfac.marginals import reordered
 from curvfast.kfac.selection.kept_pairs import Frame, Selection
 from curvfast.kfac.selection.mask import Mask
@@ -26,8 +27,8 @@ from curvfast.kfac.task_curvature import TaskCurvature, curvature_along
 KIND = "curvfast-eigenbasis"
 
 
-@dataclass(frozen=True, eq=False)
-class Eigenbasis(ByLayer[LayerBasis]):
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenbasis(Measured[LayerBasis]):
     """Kronecker-factored eigenbases of many layers, by layer name."""
 
     _noun: ClassVar[str] = "eigenbasis"
@@ -131,7 +132,8 @@ class Eigenbasis(ByLayer[LayerBasis]):
 
         Args:
             task: Factors of the task's corpus, of this basis's layers at least, G of the summed
-                loss as here.
+                loss as here, and the rows counted by the same rule. A mapping that carries no
+                provenance is a convention.
             weight: α; 0 changes nothing.
             normalize: Whether the task's mass Σλᵗ Σμᵗ is first made equal to this basis's, layer by
                 layer: α = 1 then weights both corpora equally, however confident the model is on
@@ -142,13 +144,19 @@ class Eigenbasis(ByLayer[LayerBasis]):
 
         Raises:
             InputError: If ``weight`` is not finite, the basis holds leading eigenpairs or singular
-                vectors, or the task's factors hold NaN, infinity or nothing but zeros.
+                vectors, or the task's factors hold NaN, infinity or nothing but zeros; or if the
+                two were measured by different rules (:attr:`known`).
             LayerNotFound: If the task lacks layers of this basis; they are named.
             ShapeError: If a layer is of another width there.
         """
         self.require_curvature()
         added = curvature_along(self, task, weight, normalize)
-        return replace(self, tasks=(*self.tasks, added)) if weight else self
+        of_task = evidence_of(getattr(task, "provenance", {}), self)
+        known = merged(self.known, of_task, ("the basis", "the task"))
+        if not weight:
+            return self
+        facts = {} if known == self.known else {KEY: known.to_dict()}
+        return replace(self, tasks=(*self.tasks, added), provenance={**self.provenance, **facts})
 
     def with_marginals(self, factors: Mapping[str, LayerFactors]) -> Eigenbasis:
         """Return the basis with marginals of the EK-FAC correction instead of eigenvalues.

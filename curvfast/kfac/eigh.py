@@ -27,6 +27,7 @@ from curvfast.kfac import decomposition
 from curvfast.kfac.decomposition import (
     DTYPES,
     NARROW,
+    RESOLUTION,
     Spectrum,
     decompose_factors,
     require_finite,
@@ -189,7 +190,8 @@ def decompose(
             for key, spectrum in broadcast_results(results, wanted, search.widths, group):
                 if spectrum is not None and _whole(spectrum):
                     bar.advance(1)
-                    negative |= {_title(key): spectrum.negative} if spectrum.negative else {}
+                    if spectrum.negative > RESOLUTION[dtype]:
+                        negative[_title(key)] = spectrum.negative
                     if writer:
                         writer.add(stored_part(key, spectrum.values, spectrum.vectors))
                         spectrum = replace(spectrum, vectors=spectrum.vectors[:0].clone())

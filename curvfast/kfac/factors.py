@@ -24,7 +24,7 @@ _KIND = "curvfast-factors"
 _WEIGHTED = ("a_weighted", "g_weighted")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Factors(Summed[LayerFactors]):
     """Kronecker factors of many layers, by layer name.
 
@@ -35,13 +35,16 @@ class Factors(Summed[LayerFactors]):
     _noun: ClassVar[str] = "factors"
     layers: Mapping[str, LayerFactors]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance: model, layers, label mode, rows, seed, coverage, library versions."""
+    """Provenance: model, layers, label mode, rows, seed, coverage, library versions; and how rows
+    and unit are known, which :attr:`known` reads."""
 
     def __add__(self, other: Factors) -> Factors:
         """Merge: sums and counts add; an A shared in both stays shared.
 
         Raises:
-            InputError: If the two do not hold the same layers, or weighted moments in one alone.
+            InputError: If the two do not hold the same layers, or weighted moments in one alone; or
+                if a layer's rows were counted by different rules, or a convention meets what is
+                proven or told (:attr:`known`).
             ShapeError: If a layer's widths differ.
         """
         if not isinstance(other, Factors):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from curvfast.errors import InputError, LayerNotFound
+from curvfast.kfac.evidence import KEY, Evidence, evidence_of, merged
 
 T = TypeVar("T")
+_SHOWN = 3
 
 
 class ByLayer(Mapping[str, T]):
@@ -45,11 +47,31 @@ class ByLayer(Mapping[str, T]):
         """Return the number of layers."""
         return len(self.layers)
 
+    def __repr__(self) -> str:
+        """Return a line: the number of layers, and the names of the first."""
+        names = ", ".join(repr(name) for name, _ in zip(self, range(_SHOWN), strict=False))
+        more = ", …" if len(self) > _SHOWN else ""
+        return f"<{type(self).__name__} of {len(self)} layers: {names}{more}>"
 
-class Summed(ByLayer[T]):
-    """Sums over rows by layer name, which can be added over runs, ranks or corpora."""
+
+class Measured(ByLayer[T]):
+    """Results of a measurement by layer name, which carry how they are known."""
 
     provenance: Mapping[str, Any]
+
+    @property
+    def known(self) -> Evidence:
+        """How it is known which rows of each layer were counted, and the unit of G.
+
+        ``known.rows["layer"]`` and ``known.unit`` say which rule was followed, who said so, and
+        whether that was proven by the gradients, told by the caller, or is a convention, which is
+        what results from before it was kept, or made by hand, have.
+        """
+        return evidence_of(self.provenance, self)
+
+
+class Summed(Measured[T]):
+    """Sums over rows by layer name, which can be added over runs, ranks or corpora."""
 
     def _added(
         self, other: Summed[T], add: Callable[[str, Any, Any], Any]
@@ -57,7 +79,8 @@ class Summed(ByLayer[T]):
         """Return the merged layers, by ``add`` (name, one, two) where both have one; provenance.
 
         Raises:
-            InputError: If a layer is missing on one side although it had rows.
+            InputError: If a layer is missing on one side although it had rows, or the two were
+                measured by different rules.
         """
         # An expert without tokens on one side adds nothing there.
         empty = {*self.provenance.get("unrouted", ()), *other.provenance.get("unrouted", ())}
@@ -71,8 +94,11 @@ class Summed(ByLayer[T]):
         for name in self.layers:
             if name in other.layers:
                 layers[name] = add(name, self.layers[name], other.layers[name])
+        # After the sums: of two models it says more that their widths differ.
+        known = merged(self.known, other.known)
         provenance = {
             "merged": [dict(self.provenance), dict(other.provenance)],
             "unrouted": sorted(empty - layers.keys()),
+            KEY: known.to_dict(),
         }
         return layers, provenance

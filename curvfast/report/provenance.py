@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from curvfast.kfac.known import Known
 from curvfast.report.document import Facts, Table
 from curvfast.report.numbers import count, flat, percent, said
 
@@ -29,6 +30,7 @@ def collected(provenance: Mapping[str, Any]) -> Facts | None:
     model = _mapping(provenance, "model")
     collect = _mapping(provenance, "collect")
     covered = _mapping(_mapping(provenance, "coverage"), "covered")
+    known = _mapping(provenance, "known")
     data = provenance.get("data")
     labels = provenance.get("labels")
     entries = [
@@ -40,7 +42,9 @@ def collected(provenance: Mapping[str, Any]) -> Facts | None:
         ("tokens", _number(provenance.get("tokens"))),
         ("batches", _number(provenance.get("batches"))),
         ("labels", _LABELS.get(str(labels), labels)),
-        ("gradients", _gradients(collect)),
+        ("gradients", _gradients(collect, known)),
+        ("rows that count", _rules(known)),
+        ("unit of G", _unit(known)),
         ("sums in", "float32, counts in integers" if collect else None),
         ("processes", provenance.get("ranks") if provenance.get("ranks") != 1 else None),
         ("seed", provenance.get("seed")),
@@ -102,11 +106,32 @@ def _rows(rows: Sequence[Any]) -> str | None:
     return f"{count(low)} a layer" if low == high else f"{count(low)} to {count(high)} a layer"
 
 
-def _gradients(collect: Mapping[str, Any]) -> str | None:
+def _gradients(collect: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
     if not collect:
         return None
-    last = " The last position of each sequence is left out." if collect.get("skip_last") else ""
+    told = collect.get("skip_last") and not known
+    last = " The last position of each sequence is left out." if told else ""
     return f"of the summed loss.{last}"
+
+
+def _rules(known: Mapping[str, Any]) -> str | None:
+    """Return each row rule, with who said so and how sure it is, and how many layers have it."""
+    rules = Counter(_line(each) for each in _mapping(known, "rows").values())
+    rules.pop(None, None)
+    if len(rules) == 1:
+        return next(iter(rules))
+    return "; ".join(f"{rule}: {count(n)} layers" for rule, n in rules.items()) or None
+
+
+def _unit(known: Mapping[str, Any]) -> str | None:
+    return _line(known.get("unit"))
+
+
+def _line(fields: Any) -> str | None:
+    try:
+        return str(Known.from_dict(fields))
+    except (KeyError, TypeError):
+        return None
 
 
 def _number(value: Any) -> str | None:

@@ -31,6 +31,7 @@ from curvfast.report.curvature import curvature_of, outline, read_curvature, sam
 from curvfast.report.document import Drawing, Picture, ReportPage, ReportPart, Table, Text, sections
 from curvfast.report.folder import read_folder
 from curvfast.report.inline import dark, inline
+from curvfast.report.provenance import collected
 from curvfast.report.recitals import Continuation, marked, read_passages, save_passages
 from curvfast.report.render import render
 
@@ -520,3 +521,23 @@ def test_columns_of_numbers_are_aligned_as_such() -> None:
     page = Page(render(page_of(table, Text("words"))))
     assert [a["class"] for a in page.all("td")] == ["short number", "short", "short number", ""]
     assert [a.get("class") for a in page.all("th")][:3] == [None, "number", None]
+
+
+def test_rules_are_shown_with_who_said_so_and_how_sure_that_is() -> None:
+    last = {"rule": "all but the last", "by": "labels", "how": "proven", "left_out": 0.0}
+    facts = reports.provenance(("up", "down"))
+    before = dict(collected(facts).entries)
+    assert "last position of each sequence" in before["gradients"]
+    assert "rows that count" not in before
+    facts["known"] = {"unit": {**last, "rule": "1/s"}, "rows": {"up": last, "down": last}}
+    shown = dict(collected(facts).entries)
+    assert shown["rows that count"] == "all but the last (proven: labels)"
+    assert shown["unit of G"] == "1/s (proven: labels)"
+    assert shown["gradients"] == "of the summed loss."
+    facts["known"]["rows"]["down"] = {**last, "how": "told", "by": "rows="}
+    assert dict(collected(facts).entries)["rows that count"] == (
+        "all but the last (proven: labels): 1 layers; all but the last (told: rows=): 1 layers"
+    )
+    # A page is made of damaged provenance too.
+    facts["known"] = {"unit": None, "rows": {"up": {}}}
+    assert "unit of G" not in dict(collected(facts).entries)

@@ -20,7 +20,7 @@ _KIND = "curvfast-selection"
 _REST = "complement of "
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection(ByLayer[Staircase | Mask]):
     """What is kept of many layers, by layer name, and what its rows and columns refer to."""
 
