@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from curvfast.errors import CoverageError
 from curvfast.model.experts import ExpertLayer
-from curvfast.model.layer import Observer, Part, Product, Removable, outside_graphs
+from curvfast.model.hooking import Removable, in_transform, outside_graphs, watch_forward
+from curvfast.model.layer import Observer, Part, Product
 
 _PICKS = ("__getitem__", "index_select", "repeat_interleave")
 _PRODUCTS = (
@@ -210,12 +210,16 @@ class _Watch:
 
     layers: Mapping[tuple[str, int], ExpertLayer]
     observer: Observer
-    handles: list[RemovableHandle] = field(default_factory=list)
+    hooks: Removable | None = None
     running: Routing | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.abandon()
         if self.observer.paused():
+            return
+        if in_transform():
+            for layer in self.layers.values():
+                self.observer.on_transformed(layer.name)
             return
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         tokens = next((t for t in given if t.is_floating_point()), None)
@@ -230,7 +234,7 @@ class _Watch:
         self.running = Routing(self.layers, tokens, routing, self.observer)
         self.running.__enter__()  # type: ignore[no-untyped-call]
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = self.running
         self.abandon()
         # No output: the forward raised, as a checkpoint does that has recomputed enough.
@@ -246,17 +250,13 @@ class _Watch:
     def remove(self) -> None:
         """Remove the hooks."""
         self.abandon()
-        for handle in self.handles:
-            handle.remove()
+        if self.hooks is not None:
+            self.hooks.remove()
 
 
 def watch_experts(layers: list[ExpertLayer], observer: Observer) -> Removable:
     """Show the products of an experts module, of which ``layers`` were chosen, to ``observer``."""
     module = layers[0].module
     watch = _Watch({(layer.leaf, layer.expert): layer for layer in layers}, observer)
-    enter, leave = outside_graphs(watch.enter), outside_graphs(watch.leave)
-    watch.handles = [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, always_call=True, prepend=True),
-    ]
+    watch.hooks = watch_forward(module, watch.leave, before=watch.enter, always=True, prepend=True)
     return watch

@@ -27,6 +27,13 @@ class ExpertLayer(LinearLayer):
         """Whether the weight is a slice of the parameter: it is."""
         return True
 
+    def why_read_only(self) -> str | None:
+        """Return the reason why the slice is never edited, or None.
+
+        Its own products are seen, not the module's output.
+        """
+        return self.unwritable
+
     def stored(self) -> Tensor:
         """Return the slice as it is stored, a view without gradient."""
         return self.parameter.detach()[self.expert]

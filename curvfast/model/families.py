@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from curvfast.model.expert_routing import watch_experts
 from curvfast.model.experts import ExpertLayer
-from curvfast.model.layer import LinearLayer, Observer, Part, Product, Removable, outside_graphs
+from curvfast.model.hooking import Removable, outside_graphs, watch_forward
+from curvfast.model.layer import LinearLayer, Observer, Part, Product
 from curvfast.model.linear import watch_module
 from curvfast.model.refusals import unsupported_reason
 
@@ -20,6 +21,7 @@ __all__ = [
     "outside_graphs",
     "unsupported_reason",
     "watch",
+    "watch_forward",
 ]
 
 

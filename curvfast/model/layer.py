@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from curvfast.distributed import gathered, refuse_layout, write_
 from curvfast.errors import InputError
+from curvfast.model.linearity import why_other_map
 
 PARAMETRISED = "parametrised: its weight is computed anew in every call, so no edit would last"
+FLATTENED = (
+    "flattened: FullyShardedDataParallel keeps its weight in one parameter with others; wrap the "
+    "model with use_orig_params=True, or use torch.distributed.fsdp.fully_shard"
+)
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +43,9 @@ class LinearLayer:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the weight, as the module stores it."""
-        return getattr(self.module, self.leaf)  # type: ignore[no-any-return]
+        own = self.module._parameters.get(self.leaf)
+        # A property of that name would compute another tensor; FSDP1 keeps a view elsewhere.
+        return getattr(self.module, self.leaf) if own is None else own  # type: ignore[no-any-return]
 
     @property
     def sliced(self) -> bool:
@@ -78,13 +83,18 @@ class LinearLayer:
         return (new.T if self.transposed else new).reshape(stored.shape).to(stored.dtype)
 
     def require_writable(self) -> None:
-        """Check that the weight can be edited.
+        """Check that the weight can be edited, and is what the module multiplies by.
 
         Raises:
-            InputError: If it cannot.
+            InputError: If it cannot, or is not.
         """
-        if self.unwritable:
-            raise InputError(f"layer {self.name!r} cannot be edited: {self.unwritable}")
+        refusal = self.why_read_only()
+        if refusal:
+            raise InputError(f"layer {self.name!r} cannot be edited: {refusal}")
+
+    def why_read_only(self) -> str | None:
+        """Return the reason why the layer is measured and never edited, or None."""
+        return self.unwritable or why_other_map(self)
 
     def require_editable(self) -> None:
         """Make sure that the weight can be edited in place.
@@ -97,11 +107,11 @@ class LinearLayer:
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the module's input as rows, [..., d_in]."""
-        return x
+        return x if x.dim() > 1 else x[None]
 
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradient of the module's output as rows, [..., d_out]."""
-        return g
+        return g if g.dim() > 1 else g[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +134,8 @@ class Product:
     x: Tensor
     y: Tensor
     parts: tuple[Part, ...]
+    alone: bool = True
+    """Whether the module returned nothing beside y that may have been made of it."""
 
 
 class Observer(Protocol):
@@ -136,24 +148,31 @@ class Observer(Protocol):
         """Record a product; return the y that the forward continues with."""
 
     def on_no_tokens(self, layer: str) -> None:
-        """Record that a forward of an expert's module routed no token to it."""
+        """Record that a forward had no row for a layer, as of an expert without tokens."""
 
+    def on_unread(self, layer: str, reason: str) -> None:
+        """Record that a call was no product of rows that could be read, and why."""
 
-class Removable(Protocol):
-    """A hook that can be removed."""
-
-    def remove(self) -> None:
-        """Remove the hook."""
+    def on_transformed(self, layer: str) -> None:
+        """Record that a call ran inside a transform of ``torch.func``, and was left alone."""
 
 
 def why_no_weight(module: nn.Module) -> str | None:
     """Return the reason why ``module`` has no usable parameter ``weight``, or None."""
     weight = module._parameters.get("weight")
     if weight is None:
-        return PARAMETRISED
+        return FLATTENED if is_flattened(module) else PARAMETRISED
     if is_lazy(weight):
         return "lazy: it has no weight before its first call; call the model once"
     return None
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Return whether FullyShardedDataParallel replaced the module's parameters by a flat one."""
+    # Both marks are FSDP's own, put on every module it manages, for the compiler.
+    managed = getattr(module, "_is_fsdp_managed_module", False)
+    whole = getattr(module, "_fsdp_use_orig_params", True)
+    return bool(managed) and not whole and isinstance(vars(module).get("weight"), Tensor)
 
 
 def why_unwritable(weight: nn.Parameter, shape: tuple[int, ...]) -> str | None:
@@ -166,9 +185,3 @@ def why_unwritable(weight: nn.Parameter, shape: tuple[int, ...]) -> str | None:
         f"({type(weight).__name__}, quantised or sharded), not as {list(shape)} floats; edit the "
         "model as it was before: these factors fit it"
     )
-
-
-def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``hook``, excluded from compiled graphs if the compiler is in use."""
-    # torch.compiler.disable loads the compiler, tens of megabytes, so only beside a compiled model.
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook

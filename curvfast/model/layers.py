@@ -1,7 +1,8 @@
 """Selection of a model's linear layers: by kind, by name, by predicate, or by a basis.
 
-Names are those of ``model.named_modules()`` without the wrappers of ``torch.compile``,
-``DistributedDataParallel`` and PEFT, so factors measured on a wrapped model fit the bare one.
+Names are those of ``model.named_modules()`` without the wrappers of ``torch.compile``, data
+parallelism, activation checkpointing and PEFT, so factors measured on a wrapped model fit the bare
+one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from curvfast.errors import BasisMismatch, LayerNotFound
 from curvfast.model.experts import expert_layers
 from curvfast.model.families import LinearLayer, unsupported_reason
+from curvfast.model.layer import is_flattened
 from curvfast.model.linear import linear_layer
 from curvfast.model.patch_embedding import patch_layer
 
@@ -35,7 +37,9 @@ _MLP = (
     "mlp", "ffn", "feed_forward", "feedforward", "experts", "fc1", "fc2", "intermediate", "output"
 )  # fmt: skip
 _HEADS = ("lm_head", "embed_out", "classifier", "score", "cls", "qa_outputs", "head")
-_WRAPPERS = ("module", "_orig_mod", "base_layer")
+_WRAPPERS = (
+    "module", "_orig_mod", "base_layer", "_checkpoint_wrapped_module", "_fsdp_wrapped_module",
+)  # fmt: skip
 _PEFT = ["base_model", "model"]
 _ROUTER = re.compile(r"gate|router|\w*expert\w*gate")
 
@@ -46,12 +50,36 @@ def bare_name(name: str) -> str:
     return ".".join(parts[2:] if parts[:2] == _PEFT else parts)
 
 
+def bare_names(model: nn.Module) -> dict[str, str]:
+    """Return the bare name of every module: what ``named_modules()`` says -> without wrappers.
+
+    What PEFT wraps is asked of its wrapper: a model with adapters stands two components down, one
+    with a learned prompt stands one, and what is there called ``model`` is its own.
+    """
+    bare: dict[str, str] = {}
+    wrapped: dict[nn.Module, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        above, _, part = name.rpartition(".")
+        parent = modules[above] if name else None
+        base = getattr(parent, "get_base_model", None) if part == "base_model" else None
+        if callable(base):
+            wrapped[module] = base()
+        hidden = (
+            not part or part in _WRAPPERS or module in wrapped or wrapped.get(parent) is module  # type: ignore[arg-type]
+        )
+        outer = bare.get(above, "")
+        bare[name] = outer if hidden else f"{outer}.{part}".removeprefix(".")
+    return bare
+
+
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     """Return every supported linear layer of ``model`` by bare name, in module order."""
     modules = dict(model.named_modules())
     found = {}
+    bare = bare_names(model)
     for full_name, module in modules.items():
-        for layer in layers_of(bare_name(full_name), module):
+        for layer in layers_of(bare[full_name], module):
             found[layer.name] = replace(layer, kind=_kind(layer.name, full_name, modules))
     return found
 
@@ -65,10 +93,12 @@ def layers_of(name: str, module: nn.Module) -> list[LinearLayer]:
 
 def refused_modules(model: nn.Module) -> dict[str, str]:
     """Return every module that itself holds parameters and is no linear layer: name -> reason."""
+    bare = bare_names(model)
     return {
-        bare_name(full_name): unsupported_reason(module)
+        bare[full_name]: unsupported_reason(module)
         for full_name, module in model.named_modules()
-        if (module._parameters or is_parametrized(module)) and not layers_of("", module)
+        if (module._parameters or is_parametrized(module) or is_flattened(module))
+        and not layers_of("", module)
     }
 
 
@@ -103,6 +133,14 @@ def select(model: nn.Module, spec: LayerSpec) -> dict[str, LinearLayer]:
         )
     refuse_tied(model, chosen)
     return chosen
+
+
+def are_kinds(layers: LayerSpec) -> bool:
+    """Return whether layers are chosen by kind alone, none of them by name."""
+    parts = (
+        [layers] if isinstance(layers, str) else layers if isinstance(layers, list | tuple) else ()
+    )
+    return bool(parts) and all(part in KINDS for part in parts)
 
 
 class Shaped(Protocol):
@@ -222,9 +260,10 @@ def refuse_tied(model: nn.Module, chosen: Mapping[str, LinearLayer]) -> None:
         LayerNotFound: If it is.
     """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    bare = bare_names(model)
     for full_name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((bare_name(full_name), module))
+            owners.setdefault(id(parameter), []).append((bare[full_name], module))
     for name, layer in chosen.items():
         others = sorted(
             {owner for owner, module in owners[id(layer.parameter)] if module is not layer.module}
