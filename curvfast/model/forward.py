@@ -222,6 +222,27 @@ def frozen(model: nn.Module, keep_mode: bool) -> Iterator[bool]:
             module.training = mode
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that a model's input must be on, also where weights are offloaded.
+
+    Args:
+        model: One whose hooks (of accelerate) say where it runs, or else whose input embedding or
+            first weight that is in memory tells.
+    """
+    find = getattr(unwrap(model), "get_input_embeddings", None)
+    embedding: nn.Module | None = None
+    with suppress(NotImplementedError, AttributeError):
+        embedding = find() if callable(find) else None
+    for module in (m for m in (embedding, *model.modules()) if m is not None):
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    parameters = [*(embedding.parameters() if embedding else ()), *model.parameters()]
+    tensors = [*parameters, *model.buffers()]
+    present = [t for t in tensors if t.device.type != "meta"]
+    return next((t.device for t in present or tensors), torch.device("cpu"))
+
+
 def model_arguments(model: nn.Module, batch: Any, device: torch.device) -> dict[str, Any]:
     """Return what a model is called with for a batch, on a device and without a cache.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from torch import nn
 from curvfast._version import __version__
 from curvfast.distributed import is_sharded_model
 from curvfast.errors import InputError
+
+# Language models that also read images or sound; those with an encoder-decoder are not causal.
+_ABOUT_IMAGES = ("ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq")
+_HEAD = re.compile("For[A-Z]")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,19 +38,68 @@ def without_ddp(model: nn.Module) -> nn.Module:
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Return whether ``model`` is one of transformers' decoder-only language models.
+    """Return whether position t of a model is taken to predict the token at t + 1.
 
-    Recognised by class names, so that transformers is not imported for models of other libraries.
+    See :func:`causal_convention`, which also tells who says so.
+    """
+    return causal_convention(model)[0]
+
+
+def causal_convention(model: nn.Module) -> tuple[bool, str]:
+    """Return whether position t is taken to predict the token at t + 1, and who says so.
+
+    By conventions of transformers: a class ``...ForCausalLM`` or ``...LMHeadModel``; a
+    ``...ForConditionalGeneration`` or ``...ForImageTextToText`` around a language model that is no
+    encoder-decoder; or a wrapper without a head of its own around one of these. Recognised by
+    names, so that transformers is not imported for models of other libraries.
+
+    Args:
+        model: Any module, wrapped or not.
     """
     inner = unwrap(model)
-    config = getattr(inner, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return False
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False, f"config.is_encoder_decoder of {type(inner).__name__}"
     # peft keeps the model it wraps behind this method.
     base = getattr(inner, "get_base_model", None)
     inner = base() if callable(base) else inner
-    names = (cls.__name__ for cls in type(inner).__mro__)
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    for module in _outermost_first(inner):
+        says = _says_causal(module)
+        if says is not None:
+            return says, f"class {type(module).__name__}"
+    return False, f"class {type(inner).__name__}, which does not say"
+
+
+def says_causal(output: Any) -> bool:
+    """Return whether an output is of a class that transformers gives causal language models."""
+    return any("CausalLMOutput" in cls.__name__ for cls in type(output).__mro__)
+
+
+def _outermost_first(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a model by depth."""
+    level = [model]
+    while level:
+        yield from level
+        level = [child for module in level for child in module.children()]
+
+
+def _says_causal(module: nn.Module) -> bool | None:
+    """Return what the class of a module says, or None if it is no model with a head."""
+    config = getattr(module, "config", None)
+    names = [cls.__name__ for cls in type(module).__mro__]
+    encodes = [getattr(c, "is_encoder_decoder", False) for c in (config, _text_config(config))]
+    if any(encodes):
+        return False
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return True
+    if any(name.endswith(_ABOUT_IMAGES) for name in names) and _text_config(config) is not None:
+        return True
+    if config is None or not any(_HEAD.search(name) for name in names):
+        return None
+    return bool(getattr(config, "is_decoder", False)) and any("LMHead" in name for name in names)
+
+
+def _text_config(config: Any) -> Any:
+    return getattr(config, "text_config", None)
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:

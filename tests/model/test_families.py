@@ -337,8 +337,11 @@ class TestUnroutedExperts:
         model.forward = lambda x: model["fc1"](x)
         with curvfast.collect(model, loss_reduction="sum") as curvature:
             model(torch.randn(40, 24)).sum().backward()
-        with pytest.raises(CoverageError, match=r"experts\.0\.gate_up_proj': its hook never fired"):
-            curvature.factors()
+        with pytest.warns(
+            NumericalWarning, match=r"experts\.0\.gate_up_proj.*its hook never fired"
+        ):
+            factors = curvature.factors()
+        assert set(factors) == {"fc1"}
 
     def test_a_loop_without_backward_is_not_mistaken_for_it(self, model) -> None:
         with curvfast.collect(model) as curvature:
