@@ -57,9 +57,9 @@ def native_calls() -> Iterator[list[NativeCall]]:
     calls: list[NativeCall] = []
     original = extension.add_rows
 
-    def add_rows(tiles: Tensor, d: int, x: Tensor, offsets: Tensor, *rest: Any) -> None:
+    def add_rows(tiles: Tensor, d: int, x: Tensor, offsets: Tensor, *rest: Any) -> bool:
         calls.append(NativeCall(len(offsets), d, x.element_size()))
-        original(tiles, d, x, offsets, *rest)
+        return original(tiles, d, x, offsets, *rest)
 
     extension.add_rows = add_rows
     try:

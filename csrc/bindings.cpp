@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "border.h"
+#include "finite.h"
 #include "split.h"
 #include "scores.h"
 #include "second_moment.h"
@@ -107,20 +108,38 @@ Count select_largest(std::uintptr_t scores, std::int64_t rows, std::int64_t colu
 }
 
 template <class Value>
-void add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::int64_t width,
+bool add_rows(std::uintptr_t tiles, std::int64_t values, std::int64_t d, std::int64_t width,
               std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, std::uintptr_t roots,
               std::uintptr_t room, std::int64_t words, float scale,
-              const std::string& instructions, int workers) {
+              bool finite_only, const std::string& instructions, int workers) {
   const auto out = view<float>(tiles, values, "tiles");
   curvfast::triangle(d, width, values);
   const Value* first = view<const Value>(x, 1, "x").data();
   const curvfast::Rows given{
       view<const std::int64_t>(offsets, rows, "offsets"),
       roots == 0 ? std::span<const float>{} : view<const float>(roots, rows, "roots"),
-      view<std::uint32_t>(room, words, "room")};
+      view<std::uint32_t>(room, words, "room"), finite_only};
   const curvfast::InstructionSet& set = curvfast::instruction_set(instructions);
   const py::gil_scoped_release release;
-  curvfast::add_rows({out.data(), d, width}, first, given, scale, set, workers);
+  return curvfast::add_rows({out.data(), d, width}, first, given, scale, set, workers);
+}
+
+template <class Word>
+bool finite(std::uintptr_t x, std::span<const std::int64_t> offsets, std::int64_t d, Word exponent,
+            int workers) {
+  const Word* first = view<const Word>(x, 1, "x").data();
+  const py::gil_scoped_release release;
+  return curvfast::finite_rows(first, offsets, d, exponent, workers);
+}
+
+bool finite_rows(std::uintptr_t x, std::uintptr_t offsets, std::int64_t rows, std::int64_t d,
+                 const std::string& type, int workers) {
+  const auto begin = view<const std::int64_t>(offsets, rows, "offsets");
+  if (type == "float16") return finite(x, begin, d, curvfast::kFloat16Exponent, workers);
+  if (type == "bfloat16") return finite(x, begin, d, curvfast::kBfloat16Exponent, workers);
+  if (type == "float32") return finite(x, begin, d, curvfast::kFloat32Exponent, workers);
+  if (type == "float64") return finite(x, begin, d, curvfast::kFloat64Exponent, workers);
+  throw std::invalid_argument("no floating-point type " + type);
 }
 
 // Every instruction set's name, and whether this processor supports it.
@@ -135,8 +154,8 @@ template <class Value>
 void define_add_rows(py::module_& module, const char* name) {
   module.def(name, &add_rows<Value>, py::arg("tiles"), py::arg("values"), py::arg("d"),
              py::arg("width"), py::arg("x"), py::arg("offsets"), py::arg("rows"), py::arg("roots"),
-             py::arg("room"), py::arg("words"), py::arg("scale"), py::arg("instructions"),
-             py::arg("workers"));
+             py::arg("room"), py::arg("words"), py::arg("scale"), py::arg("finite_only"),
+             py::arg("instructions"), py::arg("workers"));
 }
 
 struct Threads {
@@ -192,6 +211,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_words", &curvfast::packed_words, py::arg("d"), py::arg("rows"),
              py::arg("bits"));
   module.def("packed_products", &curvfast::packed_products, py::arg("d"));
+  module.def("finite_rows", &finite_rows, py::arg("x"), py::arg("offsets"), py::arg("rows"),
+             py::arg("d"), py::arg("type"), py::arg("workers"));
   define_add_rows<float>(module, "add_float32_rows");
   define_add_rows<std::uint16_t>(module, "add_bfloat16_rows");
   curvfast::define_triangle<Threads>(module, "workers");

@@ -1,9 +1,11 @@
 #include "second_moment.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <stdexcept>
 
+#include "finite.h"
 #include "parallel.h"
 #include "triangle.h"
 
@@ -48,28 +50,38 @@ struct Packed {
   std::uint32_t* strip(std::int64_t s) const { return words + s * steps * kStrip; }
 };
 
-void pack(const float* x, std::span<const std::int64_t> offsets, std::span<const float> roots,
+// Packs rows; returns whether all values were finite.
+bool pack(const float* x, std::span<const std::int64_t> offsets, std::span<const float> roots,
           std::int64_t first, std::int64_t columns, std::uint32_t* out) {
+  std::uint32_t bad = 0;
   for (std::size_t row = 0; row < offsets.size(); ++row, out += kStrip) {
     const float* from = x + offsets[row] + first;
     const float root = roots.empty() ? 1.0f : roots[row];
-    for (std::int64_t c = 0; c < columns; ++c)
+    for (std::int64_t c = 0; c < columns; ++c) {
+      bad |= not_finite(std::bit_cast<std::uint32_t>(from[c]), kFloat32Exponent);
       out[c] = std::bit_cast<std::uint32_t>(root * from[c]);
+    }
     for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
   }
+  return !bad;
 }
 
-void pack(const std::uint16_t* x, std::span<const std::int64_t> offsets, std::span<const float>,
+bool pack(const std::uint16_t* x, std::span<const std::int64_t> offsets, std::span<const float>,
           std::int64_t first, std::int64_t columns, std::uint32_t* out) {
+  std::uint32_t bad = 0;
   for (std::size_t row = 0; row < offsets.size(); row += 2, out += kStrip) {
     const std::uint16_t* even = x + offsets[row] + first;
     const bool whole = row + 1 < offsets.size();
     const std::uint16_t* odd = whole ? x + offsets[row + 1] + first : even;
     const std::uint32_t keep = whole ? 0xFFFFFFFFu : 0x0000FFFFu;
-    for (std::int64_t c = 0; c < columns; ++c)
+    for (std::int64_t c = 0; c < columns; ++c) {
+      bad |= not_finite<std::uint32_t>(even[c], kBfloat16Exponent) |
+             not_finite<std::uint32_t>(odd[c], kBfloat16Exponent);
       out[c] = (even[c] | static_cast<std::uint32_t>(odd[c]) << 16) & keep;
+    }
     for (std::int64_t c = columns; c < kStrip; ++c) out[c] = 0;
   }
+  return !bad;
 }
 
 float* place(const PackedSum& out, std::int64_t row, std::int64_t column) {
@@ -121,8 +133,11 @@ void add_tile(const PackedSum& out, const Packed& packed, std::int64_t row_strip
   }
 }
 
+std::uint32_t exponent_of(const float*) { return kFloat32Exponent; }
+std::uint16_t exponent_of(const std::uint16_t*) { return kBfloat16Exponent; }
+
 template <class Value>
-void add_blocks(const PackedSum& out, const Value* x, const Rows& rows, float scale,
+bool add_blocks(const PackedSum& out, const Value* x, const Rows& rows, float scale,
                 Kernel multiply, int workers) {
   constexpr std::int64_t kRows = sizeof(std::uint32_t) / sizeof(Value);
   const auto total = static_cast<std::int64_t>(rows.offsets.size());
@@ -132,7 +147,11 @@ void add_blocks(const PackedSum& out, const Value* x, const Rows& rows, float sc
   // Small tiles keep few features from idling a thread, large ones reuse what the cache holds.
   const std::int64_t side = std::clamp<std::int64_t>(strips / 4, 1, 8);
   const auto tiles = static_cast<std::uint32_t>(upwards(strips, side));
+  // The first block is checked while it is packed, later ones before anything is added.
+  const auto later = rows.offsets.subspan(static_cast<std::size_t>(std::min(most, total)));
+  if (rows.finite_only && !finite_rows(x, later, out.d, exponent_of(x), workers)) return false;
   for (std::int64_t start = 0; start < total; start += most) {
+    std::atomic<bool> finite{true};
     const auto from = static_cast<std::size_t>(start);
     const auto count = static_cast<std::size_t>(std::min(most, total - start));
     const Packed packed{rows.room.data(), strips,
@@ -141,27 +160,30 @@ void add_blocks(const PackedSum& out, const Value* x, const Rows& rows, float sc
     const auto roots = rows.roots.empty() ? rows.roots : rows.roots.subspan(from, count);
     parallel_for(static_cast<std::size_t>(strips), workers, [&](std::size_t s) {
       const std::int64_t first = static_cast<std::int64_t>(s) * kStrip;
-      pack(x, offsets, roots, first, std::min(kStrip, out.d - first),
-           packed.strip(static_cast<std::int64_t>(s)));
+      if (!pack(x, offsets, roots, first, std::min(kStrip, out.d - first),
+                packed.strip(static_cast<std::int64_t>(s))))
+        finite = false;
     });
+    if (rows.finite_only && !finite) return false;
     parallel_for(tiles_of(tiles), workers, [&](std::size_t t) {
       const Tile tile = tile_at(static_cast<std::uint32_t>(t), tiles);
       add_tile(out, packed, tile.row * side, tile.column * side, side, scale, multiply);
     });
   }
+  return true;
 }
 
 }  // namespace
 
-void add_rows(PackedSum out, const float* x, const Rows& rows, float scale,
+bool add_rows(PackedSum out, const float* x, const Rows& rows, float scale,
               const InstructionSet& set, int workers) {
-  add_blocks(out, x, rows, scale, set.float32, workers);
+  return add_blocks(out, x, rows, scale, set.float32, workers);
 }
 
-void add_rows(PackedSum out, const std::uint16_t* x, const Rows& rows, float scale,
+bool add_rows(PackedSum out, const std::uint16_t* x, const Rows& rows, float scale,
               const InstructionSet& set, int workers) {
   if (!rows.roots.empty()) throw std::invalid_argument("bfloat16 rows take no factors");
-  add_blocks(out, x, rows, scale, set.bfloat16, workers);
+  return add_blocks(out, x, rows, scale, set.bfloat16, workers);
 }
 
 }  // namespace curvfast

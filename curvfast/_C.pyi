@@ -20,6 +20,7 @@ def cheapest_split(widths: int, rows: int, columns: int, band: int) -> tuple[int
 def instruction_sets() -> list[tuple[str, bool]]: ...
 def packed_words(d: int, rows: int, bits: int) -> int: ...
 def packed_products(d: int) -> int: ...
+def finite_rows(x: int, offsets: int, rows: int, d: int, type: str, workers: int) -> bool: ...
 def add_float32_rows(
     tiles: int,
     values: int,
@@ -32,9 +33,10 @@ def add_float32_rows(
     room: int,
     words: int,
     scale: float,
+    finite_only: bool,
     instructions: str,
     workers: int,
-) -> None: ...
+) -> bool: ...
 def add_bfloat16_rows(
     tiles: int,
     values: int,
@@ -47,9 +49,10 @@ def add_bfloat16_rows(
     room: int,
     words: int,
     scale: float,
+    finite_only: bool,
     instructions: str,
     workers: int,
-) -> None: ...
+) -> bool: ...
 def pack(
     matrix: int, d: int, tiles: int, values: int, width: int, bits: int, workers: int
 ) -> None: ...

@@ -6,6 +6,9 @@ from curvfast.ops.corrections import add_by_position_ as add_by_position_
 from curvfast.ops.corrections import add_by_sequence_ as add_by_sequence_
 from curvfast.ops.corrections import project_rows as project_rows
 from curvfast.ops.energies import band_energies as band_energies
+from curvfast.ops.finite import all_finite as all_finite
+from curvfast.ops.finite import finite_flag as finite_flag
+from curvfast.ops.finite import second_moment_if_finite_ as second_moment_if_finite_
 from curvfast.ops.packed_symmetric import TriangularSum as TriangularSum
 from curvfast.ops.packed_symmetric import mirror_ as mirror_
 from curvfast.ops.packed_symmetric import pack as pack

@@ -8,6 +8,7 @@ from typing import Any
 from curvfast.ops import (
     blocked_second_moment,
     energies,
+    finite,
     packed_layout,
     projection,
     reference,
@@ -19,6 +20,7 @@ from curvfast.ops.launch import moments as moments_kernel
 from curvfast.ops.launch import projection as projection_kernel
 from curvfast.ops.launch import sampling as sampling_kernel
 from curvfast.ops.native import extension, instructions, packed_symmetric, second_moment
+from curvfast.ops.native import finite as finite_rows
 from curvfast.ops.registry import Backend, register, unless_named
 from curvfast.ops.second_moment import one_by_one
 
@@ -31,6 +33,8 @@ _copies: dict[str, Callable[..., Any]] = {
 _definitions: dict[str, Callable[..., Any]] = {
     "second_moment_": reference.second_moment_,
     "second_moments_": one_by_one(reference.second_moment_),
+    "second_moment_if_finite_": finite.looked_at_first(reference.second_moment_),
+    "all_finite": reference.all_finite,
     "project": reference.project,
     "band_energies": reference.band_energies,
     "pack": reference.pack,
@@ -45,6 +49,8 @@ register(
         {
             "second_moment_": moments_kernel.second_moment_,
             "second_moments_": group.second_moments_,
+            "second_moment_if_finite_": finite.looked_at_first(moments_kernel.second_moment_),
+            "all_finite": finite.by_extremes,
             "project": projection_kernel.project,
             "band_energies": energies_kernel.band_energies,
             "sampled_gradient_": sampling_kernel.sampled_gradient_,
@@ -53,6 +59,8 @@ register(
         {
             "second_moment_": moments_kernel.refusal,
             "second_moments_": moments_kernel.refusal,
+            "second_moment_if_finite_": moments_kernel.refusal,
+            "all_finite": unless_named("triton", "extremes are torch's"),
             "project": projection_kernel.refusal,
             "band_energies": energies_kernel.refusal,
             "sampled_gradient_": sampling_kernel.refusal,
@@ -67,6 +75,8 @@ register(
         {
             "second_moment_": second_moment.second_moment_,
             "second_moments_": one_by_one(second_moment.second_moment_),
+            "second_moment_if_finite_": second_moment.second_moment_if_finite_,
+            "all_finite": finite_rows.all_finite,
             "pack": packed_symmetric.pack,
             "unpack": packed_symmetric.unpack,
             "mirror_": packed_symmetric.mirror_,
@@ -82,6 +92,8 @@ register(
         {
             "second_moment_": second_moment.refusal,
             "second_moments_": second_moment.refusal,
+            "second_moment_if_finite_": second_moment.refusal,
+            "all_finite": finite_rows.refusal,
             "pack": packed_symmetric.refusal_unless_named,
             "unpack": packed_symmetric.refusal,
             "mirror_": packed_symmetric.refusal,
@@ -98,6 +110,10 @@ register(
         {
             "second_moment_": blocked_second_moment.second_moment_,
             "second_moments_": one_by_one(blocked_second_moment.second_moment_),
+            "second_moment_if_finite_": finite.looked_at_first(
+                blocked_second_moment.second_moment_
+            ),
+            "all_finite": finite.by_extremes,
             "project": projection.banded,
             "band_energies": energies.by_columns,
             "sampled_gradient_": sampling.in_chunks,
@@ -106,6 +122,7 @@ register(
         {
             "second_moment_": blocked_second_moment.refusal,
             "second_moments_": blocked_second_moment.refusal,
+            "second_moment_if_finite_": blocked_second_moment.refusal,
             "project": projection.refusal,
         },
     )

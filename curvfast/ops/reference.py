@@ -39,6 +39,12 @@ def second_moment_(call: MomentRequest) -> None:
             panel += matrix[:stop, start:stop]
 
 
+def all_finite(x: Tensor, rows: Tensor | None) -> bool:
+    """Return whether no value of the counted rows is NaN or infinite."""
+    flat = x.flatten(0, -2)
+    return bool(torch.isfinite(flat if rows is None else flat[rows]).all())
+
+
 def pack(matrix: Tensor, tiles: Tensor) -> None:
     """Write every tile: of ``matrix`` [d, d] those on and above the diagonal, zeros past d."""
     tiles.zero_()

@@ -141,7 +141,7 @@ def test_the_reference_by_name_keeps_the_native_core_out_of_a_whole_edit(
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8))
-    with curvfast.collect(model, layers="all") as curvature:
+    with curvfast.collect(model, layers="all", loss_reduction="sum") as curvature:
         model(torch.randn(60, 12)).square().mean().backward()
     basis, twin = curvature.factors().eigh(), copy.deepcopy(model)
     kept = basis.keep(mass=0.7)

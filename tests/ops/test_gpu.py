@@ -18,7 +18,7 @@ from torch import Tensor
 
 import curvfast
 from curvfast import ops
-from curvfast.collection.step import run_step
+from curvfast.collection.step import Asked, run_step
 from curvfast.kfac.selection.staircase import staircase_by_mass
 from curvfast.ops import MomentRequest, TriangularSum, reference, second_moment
 from curvfast.ops.native import extension, extension_cuda
@@ -195,7 +195,7 @@ def test_sampled_labels_are_as_many_and_as_large_as_a_cpus(padding: str, branche
     with ops.use_backend("auto" if REAL else "triton"):
         generator = torch.Generator(DEVICE).manual_seed(5)
         for batch, mask in zip(batches, masks, strict=True):
-            drawn = run_step(model, batch, "sampled", True, generator)
+            drawn = run_step(model, batch, Asked("sampled", causal=True), generator)
             assert drawn == int(mask.sum()) - len(mask)
         found = [traces(seed) for seed in range(100, 103 if REAL else 101)]
     for name in draws[0]:

@@ -509,6 +509,6 @@ def test_the_core_knows_its_instruction_sets_by_name(name: str) -> None:
     out, x, room = TriangularSum.zeros(3, 3), torch.ones(1, 3), torch.zeros(32, dtype=torch.int32)
     with pytest.raises(ValueError, match="no instruction set"):
         extension.add_rows(
-            out.tiles, 3, x, torch.zeros(1, dtype=torch.long), None, room, 1, name, 1
+            out.tiles, 3, x, torch.zeros(1, dtype=torch.long), None, room, 1, False, name, 1
         )
     assert not out.tiles.any()

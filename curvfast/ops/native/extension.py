@@ -115,9 +115,10 @@ def add_rows(
     roots: Tensor | None,
     room: Tensor,
     scale: float,
+    finite_only: bool,
     instructions: str,
     workers: int,
-) -> None:
+) -> bool:
     """Add the products of the rows at ``offsets`` to the packed ``tiles`` of d features.
 
     Args:
@@ -128,15 +129,28 @@ def add_rows(
         roots: float32 [n], what each row is multiplied by first, or None; of float32 rows only.
         room: int32, at least :func:`packed_words` of them. Overwritten.
         scale: Factor of the products.
+        finite_only: Whether rows that are not all finite leave ``tiles`` as they were.
         instructions: One of :func:`instruction_sets` that this processor has.
         workers: Threads; the answer does not depend on them.
+
+    Returns:
+        Whether they were added.
     """
     add = _C.add_float32_rows if x.dtype == torch.float32 else _C.add_bfloat16_rows
-    add(
+    return add(
         tiles.data_ptr(), tiles.numel(), d, tiles.shape[1], x.data_ptr(), offsets.data_ptr(),
         offsets.numel(), 0 if roots is None else roots.data_ptr(),
-        room.data_ptr(), room.numel(), scale, instructions, workers,
+        room.data_ptr(), room.numel(), scale, finite_only, instructions, workers,
     )  # fmt: skip
+
+
+def finite_rows(x: Tensor, d: int, offsets: Tensor, workers: int) -> bool:
+    """Return whether the rows at ``offsets`` are finite, all as of :func:`add_rows`.
+
+    x may be float16 and float64 too.
+    """
+    name = str(x.dtype).removeprefix("torch.")
+    return _C.finite_rows(x.data_ptr(), offsets.data_ptr(), offsets.numel(), d, name, workers)
 
 
 def pack(matrix: Tensor, tiles: Tensor, workers: int) -> None:

@@ -42,20 +42,39 @@ def second_moment_(call: MomentRequest) -> None:
 
     Subnormal bfloat16 numbers count as zero by the instructions of ``avx512_bf16``.
     """
-    index = call.index()
-    rows = torch.arange(call.x.shape[:-1].numel(), device="cpu") if index is None else index
+    _add(call, finite_only=False)
+
+
+def second_moment_if_finite_(call: MomentRequest) -> bool:
+    """As :func:`second_moment_`, of finite rows alone: they are looked at while they are packed."""
+    return _add(call, finite_only=True)
+
+
+def _add(call: MomentRequest, *, finite_only: bool) -> bool:
+    rows = counted(call.x, call.index())
     if not rows.numel():
-        return
-    offsets = _offsets(call.x, rows)
+        return True
+    offsets = offsets_of(call.x, rows)
     words = room_words(call.x.dtype, rows.numel(), call.d)
     room = torch.empty(words, dtype=torch.int32, device="cpu")
     isa, workers = instructions.chosen(), torch.get_num_threads()
     for out, weights in call.sums():
         # √w on both sides keeps the product symmetric.
         roots = None if weights is None else weights.flatten()[rows].float().sqrt()
-        extension.add_rows(
-            out.tiles, call.d, call.x, offsets, roots, room, call.scale, isa, workers
-        )
+        if not extension.add_rows(
+            out.tiles,
+            call.d,
+            call.x,
+            offsets,
+            roots,
+            room,
+            call.scale,
+            finite_only,
+            isa,
+            workers,
+        ):
+            return False
+    return True
 
 
 def room_words(dtype: torch.dtype, rows: int, d: int) -> int:
@@ -68,7 +87,12 @@ def products(d: int) -> int:
     return extension.packed_products(d)
 
 
-def _offsets(x: Tensor, rows: Tensor) -> Tensor:
+def counted(x: Tensor, index: Tensor | None) -> Tensor:
+    """Return the indices of the counted rows of x [rows, d] or [sequences, length, d]."""
+    return torch.arange(x.shape[:-1].numel(), device="cpu") if index is None else index
+
+
+def offsets_of(x: Tensor, rows: Tensor) -> Tensor:
     """Return where each row begins, in elements."""
     if x.dim() == 2:
         return rows * x.stride(0)
