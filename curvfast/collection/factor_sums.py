@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from curvfast import distributed
-from curvfast.collection.accumulator import SIDES, Accumulator, Moment
+from curvfast.collection.accumulator import SIDES, Accumulator
 from curvfast.collection.config import CollectConfig
+from curvfast.collection.moment import Moment
 from curvfast.kfac.layer_factors import LayerFactors
 from curvfast.model.families import LinearLayer
 
@@ -36,8 +37,37 @@ class FactorSums:
             for _ in range(2 if halves else 1)
         ]
 
+    def begin_pending(self) -> None:
+        """Keep what is added from here on apart, until it is committed or discarded.
+
+        Whatever is read meanwhile is of what is committed.
+        """
+        for part in self.parts:
+            part.begin_pending()
+
+    def commit(self) -> bool:
+        """Add what is pending to the sums, or discard it if an accelerator says it is not finite.
+
+        Returns:
+            Whether it was added.
+        """
+        finite = all(part.pending_is_finite() for part in self.parts)
+        for part in self.parts:
+            if finite:
+                part.commit()
+            else:
+                part.discard()
+        return finite
+
+    def discard(self) -> None:
+        """Forget what is pending."""
+        for part in self.parts:
+            part.discard()
+
     def rows(self, name: str) -> tuple[int, int]:
         """Return the numbers of summed inputs and gradients of a layer."""
+        for part in self.parts:
+            part.end_readings()
         a, g = (self._moments(side, name) for side in ("inputs", "gradients"))
         return sum(m.rows for m in a), sum(m.rows for m in g)
 
@@ -46,9 +76,12 @@ class FactorSums:
 
         Args:
             part: Which half, of which A and G alone are read; None means everything.
+
+        Raises:
+            NonFiniteError: If a sum overflowed, or took what was not finite on an accelerator.
         """
         for each in self.parts:
-            each.flush()
+            each.require_finite()
         dense: dict[tuple[int, ...], Tensor] = {}
         found = {}
         for name in self._layers:
@@ -75,6 +108,7 @@ class FactorSums:
         if group is None:
             return
         for part in self.parts:
+            part.flush()
             everywhere = distributed.gather(part.groups(), group)
             for side in SIDES:
                 groups = _refined([own[side] for own in everywhere])
@@ -90,7 +124,9 @@ class FactorSums:
     def copy(self) -> FactorSums:
         """Return a copy that later additions to the original do not change."""
         other = FactorSums(self._layers, self._config, len(self.parts) == 2)
-        other.restore(*self.state())
+        # Unchecked: all ranks add up before one of them refuses.
+        for mine, copied in zip(self.parts, other.parts, strict=True):
+            copied.copy_from(mine)
         return other
 
     def _add_up_tiles(self, moments: list[Moment], group: distributed.Group) -> None:
@@ -106,7 +142,11 @@ class FactorSums:
             part.release()
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """Return what :meth:`restore` needs: JSON-able facts, and tensors by key."""
+        """Return what :meth:`restore` needs: JSON-able facts, and tensors by key.
+
+        Raises:
+            NonFiniteError: As :meth:`factors`.
+        """
         facts: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for number, part in enumerate(self.parts):

@@ -88,12 +88,26 @@ class Placement:
             return TriangularSum.zeros(d, width, device=torch.device("cpu"))
         return TriangularSum(_mapped(ops.sum_bytes(d, device) // 4).view(-1, width), d)
 
+    def like(self, known: TriangularSum) -> TriangularSum:
+        """Return an empty sum of the shape, tiles and device of one made here."""
+        if self._place != "disk":
+            return TriangularSum(torch.zeros_like(known.tiles), known.d)
+        return TriangularSum(_mapped(known.tiles.numel()).view_as(known.tiles), known.d)
+
     def add(self, request: MomentRequest) -> None:
         """Run one update, now or at the latest in :meth:`flush`."""
         # A sum elsewhere than its rows gets them by way of a copy.
         away = request.out.tiles.device != request.x.device
         with self._aside(request):
             (self._copies if away else self._batch).add(request)
+
+    def add_if_finite(self, request: MomentRequest) -> bool:
+        """Run one update of rows on the CPU now, unless a counted row is not finite.
+
+        Returns:
+            Whether it was run; if not, the sum is as before.
+        """
+        return ops.second_moment_if_finite_(request)
 
     def flush(self) -> None:
         """Run all pending updates; needed before a sum is read."""
