@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -15,16 +16,21 @@ from torch import Tensor, nn
 from curvfast import distributed
 from curvfast.collection.checkpoint import Checkpoint
 from curvfast.collection.convergence import Converged, compare
+from curvfast.collection.head import Said
+from curvfast.collection.likelihood import Likelihood
 from curvfast.collection.measurement import Measurement
-from curvfast.collection.step import run_step
+from curvfast.collection.next_token import causality, of_given_labels, told
+from curvfast.collection.step import EXACT, GOLD, LABELS, Asked, call_arguments, run_step
+from curvfast.collection.targets import LabelMask
 from curvfast.display import Bar
 from curvfast.distributed import Group, local, rank_and_size
 from curvfast.errors import InputError
+from curvfast.kfac.evidence import KEY, Evidence
+from curvfast.kfac.evidence import merged as merged_evidence
 from curvfast.model.families import LinearLayer
-from curvfast.model.forward import frozen
+from curvfast.model.forward import frozen, input_device
 from curvfast.storage import checksum
 
-LABELS = ("sampled", "gold")
 M = TypeVar("M", bound=Measurement)
 
 
@@ -40,8 +46,8 @@ class Pass:
     batches: Iterable[Any]
     """From the first one on, whatever was counted before; each pass reads them anew."""
     layers: dict[str, LinearLayer]
-    causal: bool
-    """Whether position t predicts the label at t + 1."""
+    skip_last: bool | None
+    """Whether position t predicts the label at t + 1; None asks the model in the first batch."""
     labels: str
     tokens: int | None
     """Labels to stop at, on all ranks together."""
@@ -56,6 +62,12 @@ class Pass:
     """The ranks that count with this one."""
     identity: Mapping[str, Any]
     """What else makes a checkpoint one of this measurement, JSON-able."""
+    said: Said = field(default_factory=Said)
+    """What the caller says of the model's head."""
+    label_mask: LabelMask | None = None
+    """Where labels are wanted."""
+    by_kind: bool = False
+    """Whether layers were chosen by kind: one that is never called is then left out."""
     until: Converged | None = None
     """The stopping rule, besides ``tokens``."""
     number: int = 0
@@ -65,6 +77,8 @@ class Pass:
     generator: torch.Generator = field(init=False)
     """Draws the labels."""
     slots: Checkpoint | None = field(init=False, default=None)
+    asked: Asked = field(init=False)
+    """Which labels, and what is known of the head."""
     share: int | None = field(init=False, default=None)
     """Labels of this rank to stop at."""
     counted: int = field(init=False, default=0)
@@ -73,6 +87,8 @@ class Pass:
     """Batches so far."""
     steps: int = field(init=False, default=0)
     """Turns so far, of all ranks together where they keep step."""
+    begun: bool = field(init=False, default=False)
+    """Whether the model was asked what its predictions are of."""
     saved_at: int | None = field(init=False, default=None)
     """Turns at the last checkpoint."""
     curve: list[dict[str, Any]] = field(init=False, default_factory=list)
@@ -88,7 +104,8 @@ class Pass:
         """
         if self.labels not in LABELS:
             raise InputError(
-                f"labels={self.labels!r}: pass 'sampled' (true Fisher) or 'gold' (empirical)"
+                f"labels={self.labels!r}: pass 'sampled' (true Fisher), 'gold' (empirical), or "
+                "'exact' (true Fisher without a draw, for few classes)"
             )
         if self.tokens is not None and self.tokens < 1:
             raise InputError(
@@ -134,13 +151,16 @@ class Pass:
     def _run(self, begin: Callable[..., M], *, one_of_many: bool) -> M:
         rank, world = rank_and_size(self.group)
         self.share = self.tokens and -(-self.tokens // world)
-        device = next(self.model.parameters()).device
-        self.generator = torch.Generator(device).manual_seed(self.seed + rank)
+        self.asked = Asked(self.labels, bool(self.skip_last), self.said, self.label_mask)
+        self.generator = torch.Generator(input_device(self.model)).manual_seed(self.seed + rank)
         facts = {"labels": self.labels, "seed": self.seed}
+        said: dict[str, Any] = {k: v for k, v in asdict(self.said).items() if v is not None}
+        if isinstance(self.label_mask, str):
+            said["label_mask"] = self.label_mask
         if self.checkpoint:
             part = f"pass-{self.number}" + (f"-rank-{rank}-of-{world}" if world > 1 else "")
             identity = {
-                **facts, "tokens": self.share, **self.identity, "pass": self.number,
+                **facts, **said, "tokens": self.share, **self.identity, "pass": self.number,
                 "until": self.until and asdict(self.until), "layers": list(self.layers),
                 "weights": _checksum(self.layers),
             }  # fmt: skip
@@ -149,6 +169,12 @@ class Pass:
             frozen(self.model, self.keep_mode) as driven,
             Bar("collect", self.share, "label", self.progress) as bar,
         ):
+            if self.labels == EXACT and not driven:
+                raise InputError(
+                    "labels='exact' runs several backward passes through one graph, which "
+                    "activation checkpointing would recompute for each: leave keep_mode= out, or "
+                    "pass labels='sampled'"
+                )
             measurement = begin(
                 layers=self.layers, driven=driven, one_of_many=one_of_many, group=self.group,
                 facts=facts,
@@ -183,6 +209,8 @@ class Pass:
             )
         if self.slots and self.saved_at != self.steps:
             self._save(self.slots)
+        if self.asked.likelihood is not None:
+            self.measurement.add_facts(likelihood=self.asked.likelihood.known.to_dict())
         if self.until:
             self.measurement.add_facts(convergence=self.curve)
         self.measurement.add_facts(tokens=total, batches=self.taken)
@@ -216,16 +244,38 @@ class Pass:
             yield (batch, True) if batch is not None else (last if sharded else None, False)
 
     def _count(self, batch: Any) -> int:
-        count = run_step(self.model, batch, self.labels, self.causal, self.generator)
+        first = not self.taken
+        self._ask(batch)
+        count = run_step(self.model, batch, self.asked, self.generator, self.measurement)
         self.counted += count
         self.taken += 1
+        if first:
+            self.measurement.after_first_batch(by_kind=self.by_kind)
         return count
+
+    def _ask(self, batch: Any) -> None:
+        """Ask the model in the first batch whether a prediction is that of the next token."""
+        if self.begun:
+            return
+        self.begun = True
+        if self.skip_last is not None:
+            known = told(self.skip_last)
+        else:
+            self.measurement.pause()
+            arguments = call_arguments(self.model, batch, self.asked)
+            found = causality(self.model, arguments)
+            if self.labels == GOLD:
+                found = of_given_labels(self.model, batch, found)
+            self.asked.causal, known = found
+            self.measurement.resume()
+        self.measurement.set_causal(self.asked.causal, known)
 
     def _keep_step(self, batch: Any) -> None:
         """Run a batch that does not count, with labels that are drawn apart."""
+        self._ask(batch)  # it begins the next batch anew
         self.measurement.skip_next()
         aside = torch.Generator(self.generator.device)
-        run_step(self.model, batch, self.labels, self.causal, aside)
+        run_step(self.model, batch, self.asked, aside, self.measurement)
 
     def _compare(self, rule: Converged) -> None:
         halves = self.measurement.halves()
@@ -239,6 +289,8 @@ class Pass:
         state = {
             "batches": self.taken, "labels": self.counted, "curve": self.curve,
             "steps": self.steps, "compare_at": self.compare_at, "curvature": facts,
+            "begun": self.begun, "causal": self.asked.causal,
+            "likelihood": self.asked.likelihood and asdict(self.asked.likelihood),
         }  # fmt: skip
         if hasattr(self.batches, "state_dict"):
             state["data"] = self.batches.state_dict()
@@ -261,6 +313,10 @@ class Pass:
         self.counted, self.taken = state["labels"], state["batches"]
         self.steps, self.compare_at = state["steps"], state["compare_at"]
         self.curve, self.saved_at = state["curve"], state["steps"]
+        # What the first batch showed holds on: a shorter one might not show it again.
+        self.begun, self.asked.causal = state.get("begun", False), state.get("causal", False)
+        if state.get("likelihood"):
+            self.asked.likelihood = Likelihood(**state["likelihood"])
         if "data" in state and hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(state["data"])
 
@@ -277,6 +333,8 @@ def merged_provenance(provenances: Sequence[Mapping[str, Any]], batches: Any) ->
     if len(provenances) > 1:
         merged["passes"] = [dict(each) for each in provenances]
         merged["unrouted"] = [name for each in provenances for name in each["unrouted"]]
+        known = [Evidence.from_dict(each[KEY]) for each in provenances]
+        merged[KEY] = reduce(merged_evidence, known).to_dict()
     describe = getattr(batches, "provenance", None)
     if callable(describe):
         merged["data"] = describe()
