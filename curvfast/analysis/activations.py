@@ -16,11 +16,12 @@ from curvfast.display import Bar
 from curvfast.errors import CoverageError, InputError, ShapeError
 from curvfast.kfac.eigenbasis import Eigenbasis
 from curvfast.kfac.layer_basis import StoredBasis
-from curvfast.model.batch import Batch, Routed, read_call
+from curvfast.model.batch import Batch
 from curvfast.model.families import LinearLayer, Part, Product, watch
 from curvfast.model.forward import forward_of, frozen, model_arguments
 from curvfast.model.identity import is_causal_lm
 from curvfast.model.rows import RowRule
+from curvfast.model.token_streams import TokenStreams
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +67,15 @@ def watching(
         A function that runs the model on one batch, as in :func:`curvfast.collect_from`.
     """
     skip = is_causal_lm(model) if skip_last is None else skip_last
-    observer = _Observer(layers, on_rows, outputs)
+    streams = TokenStreams(model, layers.values())
+    observer = _Observer(layers, on_rows, outputs, streams)
     with frozen(model, keep_mode=False), torch.no_grad():
+        streams.attach()
         handles = watch(layers.values(), observer)
         try:
             yield partial(_run, model, observer, rows, skip)
         finally:
+            streams.remove()
             for handle in handles:
                 handle.remove()
 
@@ -87,9 +91,7 @@ def _run(
     texts = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), None)
     if texts is None:
         raise InputError("a batch holds no tensor; pass {'input_ids': ..., 'attention_mask': ...}")
-    current = Batch(skip_last=skip_last, rule=rule)
-    read_call(current, arguments)
-    observer.current = current, texts
+    observer.current = Batch(skip_last=skip_last, rule=rule), texts
     try:
         model(**arguments)
     finally:
@@ -101,9 +103,14 @@ class _Observer:
     """Passes the rows of observed products on while a batch runs."""
 
     def __init__(
-        self, layers: Mapping[str, LinearLayer], on_rows: Callable[[Seen], None], outputs: bool
+        self,
+        layers: Mapping[str, LinearLayer],
+        on_rows: Callable[[Seen], None],
+        outputs: bool,
+        streams: TokenStreams,
     ) -> None:
         self._layers, self._on_rows, self._outputs = layers, on_rows, outputs
+        self._streams = streams
         self.current: tuple[Batch, int] | None = None
 
     def paused(self) -> bool:
@@ -111,6 +118,12 @@ class _Observer:
 
     def on_no_tokens(self, layer: str) -> None:
         """Ignore an expert without tokens."""
+
+    def on_transformed(self, layer: str) -> None:
+        """Ignore a call inside a transform: it is none of the batch's own."""
+
+    def on_unread(self, layer: str, reason: str) -> None:
+        raise CoverageError(f"{layer!r} cannot be read: {reason}")
 
     def on_product(self, product: Product) -> Tensor:
         if self.current is not None:
@@ -129,9 +142,12 @@ class _Observer:
         else:
             x = layer.gradients(x) if self._outputs else layer.inputs(x)
         of = x.shape[:-1]
-        owner: Batch | Routed = batch
+        frame = self._streams.current()
         if part.positions is not None and part.of is not None:
-            of, owner = part.of, Routed(batch, part.positions, part.of)
+            of = part.of
+            owner = batch.routed_rows(part.layer, part.positions, of, frame)
+        else:
+            owner = batch.call_rows(part.layer, x, frame)
         length, rest = divmod(of.numel(), texts)
         if rest:
             raise ShapeError(

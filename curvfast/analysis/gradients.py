@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from curvfast.analysis.per_example import joined, split_labels
 from curvfast.collection.hooks import Arrival, Capture
-from curvfast.collection.step import backward_edge, fisher_gradient, gold_labels, label_gradient
+from curvfast.collection.likelihood import fisher_gradient, label_gradient
+from curvfast.collection.step import backward_edge, gold_labels
 from curvfast.display import Bar
 from curvfast.errors import CoverageError, InputError
 from curvfast.kfac.corrections import POSITION, READINGS, SEQUENCE
 from curvfast.kfac.eigenbasis import Eigenbasis
 from curvfast.kfac.selection.kept_pairs import Selection
-from curvfast.model.batch import Batch, read_call
+from curvfast.model.batch import Batch
 from curvfast.model.families import LinearLayer
 from curvfast.model.forward import frozen, logits_of
 from curvfast.model.identity import is_causal_lm
 from curvfast.model.layers import LayerSpec, basis_layers
 from curvfast.model.rows import RowRule
+from curvfast.model.token_streams import TokenStreams
 from curvfast.ops import project_rows
 
 LABELS = ("gold", "fisher")
@@ -124,7 +126,7 @@ def gradient_energies(
     chosen = basis_layers(model, basis, layers)
     causal = is_causal_lm(model) if skip_last is None else skip_last
     generator = torch.Generator().manual_seed(seed)
-    energies = _Energies(chosen, basis, kept, per, rows, causal)
+    energies = _Energies(model, chosen, basis, kept, per, rows, causal)
     repeats = draws if labels == "fisher" else 1
     found = []
     with (
@@ -136,7 +138,7 @@ def gradient_energies(
             arguments, gold = split_labels(model, batch)
             parts = []
             for _ in range(repeats):
-                energies.begin(arguments)
+                energies.begin()
                 with torch.enable_grad():
                     logits = logits_of(model(**arguments))
                 if not logits.requires_grad:
@@ -160,6 +162,7 @@ class _Energies:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: dict[str, LinearLayer],
         basis: Eigenbasis,
         kept: Selection,
@@ -180,7 +183,8 @@ class _Energies:
                 if partial
                 else f"kept= is of {kept.frame} pairs: pass what basis.keep() returns"
             )
-        self._layers, self._per, self._rule, self._causal = layers, per, rule, causal
+        self._model, self._layers = model, layers
+        self._per, self._rule, self._causal = per, rule, causal
         self._bases = {name: _Pairs(basis, kept, name) for name in layers}
         self._batch = Batch(skip_last=causal)
         self._examples: dict[str, dict[int, Tensor]] = {}
@@ -188,19 +192,22 @@ class _Energies:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Register hooks on the layers for the block."""
+        streams = TokenStreams(self._model, self._layers.values())
         capture = Capture(
-            self._layers, lambda: self._batch, self._arrive, None, share_inputs=False, driven=True
-        )
+            self._layers, lambda: self._batch, streams.current, self._arrive, None,
+            share_inputs=False, driven=True,
+        )  # fmt: skip
+        streams.attach()
         capture.attach()
         try:
             yield
         finally:
             capture.remove()
+            streams.remove()
 
-    def begin(self, arguments: Mapping[str, Any]) -> None:
+    def begin(self) -> None:
         """Begin a batch, before its forward."""
         self._batch = Batch(skip_last=self._causal, rule=self._rule)
-        read_call(self._batch, arguments)
         self._examples = {}
 
     def end(self, count: int) -> Tensor:

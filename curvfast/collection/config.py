@@ -11,6 +11,7 @@ from curvfast.errors import InputError
 REDUCTIONS = ("mean", "sum")
 STREAMS = ("one", "overlap")
 PLACES = ("same", "cpu", "disk")
+NONFINITE = ("skip", "error")
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,12 @@ class CollectConfig:
 
     layers: str
     """The layers asked for."""
-    loss_reduction: str = "mean"
-    """Whether the caller's loss is the mean or the sum over its labels."""
-    loss_scale: float | None = 1.0
-    """A further factor of the caller's loss; None: measured at the loss the model returns."""
+    loss_reduction: str | None = None
+    """Whether the caller's loss is the "mean" or the "sum" over its labels; None: it is read."""
+    loss_scale: float | None = None
+    """A further factor of the caller's loss; None: it is read."""
     skip_last: bool | None = None
-    """Whether a sequence's last real position is left out; None: for causal language models."""
+    """Whether position t predicts the token at t + 1; None: it is read."""
     share_inputs: bool = True
     """Whether layers fed by one tensor share one A."""
     spill_every: int | None = None
@@ -42,6 +43,10 @@ class CollectConfig:
     """Seed of the generator that draws ``rows_per_step``."""
     marginals: bool = False
     """Whether the moments weighted by the other side's squared norms are summed too."""
+    on_nonfinite: str = "skip"
+    """Whether a batch with NaN or infinity is left out and told ("skip"), or an "error"."""
+    strict: bool = False
+    """Whether what is warned of otherwise is an error."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -49,10 +54,11 @@ class CollectConfig:
         Raises:
             InputError: If one is out of range.
         """
-        if self.loss_reduction not in REDUCTIONS:
+        if self.loss_reduction not in (None, *REDUCTIONS):
             raise InputError(
                 f"loss_reduction={self.loss_reduction!r}: pass 'mean' if the loss is averaged over "
-                "its labels (the default of torch and transformers), 'sum' if it is summed"
+                "its labels (the default of torch and transformers), 'sum' if it is summed, or "
+                "None to read it off the gradient"
             )
         scale = self.loss_scale
         if scale is not None and not (math.isfinite(scale) and scale > 0):
@@ -82,6 +88,11 @@ class CollectConfig:
                 f"sums_device={self.sums_device!r}: pass one of {', '.join(map(repr, PLACES))}"
             )
 
+        if self.on_nonfinite not in NONFINITE:
+            raise InputError(
+                f"on_nonfinite={self.on_nonfinite!r}: pass 'skip' to leave out what is NaN or "
+                "infinite, or 'error'"
+            )
         if self.streams not in STREAMS:
             raise InputError(f"streams={self.streams!r}: pass 'one', or 'overlap' on a CUDA device")
 

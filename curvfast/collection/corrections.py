@@ -16,13 +16,16 @@ from curvfast import distributed
 from curvfast.collection.config import CollectConfig
 from curvfast.collection.correction_sums import CorrectionSums, bytes_of
 from curvfast.collection.driver import Pass, merged_provenance
+from curvfast.collection.head import Said
 from curvfast.collection.measurement import Measurement
+from curvfast.collection.targets import LabelMask
+from curvfast.collection.verdict import Energy
 from curvfast.distributed import group_of
 from curvfast.errors import InputError
-from curvfast.kfac.corrections import POSITION, READINGS, SEQUENCE, Corrections
+from curvfast.kfac.corrections import POSITION, READINGS, SEQUENCE, Corrections, LayerCorrection
 from curvfast.kfac.eigenbasis import Eigenbasis
 from curvfast.model.families import LinearLayer
-from curvfast.model.identity import is_causal_lm, without_ddp
+from curvfast.model.identity import without_ddp
 from curvfast.model.layers import LayerSpec, basis_layers
 from curvfast.model.rows import RowRule
 from curvfast.storage import checksum
@@ -77,16 +80,20 @@ class Correction(Measurement):
             Experts that no counted token was routed to are left out, with a warning.
 
         Raises:
+            EvidenceError: If which rows count, or the unit, is neither proven nor told.
             CoverageError: If a chosen layer got no rows; the message says which and why.
+            NonFiniteError: With ``on_nonfinite="error"``, if something was not finite.
             DistributedError: If another rank is gone.
         """
         if self._result is not None:
             return self._result
-        final = not self._active
+        final, group = not self._active, self._group
         sums: CorrectionSums = self._added_up(final=final)
-        idle = self._require(sums)
         layers = (sums if final else sums.copy()).corrections()
-        found = Corrections(layers, self._per, {**self._provenance(idle), "per": self._per})
+        verdict = self._judged(lambda name: _energy(layers.get(name)), group)
+        idle = self._require(sums)
+        provenance = {**self._provenance(idle, verdict), "per": self._per}
+        found = Corrections(layers, self._per, provenance)
         if final:
             self._result = found
             self._sums.release()
@@ -100,6 +107,9 @@ def correct(
     layers: LayerSpec | None = None,
     *,
     labels: str = "sampled",
+    likelihood: str | None = None,
+    class_axis: int | None = None,
+    label_mask: LabelMask | None = None,
     tokens: int | None = None,
     per: str = POSITION,
     seed: int = 0,
@@ -130,7 +140,10 @@ def correct(
             block of Λ is measured.
         batches: Batches of data, as in :func:`curvfast.collect_from`.
         layers: Which layers of the basis, as in :func:`curvfast.collect`; None means all.
-        labels: Sampled or given labels, as in :func:`curvfast.collect_from`.
+        labels: Sampled, given or exact labels, as in :func:`curvfast.collect_from`.
+        likelihood: As in :func:`curvfast.collect_from`.
+        class_axis: As in :func:`curvfast.collect_from`.
+        label_mask: As in :func:`curvfast.collect_from`.
         tokens: Stop once this many labels were counted; None takes every batch.
         per: What a sample is. ``"position"``: E[(uᵢᵀg)² (vⱼᵀa)²] over counted rows, K-FAC's own
             reading, one product of squares a call. ``"sequence"``: the squared gradient of a whole
@@ -172,8 +185,8 @@ def correct(
         identity["basis"] = _checksum(basis, chosen)
     data = Pass(
         model=model, batches=batches, layers=chosen,
-        causal=is_causal_lm(model) if skip_last is None else skip_last, labels=labels,
-        tokens=tokens, seed=seed, progress=progress, keep_mode=keep_mode,
+        skip_last=skip_last, labels=labels, said=Said(likelihood, class_axis),
+        label_mask=label_mask, tokens=tokens, seed=seed, progress=progress, keep_mode=keep_mode,
         layers_per_pass=layers_per_pass, checkpoint=checkpoint, every=every,
         group=group_of(group), identity=identity,
     )  # fmt: skip
@@ -190,8 +203,8 @@ def collect_corrections(
     layers: LayerSpec | None = None,
     *,
     per: str = POSITION,
-    loss_reduction: str = "mean",
-    loss_scale: float | None = 1.0,
+    loss_reduction: str | None = None,
+    loss_scale: float | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     skip_last: bool | None = None,
     rows: RowRule | None = None,
@@ -199,6 +212,8 @@ def collect_corrections(
     rows_per_step: float | None = None,
     every: int = 1,
     seed: int = 0,
+    on_nonfinite: str = "skip",
+    strict: bool = False,
     group: Any = "auto",
 ) -> Iterator[Correction]:
     """Measure Λ as :func:`correct` does, while the caller runs the training loop.
@@ -223,7 +238,7 @@ def collect_corrections(
     config = CollectConfig(
         layers=_described(layers), loss_reduction=loss_reduction, loss_scale=loss_scale,
         skip_last=skip_last, spill_every=spill_every, rows_per_step=rows_per_step, every=every,
-        seed=seed,
+        seed=seed, on_nonfinite=on_nonfinite, strict=strict,
     )  # fmt: skip
     correction = Correction(
         model, config, basis, basis_layers(model, basis, layers), per, rows=rows,
@@ -246,6 +261,11 @@ def _check(per: str, rows_per_step: float | None) -> None:
             "rows_per_step= leaves out positions of a sequence, whose gradient would be another: "
             "pass per='position', or fewer sequences"
         )
+
+
+def _energy(layer: LayerCorrection | None) -> Energy:
+    """Return Σ‖g‖²‖a‖² of the samples, which a rotation keeps."""
+    return Energy(0.0 if layer is None else float(layer.sum.sum()), 1.0, 1)
 
 
 def _described(layers: LayerSpec | None) -> str:

@@ -1,26 +1,51 @@
-"""Coverage: which parameters have factors, and the errors that say why others have none."""
+"""Coverage: which parameters have factors, by which rows; and why others have none."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 
-from curvfast.collection.hooks import Calls
-from curvfast.errors import CoverageError, InputError, NumericalWarning
-from curvfast.kfac.layer_factors import LayerFactors
-from curvfast.model.families import ExpertLayer, LinearLayer, unsupported_reason
-from curvfast.model.layers import LEFT_OUT, bare_name, linear_layers
+from curvfast.kfac.evidence import Evidence
+from curvfast.kfac.known import Known
+from curvfast.model.families import LinearLayer, unsupported_reason
+from curvfast.model.layers import LEFT_OUT, bare_names, linear_layers
 
 _NOT_CHOSEN = "not chosen by layers="
+_NEVER_CALLED = "the model never called it"
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The batches in which a layer's gradient held NaN or infinity, and which counted nowhere."""
+
+    count: int
+    """How many."""
+    batches: tuple[int, ...]
+    """Their numbers, as far as they are kept: the first ones."""
+
+    def __str__(self) -> str:
+        """Return the count, and the numbers of the first."""
+        first = ", ".join(map(str, self.batches[:_SHOWN]))
+        more = ", …" if self.count > len(self.batches[:_SHOWN]) else ""
+        return f"{self.count} batches that were not finite (number {first}{more})"
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Coverage report: the parameters that have factors, and the reasons of those without."""
+    """Coverage report: the parameters that have factors, and the reasons of those without.
+
+    A row of a layer counts if its position is real and can reach a label: it is no padding; in a
+    causal stream of tokens it is not after the last label of its sequence or packed document, or,
+    where labels are not seen, not the last real position; in a decoder without a mask it is not
+    after its last label that is not ignored. Positions before that count although they have no
+    label themselves. In a stream that is not causal every real position counts. ``rows`` says
+    which of these was done, layer by layer, who said that it applies, and how sure that is.
+    """
 
     covered: dict[str, int]
     """Weights with factors: parameter name, or layer name of an expert -> rows counted so far."""
@@ -30,6 +55,13 @@ class Coverage:
     """Share of the model's parameters that is covered."""
     sum_bytes: int
     """Upper bound of the bytes of all sums, float32 (layers that share an A need less)."""
+    rows: dict[str, Known] = field(default_factory=dict)
+    """Layer name -> which rows were counted, proven, told or by convention; ``left_out`` is the
+    share of Σ‖g xᵀ‖² in the others."""
+    unit: Known | None = None
+    """How a gradient became one of the summed loss; None before the first."""
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    """Layer name -> its batches that were not finite, of layers that had such."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the coverage as JSON-able values."""
@@ -38,14 +70,27 @@ class Coverage:
             "uncovered": self.uncovered,
             "fraction": self.fraction,
             "sum_bytes": self.sum_bytes,
+            **Evidence(self.unit, self.rows).to_dict(),
+            "skipped": {name: asdict(skipped) for name, skipped in self.skipped.items()},
         }
 
     def __str__(self) -> str:
-        """Return a short account: the share, then the reasons with their counts."""
-        reasons: dict[str, int] = {}
-        for reason in self.uncovered.values():
-            reasons[reason] = reasons.get(reason, 0) + 1
+        """Return a short account: the share, rows and unit, then the reasons with their counts."""
         lines = [f"{len(self.covered)} weights covered, {self.fraction:.1%} of all parameters"]
+        rules = Counter(map(str, self.rows.values()))
+        lines += [f"  {count:>5} layers: {rule}" for rule, count in rules.items()]
+        shares = {name: known.left_out for name, known in self.rows.items() if known.left_out}
+        if shares:
+            worst = max(shares, key=shares.__getitem__)
+            lines.append(
+                f"  {len(shares):>5} layers have a gradient in rows left out, up to "
+                f"{shares[worst]:.2g} of Σ‖g xᵀ‖² in {worst!r}"
+            )
+        if self.unit is not None:
+            lines.append(f"  unit of G: {self.unit}")
+        bad = Counter(map(str, self.skipped.values()))
+        lines += [f"  {count:>5} layers left out {skipped}" for skipped, count in bad.items()]
+        reasons = Counter(self.uncovered.values())
         lines += [f"  {count:>5} not covered: {reason}" for reason, count in reasons.items()]
         return "\n".join(lines)
 
@@ -56,6 +101,10 @@ def describe(
     rows: Mapping[str, int],
     unrouted: Collection[str],
     sum_bytes: int,
+    *,
+    uncalled: Collection[str] = (),
+    evidence: Evidence | None = None,
+    skipped: Mapping[str, Skipped] | None = None,
 ) -> Coverage:
     """Return the coverage of ``chosen`` layers.
 
@@ -68,7 +117,11 @@ def describe(
         rows: How many rows of each were counted.
         unrouted: Those that no counted token was routed to.
         sum_bytes: An upper bound for all sums.
+        uncalled: Those that the model never called although it ran.
+        evidence: How rows and unit are known so far.
+        skipped: The batches of each that were not finite.
     """
+    known = evidence or Evidence()
     supported: dict[int, list[LinearLayer]] = {}
     for layer in linear_layers(model).values():
         supported.setdefault(id(layer.parameter), []).append(layer)
@@ -76,8 +129,9 @@ def describe(
     uncovered: dict[str, str] = {}
     seen: set[int] = set()
     inside = total = 0
+    names = bare_names(model)
     for full_name, module in model.named_modules():
-        owner = bare_name(full_name)
+        owner = names[full_name]
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{leaf}" if owner else leaf
             # A tied parameter is named once, where it stands first, as torch does.
@@ -86,19 +140,25 @@ def describe(
             seen.add(id(parameter))
             total += parameter.numel()
             layers = [x for x in supported.get(id(parameter), []) if x.module is module]
-            if not any(layer.name in chosen for layer in layers):
+            if not any(layer.name in chosen or layer.name in uncalled for layer in layers):
                 uncovered[name] = _reason(leaf, module, layers)
                 continue
             for layer in layers:
                 own = name if len(layers) == 1 else layer.name
-                if layer.name not in chosen:
+                if layer.name in uncalled:
+                    uncovered[own] = _NEVER_CALLED
+                elif layer.name not in chosen:
                     uncovered[own] = _NOT_CHOSEN
                 elif layer.name in unrouted:
                     uncovered[own] = "no counted token was routed to this expert"
                 else:
                     covered[own] = rows.get(layer.name, 0)
                     inside += parameter.numel() // len(layers)
-    return Coverage(covered, uncovered, inside / max(1, total), sum_bytes)
+    return Coverage(
+        covered, uncovered, inside / max(1, total), sum_bytes,
+        {name: known.rows[name] for name in chosen if name in known.rows}, known.unit,
+        {name: each for name, each in (skipped or {}).items() if each.count},
+    )  # fmt: skip
 
 
 def _reason(leaf: str, module: nn.Module, layers: list[LinearLayer]) -> str:
@@ -108,124 +168,3 @@ def _reason(leaf: str, module: nn.Module, layers: list[LinearLayer]) -> str:
     if leaf.endswith("bias"):
         return "bias: edits leave it untouched"
     return unsupported_reason(module)
-
-
-class Counted(Protocol):
-    """Sums that count their rows."""
-
-    def rows(self, name: str) -> tuple[int, int]:
-        """Return how many inputs and how many gradients of a layer were summed."""
-
-
-def require_rows(
-    layers: Iterable[str], sums: Counted, calls: Mapping[str, Calls], skipped: Mapping[str, int]
-) -> None:
-    """Check that A and G of every layer hold rows, and the same ones.
-
-    Args:
-        layers: The chosen layers.
-        sums: What was summed.
-        calls: How often each layer was seen.
-        skipped: How many gradients of each layer overflowed.
-
-    Raises:
-        CoverageError: If a layer has none, or unequal ones.
-    """
-    problems = []
-    for name in layers:
-        rows_a, rows_g = sums.rows(name)
-        if not (rows_a and rows_g):
-            problems.append(f"{name!r}: {_why_empty(calls[name], skipped[name])}")
-        elif rows_a != rows_g:
-            problems.append(
-                f"{name!r}: {rows_a} inputs but {rows_g} gradients: it read the tensor of another "
-                "layer and got no gradient for it; collect with share_inputs=False"
-            )
-    if problems:
-        raise CoverageError(
-            "some chosen layers have no factors (nothing is lost: what was summed is still here; "
-            "leave them out by layers=, or remove the cause):\n  " + "\n  ".join(problems)
-        )
-
-
-def require_cuda(model: nn.Module) -> None:
-    """Raise unless the whole model is on CUDA devices, the only ones with streams.
-
-    Raises:
-        InputError: If a parameter is elsewhere.
-    """
-    elsewhere = {p.device.type for p in model.parameters()} - {"cuda"}
-    if elsewhere:
-        raise InputError(
-            f"streams='overlap' needs the model on a CUDA device; some of it is on "
-            f"{', '.join(sorted(elsewhere))}. Leave streams= out"
-        )
-
-
-def unrouted(
-    layers: Mapping[str, LinearLayer],
-    sums: Counted,
-    calls: Mapping[str, Calls],
-    skipped: Mapping[str, int],
-) -> list[str]:
-    """Return the experts whose module ran, and to which no token that counts was routed.
-
-    Args:
-        layers: The chosen layers.
-        sums: What was summed.
-        calls: How often each layer was seen.
-        skipped: How many gradients of each layer overflowed.
-    """
-    return [
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, ExpertLayer)
-        and (calls[name].resting or calls[name].gradients)
-        and not any(sums.rows(name))
-        and not skipped[name]
-    ]
-
-
-def warn_unrouted(names: list[str]) -> None:
-    """Warn of experts that are left out because no counted token was routed to them."""
-    if names:
-        warnings.warn(
-            f"{len(names)} expert layer(s) are left out: no counted token was routed to them, so "
-            f"they have no factors; collect more data. {', '.join(names[:8])}",
-            NumericalWarning,
-            stacklevel=4,
-        )
-
-
-def warn_few_rows(layers: Mapping[str, LayerFactors]) -> None:
-    """Warn of layers that saw fewer rows than they are wide: their factors lack rank."""
-    few = [n for n, f in layers.items() if f.rows_g < max(len(f.a_sum), len(f.g_sum))]
-    if few:
-        rows = min(layers[name].rows_g for name in few)
-        warnings.warn(
-            f"{len(few)} layer(s) saw fewer rows than they are wide ({rows} at least), so their "
-            f"factors are rank-deficient; collect more data. {', '.join(few[:8])}",
-            NumericalWarning,
-            stacklevel=4,
-        )
-
-
-def _why_empty(calls: Calls, skipped: int) -> str:
-    if calls.resting and not calls.forward:
-        return "no token was routed to it"
-    if not calls.forward:
-        return (
-            "its hook never fired. The model never called it, or was compiled before collect() "
-            "began: torch.compile ignores later hooks, so enter collect() first"
-        )
-    if skipped:
-        return f"all {skipped} gradients overflowed and were left out"
-    if calls.gradients:
-        return "gradients came, but no row of them counts: is every position masked?"
-    if calls.forward == calls.without_grad:
-        return (
-            "its output never required a gradient: it ran under no_grad, or everything up to it is "
-            "frozen; use collect_from(), which needs no trainable parameter, or let the inputs "
-            "require a gradient (model.enable_input_require_grads())"
-        )
-    return "no gradient reached it: was backward() called inside the with block?"

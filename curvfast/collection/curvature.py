@@ -12,12 +12,15 @@ from torch import nn
 from curvfast import distributed
 from curvfast.collection.accumulator import factor_bytes, sum_bytes
 from curvfast.collection.config import CollectConfig
-from curvfast.collection.coverage import warn_few_rows
 from curvfast.collection.factor_sums import FactorSums
 from curvfast.collection.measurement import Measurement
+from curvfast.collection.refusal import OnError
+from curvfast.collection.uncovered import warn_few_rows
+from curvfast.collection.verdict import Energy
 from curvfast.kfac.factors import Factors
+from curvfast.kfac.layer_factors import LayerFactors
 from curvfast.model.families import LinearLayer
-from curvfast.model.layers import LayerSpec, select
+from curvfast.model.layers import LayerSpec, are_kinds, select
 from curvfast.model.rows import RowRule
 
 log = logging.getLogger(__name__)
@@ -41,11 +44,13 @@ class Curvature(Measurement):
         group: distributed.Group = None,
         one_of_many: bool = False,
         facts: Mapping[str, Any] | None = None,
+        on_error: OnError | None = None,
     ) -> None:
         """Register the hooks; :func:`collect` describes the arguments.
 
         ``layers`` may be chosen before. With ``one_of_many``, other passes measure other layers:
-        here there may be no rows at all.
+        here there may be no rows at all. With ``on_error``, which must not raise, a refusal inside
+        a hook is handed to it and ends the measurement, not the loop; ``factors()`` raises it.
         """
         chosen = layers if isinstance(layers, dict) else select(model, layers)
         self._sums = FactorSums(chosen, config, halves)
@@ -58,9 +63,10 @@ class Curvature(Measurement):
         )  # fmt: skip
         super().__init__(
             model, config, chosen, rows=rows, grad_scaler=grad_scaler, driven=driven, group=group,
-            one_of_many=one_of_many, facts=facts, parts=self._sums.parts,
+            one_of_many=one_of_many, facts=facts, parts=self._sums.parts, on_error=on_error,
             # A weight of either side is the norm of the other, so both must be there.
             inputs_first=not config.marginals,
+            by_kind=not isinstance(layers, dict) and are_kinds(layers),
         )  # fmt: skip
 
     def factors(self) -> Factors:
@@ -73,17 +79,22 @@ class Curvature(Measurement):
             Experts that no counted token was routed to are left out, with a warning.
 
         Raises:
+            EvidenceError: If which rows count, or the unit of G, is neither proven nor told, or
+                the gradients contradict it; the message says what to pass.
             CoverageError: If a chosen layer got no rows, or its inputs and gradients do not belong
                 to the same rows; the message says which and why.
+            NonFiniteError: With ``on_nonfinite="error"``, if something was not finite.
             DistributedError: If another rank is gone.
         """
         if self._result is not None:
             return self._result
+        group = self._group
         sums: FactorSums = self._added_up(final=not self._active)
-        idle = self._require(sums)
         layers = sums.factors()
+        verdict = self._judged(lambda name: _energy(layers.get(name)), group)
+        idle = self._require(sums)
         warn_few_rows(layers)
-        factors = Factors(layers, self._provenance(idle))
+        factors = Factors(layers, self._provenance(idle, verdict))
         if not self._active:
             self._result = factors
             self._sums.release()
@@ -96,3 +107,9 @@ class Curvature(Measurement):
         """
         sums: FactorSums = self._added_up(final=False)
         return Factors(sums.factors(0)), Factors(sums.factors(1))
+
+
+def _energy(layer: LayerFactors | None) -> Energy:
+    if layer is None:
+        return Energy(0.0, 0.0, 0)
+    return Energy(float(layer.a_sum.trace()), float(layer.g_sum.trace()), layer.rows_g)

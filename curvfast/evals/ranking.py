@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from curvfast.errors import InputError, ShapeError
-from curvfast.model.batch import Batch, read_call
 from curvfast.model.forward import frozen, logits_of, model_arguments
 from curvfast.model.identity import is_causal_lm
+from curvfast.model.stream import drop_last
 
 
 def top_tokens(
@@ -36,11 +36,9 @@ def top_tokens(
         for batch in batches:
             arguments = model_arguments(model, batch, device)
             arguments.pop("labels", None)
-            counted = Batch(skip_last=is_causal_lm(model))
-            read_call(counted, arguments)
             logits = logits_of(model(**arguments))
-            rows = counted.rows("the model's logits", logits.shape[:-1], logits.device)
-            own = rows.take(logits)
+            scored = _scored(arguments.get("attention_mask"), logits, causal=is_causal_lm(model))
+            own = logits[scored]  # [count, tokens]
             if not 1 <= k <= own.shape[1]:
                 raise InputError(
                     f"k={k}: pass a number from 1 to the {own.shape[1]} tokens there are"
@@ -49,6 +47,20 @@ def top_tokens(
     if not sum(map(len, found)):
         raise InputError("batches hold no position that predicts a token; got nothing to rank")
     return torch.cat(found)
+
+
+def _scored(mask: Tensor | None, logits: Tensor, *, causal: bool) -> Tensor:
+    """Return which positions predict a token, bool, the leading shape of the logits."""
+    every = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if logits.dim() < 3:
+        return every
+    real = every if mask is None else mask.to(logits.device).bool()
+    if real.shape != every.shape:
+        raise ShapeError(
+            f"attention_mask is {list(real.shape)}, and the model predicts {list(every.shape)}: "
+            "pass one of [sequences, length]"
+        )
+    return drop_last(real) if causal else real
 
 
 def ndcg(baseline: Tensor, found: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -20,11 +20,14 @@ from transformers import TrainerCallback
 
 from curvfast.collection.config import CollectConfig
 from curvfast.collection.curvature import Curvature
-from curvfast.errors import CurvfastError, InputError, NumericalWarning
+from curvfast.errors import CurvfastError, InputError
 from curvfast.kfac import spectrum_log
+from curvfast.kfac.factors import Factors
 from curvfast.kfac.spectrum import FRACTIONS
 from curvfast.model.layers import LayerSpec, select
 from curvfast.model.rows import RowRule
+
+log = logging.getLogger(__name__)
 
 
 class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
@@ -36,10 +39,14 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     spectrum-log`` draws it. The training is the same as without, bit for bit; between those steps
     no hook is on the model, so evaluation does not count.
 
-    G is of the *summed* loss: the Trainer's factors of the model's loss (gradient accumulation,
+    G is of the *summed* loss: the Trainer's factors of the loss (gradient accumulation,
     ``num_items_in_batch``, ``average_tokens_across_devices``, AMP's scale) are read off the
-    gradient that arrives at it. Labels are the data's own: these are factors of the empirical
-    Fisher.
+    gradients. Labels are the data's own: these are factors of the empirical Fisher.
+
+    What cannot be measured never ends a training. A refusal, before the first step, inside a step,
+    or when figures are read, ends the measurement: nothing of it is written, its reason and the
+    way out are logged once as a warning, ``refusal`` holds it and :attr:`factors` raises it. The
+    next measurement is tried as usual.
 
     Only the first process measures, on its share of the rows. After an exception in a step the
     hooks stay until the model is called again or :meth:`close`; they count nothing.
@@ -72,10 +79,11 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             steps: Optimizer steps of one measurement: enough for more rows than a layer is wide.
             fractions: Shares of all eigenpairs at which the mass curve is kept, in [0, 1].
             save_factors: Whether the factors are kept too, in ``factors-<step>``.
-            loss_scale: None measures the scale at the loss that the model returns. For a
-                loss made outside the model (``compute_loss_func=``, ``label_smoothing_factor=``):
-                the factor of that loss, taken as a mean over the ``num_items_in_batch`` that the
-                model is called with, else over its predictions; G is then of that loss.
+            loss_scale: None reads the unit of G off the gradients. Where that is refused, as it may
+                be for a loss made outside the model (``compute_loss_func=``,
+                ``label_smoothing_factor=``): the factor of that loss, taken as a mean over the
+                ``num_items_in_batch`` that the model is called with, else over its labels; G is
+                then of that loss.
             skip_last: Whether the last real position of each sequence is left out.
             rows: Row rule, as in :func:`curvfast.collect`.
             rows_per_step: Share or number of the rows of each batch that are counted.
@@ -92,20 +100,43 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             )
         if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
             raise InputError(f"fractions={fractions}: pass shares of the eigenpairs, in [0, 1]")
+        told: dict[str, Any] = {} if loss_scale is None else {"loss_reduction": "mean"}
         self._config = CollectConfig(
             layers=layers if isinstance(layers, str) else repr(layers), loss_scale=loss_scale,
             skip_last=skip_last, rows_per_step=rows_per_step, sums_device=sums_device, seed=seed,
+            **told,
         )  # fmt: skip
         self.directory = Path(directory)
         self._layers, self._rows = layers, rows
         self._every, self._steps = every, steps
         self._fractions = tuple(fractions)
         self._save_factors = save_factors
+        self.refusal: CurvfastError | None = None
+        """Why the last measurement ended without figures; None if it did not."""
         self._run = ""
-        self._measured = False
+        self._measurable = False
+        self._logged: set[type[CurvfastError]] = set()
+        self._saved: Path | None = None
         self._curvature: Curvature | None = None
         self._guard: RemovableHandle | None = None
         self._began = self._taken = 0
+
+    @property
+    def factors(self) -> Factors:
+        """The factors of the last measurement, read from the disk at each use.
+
+        Raises:
+            CurvfastError: What was refused, if that ended the last measurement.
+            InputError: If none is kept: ``save_factors`` is False, or none was made yet.
+            StorageError: If they cannot be read.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        if self._saved is None:
+            raise InputError(
+                "no factors are kept: pass save_factors=True, and read them after a measurement"
+            )
+        return Factors.from_pretrained(self._saved)
 
     def close(self) -> None:
         """Remove every hook; the sums since the last record are discarded."""
@@ -115,36 +146,40 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Raise for trainings that cannot be measured, before the first step.
+        """Log why a training cannot be measured, if it cannot, before the first step.
 
-        Raises:
-            InputError: If the model is compiled, replicated by threads, or its loss is smoothed
-                outside it.
-            LayerNotFound: If ``layers`` matches nothing.
-            FormatError: If the log's file is something else.
-            StorageError: If it cannot be read.
+        It cannot if the model is compiled or replicated by threads, ``layers`` matches nothing, or
+        the log's file cannot be read.
         """
         self.close()
-        _refuse(args, model, self._config)
-        select(model, self._layers)
-        earlier = spectrum_log.read_log(self.directory) if state.global_step else []
+        self.refusal, self._saved, self._measurable = None, None, False
+        self._logged.clear()
+        try:
+            _refuse(args, model)
+            select(model, self._layers)
+            earlier = spectrum_log.read_log(self.directory) if state.global_step else []
+        except CurvfastError as error:
+            self._note("this training is not measured", error)
+            return
         self._run = earlier[-1].run if earlier else secrets.token_hex(4)
-        self._measured = False
+        self._measurable = True
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Begin a measurement if one is due, or continue one.
-
-        Raises:
-            LayerNotFound: If a chosen layer shares its weight.
-        """
+        """Begin a measurement if one is due, or continue one."""
         self._pause()
+        due = state.is_world_process_zero and state.global_step % self._every == 0
         if self._curvature is not None:
             self._curvature.resume()
-        elif state.is_world_process_zero and state.global_step % self._every == 0:
-            self._began, self._taken = state.global_step, 0
-            self._curvature = self._begin(model, getattr(kwargs.get("optimizer"), "scaler", None))
+        elif due and self._measurable:
+            self._began, self._taken, self.refusal = state.global_step, 0, None
+            scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+            try:
+                self._curvature = self._begin(model, scaler)
+            except CurvfastError as error:
+                self._refused(error)
+                return
         else:
             return
         loop = _caller()
@@ -157,26 +192,21 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         self._guard = model.register_forward_pre_hook(leave_if_stopped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End a measurement if it lasted long enough.
-
-        Raises:
-            CurvfastError: If the first measurement of a training fails.
-        """
+        """End a measurement if it lasted long enough, or something was refused."""
         if self._curvature is None:
             return
         self._pause()
+        if self.refusal is not None:
+            self.close()
+            return
         # A step that GradScaler skips has overflowed: it added no or few rows.
         self._taken += not getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         if self._taken == self._steps:
             self._end(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End a measurement that is cut short by the end of the training.
-
-        Raises:
-            CurvfastError: If the first measurement of a training fails.
-        """
-        if self._curvature is not None and self._taken:
+        """End a measurement that is cut short by the end of the training."""
+        if self._curvature is not None and self._taken and self.refusal is None:
             self._end(args)
         self.close()
 
@@ -185,8 +215,9 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         config = replace(self._config, seed=self._config.seed + self._began)
         facts = {"labels": "Trainer's loss", "step": self._began}
         return Curvature(
-            model, config, self._layers, rows=self._rows, grad_scaler=scaler, facts=facts
-        )
+            model, config, self._layers, rows=self._rows, grad_scaler=scaler, facts=facts,
+            on_error=self._refused,
+        )  # fmt: skip
 
     def _pause(self) -> None:
         if self._curvature is not None:
@@ -208,21 +239,26 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
             )  # fmt: skip
             if self._save_factors:
                 factors.save_pretrained(self.directory / f"factors-{step}")
+                self._saved = self.directory / f"factors-{step}"
             spectrum_log.append(self.directory, record)
         except CurvfastError as error:
-            # A failed measurement must not end a long training.
-            if not self._measured:
-                raise
-            warnings.warn(
-                f"the curvature at step {step} is not in {str(self.directory)!r}: {error}",
-                NumericalWarning,
-                stacklevel=2,
-            )
-        self._measured = True
+            self._refused(error)
+
+    def _refused(self, error: CurvfastError) -> None:
+        """End the measurement by a refusal; its hooks do nothing more."""
+        self._note(f"the curvature at step {self._began} is not in {str(self.directory)!r}", error)
+
+    def _note(self, what: str, error: CurvfastError) -> None:
+        # Logged, not warned: a filter that turns warnings into errors would end the training.
+        if type(error) not in self._logged:
+            log.warning("%s; the training goes on: %s", what, error)
+        self._logged.add(type(error))
+        # A traceback would hold the activations of the step.
+        self.refusal = error.with_traceback(None)
 
 
-def _refuse(args: Any, model: nn.Module, config: CollectConfig) -> None:
-    """Raise for trainings whose gradients are not of the summed loss, or bypass hooks."""
+def _refuse(args: Any, model: nn.Module) -> None:
+    """Raise for trainings that bypass hooks."""
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
     if args.torch_compile or dynamo != "no" or compiled or hasattr(model, "_orig_mod"):
@@ -236,12 +272,6 @@ def _refuse(args: Any, model: nn.Module, config: CollectConfig) -> None:
             f"the Trainer spreads the model over {args.n_gpu} GPUs by torch.nn.DataParallel, whose "
             "replicas carry no name; launch one process for each GPU by torchrun, or make one "
             "visible by CUDA_VISIBLE_DEVICES"
-        )
-    if args.label_smoothing_factor and config.loss_scale is None:
-        raise InputError(
-            f"label_smoothing_factor={args.label_smoothing_factor}: the Trainer makes the smoothed "
-            "loss outside the model, so its scale cannot be read there; pass loss_scale=1.0, G "
-            "being then of the smoothed loss, or train without smoothing"
         )
 
 

@@ -16,13 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvfast.collection import placement
 from curvfast.collection.hooks import Arrival, Capture, SharedInput
-from curvfast.collection.step import backward_edge, sampled_gradient
-from curvfast.model.batch import Batch, Routed, read_call
+from curvfast.collection.likelihood import sampled_gradient
+from curvfast.collection.step import backward_edge
+from curvfast.model.batch import Batch
+from curvfast.model.counted import CallRows
 from curvfast.model.families import LinearLayer
 from curvfast.model.forward import forward_of, logits_of
 from curvfast.model.identity import is_causal_lm
 from curvfast.model.layers import linear_layers
 from curvfast.model.rows import AllRows
+from curvfast.model.token_streams import TokenStreams
 from curvfast.ops import blocked_second_moment, devices
 from curvfast.ops.native import second_moment
 from curvfast.planning.meta_device import FLASH_FLOPS, LiveBytes, MetaAnswers
@@ -139,7 +142,7 @@ def rehearse(
     model.requires_grad_(False)
     arguments = {**forward_of(model).uncached, **arguments}
     batch = Batch(skip_last=is_causal_lm(model))
-    read_call(batch, arguments)
+    streams = TokenStreams(model, layers.values())
     given = [value for value in arguments.values() if isinstance(value, Tensor)]
     live = LiveBytes([*model.parameters(), *model.buffers(), *given])
     count = FlopCounterMode(display=False, custom_mapping=FLASH_FLOPS)
@@ -148,7 +151,7 @@ def rehearse(
     rows: dict[str, int] = {}
     reached: dict[str, int] = {}
 
-    def on_input(_name: str, _batch: Batch | Routed, shared: SharedInput, x: Tensor) -> None:
+    def on_input(_name: str, _batch: CallRows, shared: SharedInput, x: Tensor) -> None:
         readings.append(shared.readers)
         scratch.add(x)
 
@@ -158,7 +161,10 @@ def rehearse(
         reached[name] = count.get_total_flops() - forward_flops
         scratch.add(g)
 
-    capture = Capture(layers, lambda: batch, on_arrival, on_input, share_inputs=True, driven=True)
+    capture = Capture(
+        layers, lambda: batch, streams.current, on_arrival, on_input, share_inputs=True, driven=True
+    )
+    streams.attach()
     capture.attach()
     try:
         with MetaAnswers(), count, live, torch.enable_grad():
@@ -169,7 +175,6 @@ def rehearse(
             forward_flops, shape = count.get_total_flops(), logits.shape
             size = logits.nbytes
             activations = live.now - size
-            batch.predictions = shape[:-1]
             edge = backward_edge(logits)
             every = AllRows(shape[:-1].numel())
             gradient, _ = sampled_gradient(logits, every, torch.Generator())
@@ -177,10 +182,11 @@ def rehearse(
             torch.autograd.backward((edge,), (gradient,))
     finally:
         capture.remove()
+        streams.remove()
     return Rehearsal(
         owners=shared_inputs(readings, layers),
         rows=rows,
-        labels=batch.label_count(),
+        labels=_labels(shape[:-1], causal=batch.skip_last),
         classes=shape[-1],
         activations=activations,
         logits=size,
@@ -188,6 +194,12 @@ def rehearse(
         forward_flops=forward_flops,
         backward_flops=reached,
     )
+
+
+def _labels(predictions: torch.Size, *, causal: bool) -> int:
+    """Return how many predictions are scored: of a causal model not the last of a sequence."""
+    last = predictions[:-1].numel() if causal and len(predictions) > 1 else 0
+    return predictions.numel() - last
 
 
 def estimate(
