@@ -47,7 +47,7 @@ test-slow: install ## the tests that take minutes or a real pretrained model
 
 files = $(foreach name,$(1),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 # Files that call transformers' models, and the rest that has met a change of theirs.
-TOUCHING := $(call files,forward evals callback families collect_exact plan_collection gguf \
+TOUCHING := $(call files,forward evals callback families collect_exact loops token_streams plan_collection gguf \
 	adapter_export mining data harness readme)
 PIP := -m pip install --quiet --disable-pip-version-check
 

@@ -213,14 +213,14 @@ def journeys() -> dict[str, Journey]:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8))
-    x = torch.randn(40, 16)
+    x, labels = torch.randn(40, 16), torch.randint(8, (40,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
             with curvfast.collect(model, layers="all") as curvature:
                 for _ in range(2):
                     y = trace("forward", model, x)
-                    loss = y.square().mean()
+                    loss = nn.functional.cross_entropy(y, labels)
                     trace("backward", loss.backward)
             factors = trace("factors", curvature.factors)
             basis = trace("eigh", factors.eigh)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvfast import Eigenbasis, collect_from, select
 from curvfast.analysis import GradientEnergies, gradient_energies
-from curvfast.collection.step import fisher_gradient
+from curvfast.collection.likelihood import fisher_gradient
 from curvfast.errors import BasisMismatch, CoverageError, InputError
 
 # Fewer rows than the layers are wide: their factors lack rank, which is of no matter here.

@@ -13,9 +13,17 @@ from torch import nn
 
 import curvfast
 from curvfast.collection import placement
-from curvfast.collection.accumulator import Accumulator, Moment
+from curvfast.collection.accumulator import Accumulator
 from curvfast.collection.hooks import SharedInput
-from curvfast.errors import CoverageError, InputError, LayerNotFound, NumericalWarning, ShapeError
+from curvfast.collection.moment import Moment
+from curvfast.errors import (
+    CoverageError,
+    EvidenceError,
+    InputError,
+    LayerNotFound,
+    NumericalWarning,
+    ShapeError,
+)
 from curvfast.model.batch import Batch
 from curvfast.model.families import LinearLayer
 from curvfast.model.rows import AllRows, ChosenRows, FirstRows
@@ -410,10 +418,9 @@ class TestErrors:
         batch = token_batches("none")[0]
         compiled = torch.compile(model, backend="aot_eager")
         compiled(**batch).loss.backward()
-        with curvfast.collect(compiled) as curvature:
-            compiled(**batch).loss.backward()
-        with pytest.raises(CoverageError, match="compiled before collect"):
-            curvature.factors()
+        error = pytest.raises(CoverageError, match="compiled before collect")
+        with curvfast.collect(compiled), error:
+            compiled(**batch)
         torch._dynamo.reset()
 
     @quiet
@@ -454,8 +461,10 @@ class TestErrors:
                 return self.mlp(x).square().mean()
 
         model = Scalar()
-        with curvfast.collect(model), pytest.raises(InputError, match="labels"):
+        with curvfast.collect(model) as curvature:
             model(torch.randn(4, 3)).backward()
+        with pytest.raises(EvidenceError, match="labels"):
+            curvature.factors()
 
     def test_empty_data_is_an_error(self) -> None:
         with pytest.raises(InputError, match="empty"):
@@ -499,7 +508,9 @@ class TestInPlace:
             curvfast.collect_from(self.Model(), [torch.randn(30, 4)], "all", progress=False)
 
 
-def test_a_gradient_missing_for_a_shared_input_is_an_error() -> None:
+@pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
+@pytest.mark.parametrize("share", [True, False])
+def test_a_shared_input_counts_for_those_whose_gradient_came(share: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -508,13 +519,16 @@ def test_a_gradient_missing_for_a_shared_input_is_an_error() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return self.one(x), self.two(x)
 
-    model = Model()
-    with curvfast.collect(model, "all", loss_reduction="sum") as curvature:
-        for use_both in (True, False):
-            one, two = model(torch.randn(8, 3))
+    model, inputs = Model(), [torch.randn(8, 3) for _ in range(3)]
+    with curvfast.collect(model, "all", loss_reduction="sum", share_inputs=share) as curvature:
+        for x, use_both in zip(inputs, (True, False, True), strict=True):
+            one, two = model(x)
             (one.sum() + (two.sum() if use_both else 0)).backward()
-    with pytest.raises(CoverageError, match="16 inputs but 8 gradients"):
-        curvature.factors()
+    factors = curvature.factors()
+    for name, seen in (("one", inputs), ("two", [inputs[0], inputs[2]])):
+        rows = torch.cat(seen)
+        assert factors[name].rows_a == factors[name].rows_g == len(rows)
+        torch.testing.assert_close(factors[name].a_sum, rows.T @ rows)
 
 
 def test_merging_adds_sums_and_rows() -> None:
@@ -592,13 +606,12 @@ def test_what_is_spilled_no_longer_swallows_small_rows() -> None:
 
 @pytest.mark.cpu_branches
 def test_unpadded_sequences_need_no_index_off_the_cpu() -> None:
-    batch = Batch(skip_last=True, positions=torch.Size([3, 7]))
-    rows = batch.rows("layer", torch.Size([3, 7]), torch.device("meta"))
-    assert isinstance(rows, FirstRows)
     x = torch.randint(-3, 4, (3, 7, 4)).float()
-    indexed = Batch(skip_last=True, positions=torch.Size([3, 7])).rows(
-        "layer", torch.Size([3, 7]), torch.device("cpu")
+    rows, indexed = (
+        Batch(skip_last=True).call_rows("layer", x, None).rows("layer", x.shape[:-1], device)
+        for device in (torch.device("meta"), torch.device("cpu"))
     )
+    assert isinstance(rows, FirstRows)
     assert isinstance(indexed, ChosenRows)
     moments = []
     for kind in (rows, indexed):
@@ -613,9 +626,9 @@ def test_sums_part_only_when_nothing_waits_for_them(monkeypatch: pytest.MonkeyPa
     layers = {name: LinearLayer(name, nn.Linear(4, 4), 4, 4, transposed=False) for name in "ab"}
     sums = Accumulator(layers)
     x = torch.ones(3, 4, dtype=torch.bfloat16)
-    batch = Batch(skip_last=False)
-    sums.add_input("a", batch, SharedInput({"a", "b"}), x)
-    sums.add_input("a", batch, SharedInput({"a"}), x)
+    rows = Batch(skip_last=False).call_rows("a", x, None)
+    sums.add_input("a", rows, SharedInput({"a", "b"}), x)
+    sums.add_input("a", rows, SharedInput({"a"}), x)
     sums.flush()
     assert sums.inputs["a"].dense()[0, 0] == 6
     assert sums.inputs["b"].dense()[0, 0] == 3

@@ -553,19 +553,19 @@ def test_layers_that_share_an_input_project_it_once(monkeypatch: pytest.MonkeyPa
 @pytest.mark.cpu_branches
 def test_rows_are_the_same_whether_an_index_or_a_view_says_so() -> None:
     shape, x = torch.Size([3, 7]), torch.randn(3, 7, 4)
-    batches = [Batch(skip_last=True, positions=shape) for _ in range(2)]
+    calls = [Batch(skip_last=True).call_rows("layer", x, None) for _ in range(2)]
     view, index = (
-        batch.rows("layer", shape, torch.device(place))
-        for batch, place in zip(batches, ("meta", "cpu"), strict=True)
+        call.rows("layer", shape, torch.device(place))
+        for call, place in zip(calls, ("meta", "cpu"), strict=True)
     )
     assert isinstance(view, FirstRows)
     assert isinstance(index, ChosenRows)
     assert torch.equal(view.take(x), index.take(x))
     cpu = torch.device("cpu")
     assert torch.equal(view.indices(cpu), index.indices(cpu))
-    owners = batches[0].sequences(shape, view, cpu)
+    owners = calls[0].sequences(shape, view, cpu)
     assert owners.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    assert torch.equal(owners, batches[1].sequences(torch.Size([21]), index, cpu))
+    assert torch.equal(owners, calls[1].sequences(shape, index, cpu))
 
 
 class Twice(nn.Module):

@@ -18,12 +18,13 @@ from torch import Tensor
 
 import curvfast
 from curvfast import ops
+from curvfast.collection.likelihood import sampled_gradient
 from curvfast.collection.placement import CopiedSums, Placement
-from curvfast.collection.step import run_step, sampled_gradient
+from curvfast.collection.step import Asked, run_step
 from curvfast.kfac import decomposition, eigh
 from curvfast.kfac.decomposition import decompose_factor
 from curvfast.kfac.selection.staircase import staircase_by_mass
-from curvfast.model.batch import Batch, Routed
+from curvfast.model.batch import Batch
 from curvfast.model.rows import AllRows, ChosenRows, FirstRows, Thinning
 from curvfast.ops import MomentRequest, TriangularSum, devices, second_moment
 from curvfast.ops.launch import availability
@@ -64,7 +65,11 @@ def test_every_branch_of_an_accelerator_is_run(
 ) -> None:
     model = llama(num_hidden_layers=1)
     factors = curvfast.collect_from(model, token_batches("none"), progress=False)
-    factors.eigh()
+    basis = factors.eigh()
+    with curvfast.collect(model), curvfast.collect_corrections(model, basis):
+        model(**token_batches("none")[0]).loss.backward()
+    bare = [{"input_ids": batch["input_ids"]} for batch in token_batches("none")]
+    curvfast.collect_from(model, bare, progress=False)
     # Rows of two bytes alone wait to share a launch.
     half = llama(num_hidden_layers=1).bfloat16()
     curvfast.collect_from(half, token_batches("none"), progress=False)
@@ -92,7 +97,9 @@ def test_sampled_labels_are_those_of_a_cpu(
 
     def run() -> tuple[int, Any]:
         generator = torch.Generator().manual_seed(3)
-        labels = run_step(copy.deepcopy(model), batches[0], "sampled", True, generator)
+        labels = run_step(
+            copy.deepcopy(model), batches[0], Asked("sampled", causal=True), generator
+        )
         return labels, curvfast.collect_from(model, batches, "all", progress=False)
 
     count, expected = run()
@@ -112,7 +119,7 @@ def test_gold_labels_are_those_of_a_cpu(padding: str, request: pytest.FixtureReq
     batch.pop("labels")
 
     def labels() -> int:
-        return run_step(model, batch, "gold", True, torch.Generator())
+        return run_step(model, batch, Asked("gold", causal=True), torch.Generator())
 
     expected = labels()
     request.getfixturevalue("forced")
@@ -144,8 +151,9 @@ def test_rows_are_found_once_and_lie_where_each_layer_is(thin: bool) -> None:
     draws = torch.Generator().manual_seed(1)
     mask = token_batches("right", sizes=(11,))[0]["attention_mask"].bool()
     batch = Batch(True, mask=mask, thin=Thinning(0.5, draws).thin if thin else None)
-    routed = Routed(batch, torch.arange(0, 44, 2), shape)
-    for owner, of in ((batch, shape), (routed, torch.Size([22]))):
+    every = batch.call_rows("layer", torch.zeros(*shape, 1), None)
+    routed = batch.routed_rows("layer", torch.arange(0, 44, 2), shape, None)
+    for owner, of in ((every, shape), (routed, torch.Size([22]))):
         here = owner.rows("layer", of, CPU)
         before = draws.get_state()
         there = owner.rows("layer", of, META)

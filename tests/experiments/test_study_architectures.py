@@ -99,7 +99,8 @@ def test_a_driven_collection_counts_every_call_of_a_gate(batches: list[dict[str,
 
 def test_sampled_labels_of_a_recurrent_model_are_one_a_position() -> None:
     model = small()
-    factors = curvfast.collect_from(model, [tokens(4, 6)], "cells.*", progress=False)
+    told = {"skip_last": False, "progress": False}
+    factors = curvfast.collect_from(model, [tokens(4, 6)], "cells.*", **told)
     assert factors.rows == 24
     # The state before the first token is zero: rows of zeros count as rows.
     assert factors["cells.0.hidden"].rows_a == factors["cells.0.hidden"].rows_g == 24

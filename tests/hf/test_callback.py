@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import curvfast
 from curvfast.collection.config import CollectConfig
-from curvfast.errors import CurvfastError, InputError, LayerNotFound, NumericalWarning
+from curvfast.errors import CurvfastError, EvidenceError, InputError, LayerNotFound
 from curvfast.kfac.spectrum_log import FILE, SpectrumRecord, read_log
 
 pytest.importorskip("accelerate")
@@ -335,15 +335,14 @@ def tagged(number: int = 8) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("kind", ["exact", "with an extra term", "bfloat16"])
+@pytest.mark.parametrize("kind", ["exact", "bfloat16"])
 def test_a_model_that_passes_over_the_number_of_items_is_found_out(
     reads: bool, kind: str, tmp_path: Path
 ) -> None:
-    extra, half = 1e-4 * (kind == "with an extra term"), kind == "bfloat16"
-    model, examples = Tokens(reads, classes, extra), tagged()
+    half = kind == "bfloat16"
+    model, examples = Tokens(reads, classes), tagged()
     model = model if half else model.double()
     twin = copy.deepcopy(model).double()
-    twin.extra = 0.0
     factors, _ = measured(model, examples, tmp_path, bf16=half)
     expected = brute_force(
         twin, ["mlp"], [whole(examples)],
@@ -353,16 +352,25 @@ def test_a_model_that_passes_over_the_number_of_items_is_found_out(
     assert_are(factors, expected, tolerance=2e-6 if kind == "exact" else 3e-2)
 
 
+def test_a_loss_with_a_term_beside_the_cross_entropy_is_not_taken_for_one(tmp_path: Path) -> None:
+    callback = curvfast.CurvatureCallback(tmp_path / "refused", save_factors=True)
+    train(Tokens(True, classes, 1e-4).double(), tagged(), [callback], tmp_path)
+    assert isinstance(callback.refusal, EvidenceError)
+
+
 def test_a_loss_whose_labels_cannot_be_told_is_refused(tmp_path: Path) -> None:
     examples = tagged()
     for example in examples:
         example["labels"] = example["labels"].clamp_min(0)
     model = Tokens(True, squares).double()
-    with pytest.raises(InputError, match="over how many labels"):
-        measured(model, examples, tmp_path)
+    callback = curvfast.CurvatureCallback(tmp_path / "refused", save_factors=True)
+    trainer = train(model, examples, [callback], tmp_path)
+    assert trainer.state.global_step == 1
+    assert isinstance(callback.refusal, EvidenceError)
     factors, _ = measured(
-        model, examples, tmp_path, gradient_accumulation_steps=1, per_device_train_batch_size=8
-    )
+        model, examples, tmp_path, loss_scale=1.0, gradient_accumulation_steps=1,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
     assert factors["mlp"].rows_g == 48
 
 
@@ -393,23 +401,25 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = 
     return token_loss(outputs, {"labels": labels}) / num_items_in_batch
 
 
-def test_a_loss_made_outside_the_model_needs_its_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_scale", [None, 1.0])
+def test_a_loss_made_outside_the_model_is_read_off_its_logits(
+    loss_scale: float | None, tmp_path: Path
+) -> None:
     model, examples = llama().double(), texts()
     twin = copy.deepcopy(model)
     given = {"compute_loss_func": mean_loss}
-    with pytest.raises(InputError, match="compute_loss_func"):
-        measured(model, examples, tmp_path, given=given)
-    factors, record = measured(model, examples, tmp_path, given=given, loss_scale=1.0)
+    factors, record = measured(model, examples, tmp_path, given=given, loss_scale=loss_scale)
     assert_are(factors, of_tokens(twin, LAYERS, examples))
     assert record.loss is None
 
 
-def test_a_smoothed_loss_needs_its_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_scale", [None, 1.0])
+def test_a_smoothed_loss_is_read_off_its_logits(loss_scale: float | None, tmp_path: Path) -> None:
     model, examples = llama().double(), texts()
     twin = copy.deepcopy(model)
-    with pytest.raises(InputError, match="label_smoothing_factor=0"):
-        measured(model, examples, tmp_path, label_smoothing_factor=0.1)
-    factors, _ = measured(model, examples, tmp_path, label_smoothing_factor=0.1, loss_scale=1.0)
+    factors, _ = measured(
+        model, examples, tmp_path, label_smoothing_factor=0.1, loss_scale=loss_scale
+    )
 
     def smoothed(output: Any, batch: dict[str, Tensor]) -> Tensor:
         logits = output.logits[:, :-1].flatten(0, 1)
@@ -474,13 +484,23 @@ def test_collect_reads_the_scale_of_a_loop_too() -> None:
     assert curvature.mean_loss() == pytest.approx(float(loss.detach()))
 
 
-def test_a_loss_that_is_negated_or_multiplied_by_zero() -> None:
-    """A loop that unlearns, and one that leaves a batch out."""
+def test_a_batch_whose_loss_is_multiplied_by_zero_counts_nothing() -> None:
     model, examples = llama().double(), texts()
-    with curvfast.collect(model, loss_scale=None) as curvature:
-        # A number of items other than its labels makes the gradients of predictions decide.
-        (-model(**whole(examples), num_items_in_batch=1000).loss).backward()
+    with curvfast.collect(model) as curvature:
+        model(**whole(examples), num_items_in_batch=1000).loss.backward()
         (0 * model(**whole(texts())).loss).backward()
+    assert_are(curvature.factors(), of_tokens(model, LAYERS, examples))
+
+
+def test_a_loss_that_is_negated_is_taken_for_no_cross_entropy() -> None:
+    """A loop that unlearns goes up the loss: whose curvature is meant, it has to say."""
+    model, examples = llama().double(), texts()
+    with curvfast.collect(model) as curvature:
+        (-model(**whole(examples)).loss).backward()
+    with pytest.raises(EvidenceError, match="no cross-entropy"):
+        curvature.factors()
+    with curvfast.collect(model, loss_reduction="mean") as curvature:
+        (-model(**whole(examples)).loss).backward()
     assert_are(curvature.factors(), of_tokens(model, LAYERS, examples))
 
 
@@ -496,29 +516,99 @@ def test_compiled_and_replicated_models_are_refused_before_training(tmp_path: Pa
         args = {"torch_compile": False, "n_gpu": 1, "label_smoothing_factor": 0.0, **changes}
         callback.on_train_begin(SimpleNamespace(**args), state, None, model=model)
 
+    def refused(model: nn.Module, match: str, **changes: Any) -> None:
+        begin(model, **changes)
+        assert isinstance(callback.refusal, InputError)
+        assert match in str(callback.refusal)
+
     begin(model)
-    with pytest.raises(InputError, match="DataParallel"):
-        begin(model, n_gpu=2)
-    with pytest.raises(InputError, match="ignores hooks"):
-        begin(model, torch_compile=True)
-    with pytest.raises(InputError, match="ignores hooks"):
-        begin(torch.compile(model))
+    assert callback.refusal is None
+    refused(model, "DataParallel", n_gpu=2)
+    refused(model, "ignores hooks", torch_compile=True)
+    refused(torch.compile(model), "ignores hooks")
     model.model.layers[0].compile()
-    with pytest.raises(InputError, match="ignores hooks"):
-        begin(model)
+    refused(model, "ignores hooks")
 
 
 def test_a_launcher_that_compiles_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(InputError, match="ignores hooks"):
-        by_hand(llama(), [], curvfast.CurvatureCallback(tmp_path))
+    callback = curvfast.CurvatureCallback(tmp_path)
+    by_hand(llama(), [whole(texts())], callback)
+    assert "ignores hooks" in str(callback.refusal)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layers_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(LayerNotFound):
-        by_hand(llama(), [], curvfast.CurvatureCallback(tmp_path, "*.experts.*"))
+    callback = curvfast.CurvatureCallback(tmp_path, "*.experts.*")
+    by_hand(llama(), [whole(texts())], callback)
+    assert isinstance(callback.refusal, LayerNotFound)
+
+
+class Broken(nn.Module):
+    """A head whose loss goes backward twice, as a gradient penalty's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.head = nn.Linear(6, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.mlp(x).relu())
+        loss = cross_entropy(logits, labels)
+        if torch.is_grad_enabled():
+            torch.autograd.grad(loss, logits, retain_graph=True)
+            torch.autograd.grad(loss, self.mlp.weight, retain_graph=True)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_refusal_inside_a_step_ends_the_measurement_and_never_the_training(
+    accumulation: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = [{"x": torch.randn(6), "labels": torch.tensor(i % 5)} for i in range(8)]
+    model, twin = (Broken() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    callback = curvfast.CurvatureCallback(tmp_path / "log", "all", save_factors=True, every=2)
+    usual: dict[str, Any] = {
+        "max_steps": 4, "gradient_accumulation_steps": accumulation, "remove_unused_columns": False
+    }  # fmt: skip
+    trainer = train(model, examples, [callback], tmp_path, **usual)
+    train(twin, examples, [], tmp_path, **usual)
+    assert trainer.state.global_step == 4
+    for name, weight in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+    assert hooks(model) == 0
+    assert not (tmp_path / "log").exists()
+    # Two measurements were refused for one reason.
+    (record,) = [entry for entry in caplog.records if entry.name == "curvfast.hf.callback"]
+    assert "the training goes on" in record.getMessage()
+    assert str(callback.refusal) in record.getMessage()
+    assert callback.refusal is not None
+    assert callback.refusal.__traceback__ is None
+    with pytest.raises(type(callback.refusal)) as caught:
+        _ = callback.factors
+    assert caught.value is callback.refusal
+
+
+def test_a_layer_that_cannot_be_measured_does_not_end_a_training(tmp_path: Path) -> None:
+    model = llama()
+    callback = curvfast.CurvatureCallback(tmp_path / "log", ["lm_head"])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    by_hand(model, [whole(texts())] * 2, callback)
+    assert isinstance(callback.refusal, CurvfastError)
+    assert hooks(model) == 0
+
+
+def test_factors_of_the_last_measurement_are_read_back(tmp_path: Path) -> None:
+    batches = [whole(texts())] * 2
+    callback = curvfast.CurvatureCallback(tmp_path / "one", save_factors=True, every=1)
+    with pytest.raises(InputError, match="save_factors=True"):
+        _ = callback.factors
+    model = llama()
+    by_hand(model, batches, callback)
+    saved = curvfast.Factors.from_pretrained(tmp_path / "one" / "factors-1")
+    assert all(torch.equal(saved[n].g_sum, layer.g_sum) for n, layer in callback.factors.items())
 
 
 @pytest.mark.parametrize(
@@ -605,25 +695,24 @@ def test_the_first_process_alone_measures(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_stops_a_training_at_its_first_measurement_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_to_write_never_stops_a_training_and_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from curvfast.kfac import spectrum_log
 
-    def full(*_: Any) -> None:
-        raise CurvfastError("no space left")
-
-    model, batches = llama(), [whole(texts())] * 3
     original = spectrum_log.append
 
-    def full_later(directory: Path, record: SpectrumRecord) -> None:
-        (original if record.step == 0 else full)(directory, record)
+    def full_at_first(directory: Path, record: SpectrumRecord) -> None:
+        if record.step < 2:
+            raise CurvfastError("no space left")
+        original(directory, record)
 
-    monkeypatch.setattr(spectrum_log, "append", full_later)
-    with pytest.warns(NumericalWarning, match=r"step 2 is not in .* no space left"):
-        by_hand(model, batches, curvfast.CurvatureCallback(tmp_path / "later", every=1))
-    assert [record.step for record in read_log(tmp_path / "later")] == [0]
-    monkeypatch.setattr(spectrum_log, "append", full)
-    with pytest.raises(CurvfastError, match="no space left"):
-        by_hand(model, batches, curvfast.CurvatureCallback(tmp_path / "first", every=1))
+    monkeypatch.setattr(spectrum_log, "append", full_at_first)
+    model, callback = llama(), curvfast.CurvatureCallback(tmp_path, every=1)
+    by_hand(model, [whole(texts())] * 3, callback)
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "curvfast.hf.callback"]
+    assert "at step 0 is not in" in message
+    assert "no space left" in message
+    assert [record.step for record in read_log(tmp_path)] == [2]
+    assert callback.refusal is None
     assert hooks(model) == 0

@@ -13,8 +13,8 @@ from torch import nn
 
 import curvfast
 from curvfast import Converged, Eigenbasis, Factors, LayerBasis, LayerFactors, ops, storage
-from curvfast.collection.accumulator import Moment
 from curvfast.collection.config import CollectConfig
+from curvfast.collection.moment import Moment
 from curvfast.errors import BasisMismatch, InputError
 from curvfast.kfac.layer_basis import diagonal
 from curvfast.kfac.marginals import marginals_of
@@ -169,11 +169,12 @@ def test_a_part_of_the_rows_keeps_its_pairs(padding: str) -> None:
 
 def test_weights_follow_rows_that_a_view_chooses() -> None:
     """Off the CPU, unpadded sequences are a view without their last positions."""
-    shape, x = torch.Size([3, 7]), torch.randint(-3, 4, (3, 7, 4)).float()
+    x = torch.randint(-3, 4, (3, 7, 4)).float()
     weights = torch.arange(21.0).view(3, 7)
     found = []
     for place in ("meta", "cpu"):
-        rows = Batch(skip_last=True, positions=shape).rows("layer", shape, torch.device(place))
+        call = Batch(skip_last=True).call_rows("layer", x, None)
+        rows = call.rows("layer", x.shape[:-1], torch.device(place))
         moment = Moment(TriangularSum.zeros(4, 4))
         ops.second_moments_([moment.request(x, rows, 1.0, weights)])
         found.append(moment.dense())
