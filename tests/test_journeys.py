@@ -35,7 +35,7 @@ def traced() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("journey", "files", "moves", "rooms"),
     [
-        ("forward", 20, 140, 2),
+        ("forward", 20, 140, 3),
         ("backward", 29, 280, 3),
         ("factors", 32, 280, 5),
         ("eigh", 9, 124, 3),

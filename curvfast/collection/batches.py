@@ -188,6 +188,13 @@ class Batches:
         batch.shown = True
         return batch
 
+    def running_or_open(self) -> MeasuredBatch | None:
+        """Return the batch that a call of the loop is in or has begun, without beginning one."""
+        if self.running is not None:
+            return self.running
+        batch = self._bypassing
+        return None if batch is None or batch.begun or recomputing() else batch
+
     def current(self) -> MeasuredBatch:
         """Return the batch of what is called now."""
         if self.running is not None:

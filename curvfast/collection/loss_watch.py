@@ -87,8 +87,8 @@ class LossWatch:
         """Watch what the output head returned, where the model does not return it."""
         if not isinstance(y, Tensor) or not y.requires_grad or self._batches.deaf:
             return
-        batch = self._batches.current()
-        if batch.idle or not watchable(y):
+        batch = self._batches.running_or_open()
+        if batch is None or batch.idle or not watchable(y):
             return
         if batch.bypassed:
             self._watch_logits(batch, "output head", y)
@@ -99,8 +99,8 @@ class LossWatch:
         """Probe which positions reach a label, at the output of the input embedding."""
         if not isinstance(y, Tensor) or not y.requires_grad or self._batches.deaf:
             return
-        batch = self._batches.current()
-        if batch.idle or batch.rule is not None or not due(batch.number):
+        batch = self._batches.running_or_open()
+        if batch is None or batch.idle or batch.rule is not None or not due(batch.number):
             return
         if batch.call is not None and batch.call.images_too:
             return  # Their features take the place of embeddings, which then have no gradient.

@@ -18,6 +18,9 @@ _WAYS_OUT = (
 )
 
 
+_SUMMED = "gradients of the summed cross-entropy"
+
+
 @dataclass(frozen=True)
 class Told:
     """What the caller said of a loss."""
@@ -183,9 +186,9 @@ def _proven(
         # Of those that rounding does not tell apart the likelier.
         near = min(distances) + tolerance.slack
         over, value = next(c for c, d in zip(candidates, distances, strict=True) if d <= near)
-        known = Known(f"1/s of a cross-entropy, {over}", by, PROVEN)
+        known = Known(f"{_SUMMED} (the loop's is {over})", by, PROVEN)
     elif not reading.coarse and reading.rows > 1 and not certain:
-        known = Known("1/s of a cross-entropy", by, PROVEN)
+        known = Known(_SUMMED, by, PROVEN)
     else:
         known = None
     if known is not None:

@@ -24,6 +24,8 @@ from loops import (
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import curvfast
+
 pytestmark = pytest.mark.filterwarnings("ignore::curvfast.errors.NumericalWarning")
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.2.mlp.down_proj"
@@ -441,3 +443,14 @@ def boundaries_of_a_flattened_batch() -> Loop:
 )  # fmt: skip
 def test_the_last_token_of_each_packed_document_is_left_out(make: Callable[[], Loop]) -> None:
     assert_exact(make())
+
+
+def test_tokens_embedded_by_the_loop_itself_begin_no_batch() -> None:
+    model = llama()
+    ids, mask, _ = tokens(real=(3, 7, 4))
+    with curvfast.collect(model, [UP]) as curvature:
+        curvature.mask(mask)
+        embedded = model.get_input_embeddings()(ids)
+        # Labels of pads too, so that only the mask tells which positions are real.
+        model(inputs_embeds=embedded, labels=ids).loss.backward()
+    assert curvature.coverage().covered[f"{UP}.weight"] == int(mask.sum()) - len(ids)
